@@ -1,0 +1,35 @@
+# make pretrain   trains a small LLaMA with GaLore on the Python standard library's text
+# make test       lints, type-checks, runs the doctests and every test
+# Both set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?=
+
+.PHONY: pretrain test lint format clean
+
+pretrain: $(VENV)/train
+	$(BIN)/galore-jax pretrain --model demo --optimizer galore_adamw --data python $(ARGS)
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# One stamp for each extra that is installed; pyproject.toml is what they depend on.
+$(VENV)/%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,16 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) for JAX: full-parameter training with low-rank optimizer state."""
+
+from galore_jax import matrix_view as matrix_view, projectors as projectors
+from galore_jax._chain import chain as chain
+from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
+from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
+from galore_jax.presets import galore_adafactor as galore_adafactor, galore_adamw as galore_adamw
+from galore_jax.transform import (
+    GaLoreMemoryWarning as GaLoreMemoryWarning,
+    GaLoreState as GaLoreState,
+    galore as galore,
+)
+
+__version__ = "0.1.0"

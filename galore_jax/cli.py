@@ -1,0 +1,132 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``galore-jax COMMAND [flags]``.
+
+A mistake in the flags, a path or a file ends with one sentence on stderr and exit code 2; a run that had to give up
+ends with one sentence and exit code 1; anything else that goes wrong is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+class UsageError(Exception):
+    """The command line cannot be carried out; the message is one sentence."""
+
+
+def pretrain(arguments: Sequence[str]) -> int:
+    """Pre-train a LLaMA model, or --resume a run."""
+    from galore_jax.training import checkpoint, config, loop
+
+    settings = parse(config.PretrainConfig, arguments, "pretrain")
+    with usage_errors():
+        if settings.resume and settings.out is not None:
+            # The run's own settings become the defaults, so that only flags that were given can differ from them.
+            settings = parse(config.PretrainConfig, arguments, "pretrain", config.load_config(settings.out)[0])
+        run = loop.prepare(settings)
+    try:
+        loop.train(run)
+    except (checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code.
+
+    >>> main(["--help"])
+    usage: galore-jax COMMAND [flags]
+    <BLANKLINE>
+      pretrain    Pre-train a LLaMA model, or --resume a run.
+    <BLANKLINE>
+    galore-jax COMMAND --help lists the flags of a command.
+    0
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name, *rest = arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(_usage())
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"{name!r} is not a command; choose one of {', '.join(COMMANDS)}.")
+        with _quiet_orbax():
+            return COMMANDS[name](rest)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # as a shell reports a program that SIGINT ended
+
+
+def parse(kind: type[Settings], arguments: Sequence[str], command: str, default: Settings | None = None) -> Settings:
+    """The dataclass ``kind`` from flags, one for each field; UsageError if they are wrong, SystemExit after --help."""
+    import tyro
+
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            options = {} if default is None else {"default": default}
+            return tyro.cli(kind, args=list(arguments), prog=f"galore-jax {command}", **options)
+    except SystemExit as exit_:
+        if exit_.code == 0:
+            raise
+        raise UsageError(f"{_first_sentence(message.getvalue())}; see galore-jax {command} --help.") from None
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Errors that say what is wrong with a setting, a path or a file become UsageError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax logs what it also raises, and after a failed write prints a traceback for each array that still waited."""
+    logger, show = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def show_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = show_others
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = show
+
+
+def _usage() -> str:
+    commands = "\n".join(f"  {name:<12}{command.__doc__}" for name, command in COMMANDS.items())
+    return f"usage: galore-jax COMMAND [flags]\n\n{commands}\n\ngalore-jax COMMAND --help lists the flags of a command."
+
+
+def _first_sentence(box: str) -> str:
+    """What tyro's box says, without its frame and its help.
+
+    >>> _first_sentence("╭─ Error ─╮\\n│ Unrecognized options: --stepz │\\n│ ─── │\\n│ See --help │\\n╰─╯")
+    'Unrecognized options: --stepz'
+    """
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.splitlines()]
+    body = [line for line in lines if not line.startswith(("╭", "╰", "+"))]
+    end = next((i for i, line in enumerate(body) if i and (not line or set(line) <= {"─", "-"})), len(body))
+    return re.sub(r"\s+(?=[.,])", "", " ".join(body[:end])).rstrip(".")

@@ -1,0 +1,55 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the inner optimizer's state as it was for parameters whose gradient is bad.
+
+The inner state of any Optax transformation is copies of the parameter tree (moments) and the rest (counts, keys).
+``optax.tree.map_params`` tells the two apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_REST = -1  # marks a leaf that belongs to no parameter
+
+
+def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: Any) -> Any:
+    """A tree like ``state`` that holds, for each leaf, the index of the parameter it belongs to, or -1."""
+    indices = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    return optax.tree.map_params(
+        inner,
+        lambda leaf, index: leaf if isinstance(leaf, optax.MaskedNode) else index,
+        state,
+        indices,
+        transform_non_params=lambda leaf: jax.tree.map(lambda _: _REST, leaf),
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+
+
+def hold_bad(inner: optax.GradientTransformation, new: Any, old: Any, good: list[jax.Array], treedef: Any) -> Any:
+    """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
+
+    Args:
+      inner: the transformation whose state this is.
+      new: its state after the update.
+      old: its state before.
+      good: for each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
+      treedef: of the tree that ``inner`` was given.
+
+    Returns:
+      The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a state
+      leaf does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
+    """
+    any_good = jnp.any(jnp.stack([jnp.any(g) for g in good]))
+
+    def choose(index: int, new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
+        flag = any_good if index == _REST else good[index]
+        if jnp.shape(new_leaf)[: flag.ndim] != flag.shape:
+            flag = jnp.all(flag)
+        return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new_leaf) - flag.ndim)), new_leaf, old_leaf)
+
+    return jax.tree.map(choose, parameter_index(inner, new, treedef), new, old)

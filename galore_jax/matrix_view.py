@@ -1,0 +1,266 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""How a parameter is seen as a batch of matrices, which ones take part, their rank and side.
+
+A leaf of any shape is a batch of m x n matrices: m is the product of its reduction axes, n that of its output axes, and every
+other axis, wherever it stands, is a batch axis.  By default the matrix is the last two axes.  With k = min(m, n):
+
+    proj_type      basis                      low-rank gradient
+    left           P in R^(m x r)             PᵀG    in R^(r x n)
+    right          Q in R^(n x r)             G Q    in R^(m x r)
+    full           P and Q                    PᵀG Q  in R^(r x r)
+    std            left if m <= n else right  (the smaller side: Zhao et al. 2024, arXiv 2403.03507, Algorithm 2)
+    reverse_std    right if m <= n else left  (the larger side: less state)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+
+Rank = int | float | Callable[[str, tuple[int, ...]], int | float | None]
+
+
+class GaLoreDimensionNumbers(NamedTuple):
+    """Which axes of a parameter are the matrix; every axis named by neither field is a batch axis.
+
+    An attention kernel of shape (layers, hidden, heads, head_dim) is a stack of hidden x (heads · head_dim) matrices:
+
+    >>> GaLoreDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
+    GaLoreDimensionNumbers(reduction_axis=1, output_axis=(2, 3))
+    """
+
+    reduction_axis: int | tuple[int, ...] = -2
+    output_axis: int | tuple[int, ...] = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """One parameter as a batch of m x n matrices, with the rank and the side(s) of its basis."""
+
+    path: str
+    shape: tuple[int, ...]
+    batch_axes: tuple[int, ...]
+    reduction_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    rank: int
+    left: bool
+    right: bool
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n)"""
+        return (
+            math.prod(self.shape[axis] for axis in self.reduction_axes),
+            math.prod(self.shape[axis] for axis in self.output_axes),
+        )
+
+    @property
+    def low_rank_shape(self) -> tuple[int, ...]:
+        """Shape of the projected gradient: (*batch, r or m, r or n)."""
+        m, n = self.matrix_shape
+        return (*self.batch_shape, self.rank if self.left else m, self.rank if self.right else n)
+
+    @property
+    def _permutation(self) -> tuple[int, ...]:
+        return (*self.batch_axes, *self.reduction_axes, *self.output_axes)
+
+    def to_matrices(self, leaf: jax.Array) -> jax.Array:
+        """Parameter-shaped array -> (*batch, m, n)."""
+        matrices = jnp.transpose(leaf, self._permutation)
+        if len(self.reduction_axes) == len(self.output_axes) == 1:
+            return matrices  # nothing to merge, and a reshape would lose an explicit sharding
+        return matrices.reshape(*self.batch_shape, *self.matrix_shape)
+
+    def from_matrices(self, matrices: jax.Array) -> jax.Array:
+        """(*batch, m, n) -> parameter-shaped array; the inverse of :meth:`to_matrices`."""
+        if not len(self.reduction_axes) == len(self.output_axes) == 1:
+            matrices = matrices.reshape([self.shape[axis] for axis in self._permutation])
+        return jnp.transpose(matrices, np.argsort(self._permutation))
+
+
+def check_rank(rank: Rank, where: str = "rank") -> None:
+    """Raises unless ``rank`` is a positive int, a fraction in (0, 1] or a callable, known before tracing."""
+    if isinstance(rank, jax.Array):
+        raise TypeError(
+            f"{where} must be static because it fixes the shapes of the state, got {rank}: with optax.inject_hyperparams write "
+            'static_args=("rank", "update_proj_gap").'
+        )
+    if callable(rank):
+        return
+    remedy = "write a positive int, a fraction of the smaller side in (0, 1], or a callable(path, shape)."
+    if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{where} is {rank!r} of type {type(rank).__name__}: {remedy}")
+    if rank <= 0 or (isinstance(rank, (float, np.floating)) and not rank <= 1):
+        raise ValueError(f"{where} is {rank}: {remedy}")
+
+
+def check_proj_type(proj_type: str) -> None:
+    """Raises for an unknown ``proj_type``."""
+    if proj_type not in PROJ_TYPES:
+        raise ValueError(f"proj_type is {proj_type!r}: write one of {', '.join(PROJ_TYPES)}.")
+
+
+def select(
+    params: Any,
+    *,
+    rank: Rank = 128,
+    proj_type: str = "std",
+    mask: Any = None,
+    weight_dimension_numbers: Any = None,
+) -> list[MatrixView | None]:
+    """The view of each leaf of ``params`` in ``jax.tree.leaves`` order; None for a leaf that is not projected.
+
+    A leaf takes part when it has at least two axes, its path names no embedding, LM head or norm, and its rank is smaller
+    than its smaller side.  ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, True on a
+    whole subtree applies the rule on names inside it.  ``weight_dimension_numbers`` replaces all the rules: a leaf with a
+    spec is projected (its rank clipped to its smaller side), a leaf with None is not.
+
+    Raises:
+      ValueError: for axes that overlap or do not exist, and for a mask that selects nothing.
+
+    >>> params = {"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((64,))}
+    >>> [view and view.low_rank_shape for view in select(params, rank=8)]
+    [None, None, (4, 8, 64)]
+    """
+    leaves_with_path = jax.tree_util.tree_flatten_with_path(params)[0]
+    if not leaves_with_path:
+        return []  # optax.tree.map_params calls init on an empty tree
+    masks = _per_leaf(mask, params, "mask", lambda x: x is None)
+    specs = _per_leaf(
+        weight_dimension_numbers,
+        params,
+        "weight_dimension_numbers",
+        lambda x: x is None or hasattr(x, "reduction_axis"),
+    )
+    views = [
+        _view(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, rank, proj_type, leaf_mask, leaf_spec)
+        for (path, leaf), leaf_mask, leaf_spec in zip(leaves_with_path, masks, specs, strict=True)
+    ]
+    if mask is not None and not any(views):
+        names = ", ".join(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves_with_path[:8])
+        raise ValueError(
+            f"mask selects none of the {len(leaves_with_path)} parameters ({names}): give True to a parameter with at least "
+            f"two axes whose smaller side exceeds rank={rank}."
+        )
+    return views
+
+
+class _Choice(NamedTuple):
+    value: Any
+    on_leaf: bool  # False when the choice was made for a whole subtree
+
+
+def _per_leaf(prefix: Any, params: Any, name: str, is_leaf: Callable[[Any], bool]) -> list[_Choice | None]:
+    """Spreads a prefix tree (or a callable of params that returns one) over the leaves of params."""
+    if prefix is None:
+        return [None] * len(jax.tree.leaves(params))
+    prefix = prefix(params) if callable(prefix) else prefix
+    try:
+        spread = jax.tree.map(
+            lambda value, subtree: jax.tree.map(lambda _: _Choice(value, jax.tree_util.all_leaves([subtree])), subtree),
+            prefix,
+            params,
+            is_leaf=is_leaf,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must have the structure of the parameters, or of a prefix of their tree: {error}"
+        ) from error
+    return jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, _Choice))
+
+
+def _view(
+    path: str, leaf: Any, rank: Rank, proj_type: str, mask: _Choice | None, spec: _Choice | None
+) -> MatrixView | None:
+    shape = tuple(jnp.shape(leaf))
+    if mask is not None and not mask.value:
+        return None
+    if spec is not None and spec.value is None:
+        return None
+    if spec is None and len(shape) < 2:
+        return None
+    if spec is None and not (mask is not None and mask.on_leaf) and not is_matrix_name(path):
+        return None
+    if math.prod(shape) == 0 or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return None
+
+    numbers = GaLoreDimensionNumbers() if spec is None else spec.value
+    reduction = _axes(numbers.reduction_axis, path, shape)
+    output = _axes(numbers.output_axis, path, shape)
+    if len(set(reduction + output)) != len(reduction + output) or not reduction or not output:
+        raise ValueError(
+            f"weight_dimension_numbers of {path!r} with shape {shape} has reduction_axis={numbers.reduction_axis} and "
+            f"output_axis={numbers.output_axis}: name at least one axis in each, and no axis twice."
+        )
+    batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
+    view = MatrixView(path, shape, batch, reduction, output, rank=1, left=True, right=False)
+    smaller = min(view.matrix_shape)
+    resolved = _resolve_rank(rank, path, shape, smaller)
+    if resolved is None or (spec is None and resolved >= smaller):
+        return None
+    left, right = _sides(proj_type, *view.matrix_shape)
+    return dataclasses.replace(view, rank=min(resolved, smaller), left=left, right=right)
+
+
+def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"weight_dimension_numbers of {path!r} names axis {axis}, but its shape is {shape}.")
+    return tuple(axis % len(shape) for axis in axes)
+
+
+def _resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
+    if callable(rank):
+        rank = rank(path, shape)
+        if rank is None:
+            return None
+        check_rank(rank, f"rank of {path!r} with shape {shape}")
+    if isinstance(rank, (float, np.floating)):
+        return max(1, round(rank * smaller))
+    return int(rank)
+
+
+def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:
+    """Whether the basis is on the left (m) and on the right (n)."""
+    return {
+        "std": (m <= n, m > n),
+        "reverse_std": (m > n, m <= n),
+        "left": (True, False),
+        "right": (False, True),
+        "full": (True, True),
+    }[proj_type]
+
+
+# The layers that the paper and its successors train with plain Adam, by the names Flax, Equinox and Hugging Face give them.
+_NOT_A_MATRIX = re.compile(
+    r"(^|_)(un)?embed|(^|_)[a-z]*norm\d*(_|$)|^(lm_?)?head(_\d+)?$|^(output|classifier|classification|prediction)_head$"
+    r"|^(wte|wpe|logits|scale)$|^ln(_|$)|^ln\d+$"
+)
+
+
+def is_matrix_name(path: str) -> bool:
+    """Whether no part of a '/'-separated path names an embedding, an LM head or a norm.
+
+    >>> [is_matrix_name(p) for p in ("layers/attn/q_proj/kernel", "multi_head_attention/out", "lm_head/kernel", "Embed_0")]
+    [True, True, False, False]
+    """
+    parts = (
+        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part).lower()
+        for part in re.split(r"[/.]", path)
+    )
+    return not any(_NOT_A_MATRIX.search(part) for part in parts)

@@ -1,0 +1,9 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The LLaMA family in Flax nnx: configurations, the model, and a sampler."""
+
+from galore_jax.models.config import LlamaConfig
+from galore_jax.models.llama import Llama
+from galore_jax.models.sampling import generate
+
+__all__ = ["Llama", "LlamaConfig", "generate"]

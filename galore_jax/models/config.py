@@ -1,0 +1,192 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes and numerics of a LLaMA model, and the sizes people train.
+
+With hidden size d, intermediate size f, L layers, N query heads and K key-value heads of size h, V tokens,
+
+    num_params = V d + L (2 d N h + 2 d K h + 3 d f + 2 d) + d + V d
+
+whose terms are the embedding, the blocks, the last norm, and the output head (absent when it is tied).
+
+Sources of the presets: 60m, 130m, 350m, 1b and 7b are the models of the GaLore paper (arXiv:2403.03507,
+section 5); 13b is LLaMA 13B (arXiv:2302.13971), llama3-8b is LLaMA 3 8B (arXiv:2407.21783).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Everything that defines a LLaMA model except its weights.
+
+    Every field is a number, a string, a bool or None, so `dataclasses.asdict(config)` is JSON.
+
+    Raises:
+      ValueError: a size is not a positive integer, the sizes do not fit together, or a dtype is unknown.
+
+    >>> config = LlamaConfig.preset("60m", dtype="bfloat16")
+    >>> config.hidden_size, config.num_hidden_layers, config.num_params
+    (512, 8, 58073600)
+    """
+
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width inside the gated feed-forward network."""
+    num_attention_heads: int
+    """Number of query heads."""
+    num_hidden_layers: int
+    """Number of blocks."""
+    vocab_size: int = 32000
+    """Number of token ids."""
+    num_key_value_heads: int | None = None
+    """Number of key and value heads; fewer than the query heads is grouped-query attention. None: as many."""
+    head_dim: int | None = None
+    """Size of one head. None: hidden_size / num_attention_heads."""
+    max_position_embeddings: int = 1024
+    """Longest sequence the model accepts."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square inside the norms."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output head as well."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial embedding and kernels."""
+    dtype: str = "float32"
+    """Type of activations and matrix products: float32 or bfloat16."""
+    param_dtype: str = "float32"
+    """Type in which the parameters are stored."""
+    remat: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        for name in _SIZES:
+            _check_size(name, getattr(self, name))
+        for name in ("num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                _check_size(name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a positive finite number.")
+        for name in ("dtype", "param_dtype"):
+            value = getattr(self, name)
+            if value not in DTYPES:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(DTYPES)}.")
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        heads = self.num_attention_heads
+        if self.head_dim is None and self.hidden_size % heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={heads}; "
+                "change one of them or set head_dim."
+            )
+        if heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.kv_heads} does not divide num_attention_heads={heads}; "
+                "choose a divisor, or None for one key-value head per query head."
+            )
+        if self.head_size % 2:
+            raise ValueError(
+                f"The head size {self.head_size} is odd, and rotary embeddings rotate pairs; "
+                "set an even head_dim, or change hidden_size or num_attention_heads."
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key-value heads, with None resolved."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def head_size(self) -> int:
+        """Size of one attention head, with None resolved."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, in closed form."""
+        d = self.hidden_size
+        attention = 2 * d * self.head_size * (self.num_attention_heads + self.kv_heads)
+        block = attention + 3 * d * self.intermediate_size + 2 * d
+        token_matrices = 1 if self.tie_word_embeddings else 2
+        return token_matrices * self.vocab_size * d + self.num_hidden_layers * block + d
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> LlamaConfig:
+        """The configuration called `name`, with any field replaced by a keyword argument.
+
+        Raises:
+          ValueError: no preset has that name, or the resulting configuration is not valid.
+
+        >>> LlamaConfig.preset("demo", vocab_size=300).vocab_size
+        300
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"Unknown model preset {name!r}; choose one of {', '.join(_PRESETS)}.")
+        return cls(**{**_PRESETS[name], **overrides})
+
+    @classmethod
+    def presets(cls) -> tuple[str, ...]:
+        """Names that `preset` accepts, the demo first, then by size."""
+        return tuple(_PRESETS)
+
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer.")
+
+
+def _preset(hidden: int, intermediate: int, heads: int, layers: int, **others: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        **others,
+    }
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    # Trains on two CPU cores in minutes; 256 ids are the bytes, callers pass their tokenizer's vocab_size.
+    "demo": _preset(128, 352, 4, 4, vocab_size=256),
+    "9m": _preset(128, 352, 4, 4),
+    "20m": _preset(256, 688, 4, 4),
+    "35m": _preset(384, 1024, 8, 6),
+    "60m": _preset(512, 1376, 8, 8),
+    "130m": _preset(768, 2048, 12, 12),
+    "250m": _preset(768, 2560, 16, 24),
+    "350m": _preset(1024, 2736, 16, 24),
+    "1b": _preset(2048, 5461, 32, 24),
+    "3b": _preset(2560, 6848, 32, 32),
+    "7b": _preset(4096, 11008, 32, 32, max_position_embeddings=2048),
+    "13b": _preset(5120, 13824, 40, 40, max_position_embeddings=2048),
+    "llama3-8b": _preset(
+        4096,
+        14336,
+        32,
+        32,
+        vocab_size=128256,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+    ),
+}

@@ -1,0 +1,190 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""LLaMA in Flax nnx: a decoder-only transformer whose blocks are stacked and scanned.
+
+One block, on the residual stream x (one row a token):
+
+    x <- x + Attention(RMSNorm(x)) ,    x <- x + SwiGLU(RMSNorm(x))
+
+    RMSNorm(x)   = scale * x / sqrt(mean(x^2) + eps)
+    SwiGLU(x)    = (silu(x W_gate) * (x W_up)) W_down
+    Attention(x) = concat_n[ softmax(Q_n K_m^T / sqrt(h) + causal mask) V_m ] W_o ,    m = floor(n K / N)
+
+where Q = RoPE(x W_q), K = RoPE(x W_k), V = x W_v; N query heads share K key-value heads of size h. RoPE turns
+the pair (i, i + h/2) of a head at position t by the angle t * theta^(-2i/h). Around the blocks stand the
+token embedding, and a last RMSNorm with the output head.
+
+Sources: LLaMA (arXiv:2302.13971), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864; with the pairs of
+Hugging Face's weights), SwiGLU (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245).
+
+Shapes in comments: B sequences, T tokens, D hidden size, F intermediate size, N query heads, K key-value
+heads, H head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from galore_jax.models.config import LlamaConfig
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model with random weights: normal(initializer_range) matrices, norms of ones.
+
+    `model(tokens)` maps int32 [batch, sequence] to float32 logits [batch, sequence, vocab_size]; it is
+    `model.head(model.run_layers(model.embed(tokens)))`. Every parameter of `model.layers` has a leading layer
+    axis, and one compiled block serves whatever the depth. A token id of vocab_size or more turns the logits of
+    its sequence into NaN.
+
+    Raises:
+      ValueError: when called on tokens that are not [batch, sequence], or on a sequence that is too long.
+
+    >>> model = Llama(LlamaConfig.preset("demo"), rngs=nnx.Rngs(0))
+    >>> model(jnp.zeros((2, 16), jnp.int32)).shape
+    (2, 16, 256)
+    >>> model.layers.attention.q_proj.kernel.shape
+    (4, 128, 128)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=jnp.dtype(config.param_dtype),
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+            rngs=rngs,
+        )
+        layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
+        self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(layer_keys)
+        self.norm = RMSNorm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.head(self.run_layers(self.embed(tokens)))
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token ids, int32 [batch, sequence], to the residual stream, [batch, sequence, hidden]."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, sequence], but their shape is {tokens.shape}.")
+        longest = self.config.max_position_embeddings
+        if tokens.shape[1] > longest:
+            raise ValueError(
+                f"A sequence of {tokens.shape[1]} tokens is longer than max_position_embeddings={longest}; "
+                "shorten it or raise max_position_embeddings."
+            )
+        return self.embed_tokens(tokens).astype(self.config.dtype)  # [B, T, D]
+
+    def run_layers(self, hidden: jax.Array) -> jax.Array:
+        """The residual stream, [batch, sequence, hidden], after all blocks, in order."""
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_block(hidden, layer):
+            return nnx.merge(graphdef, layer)(hidden), None
+
+        if self.config.remat:
+            # The loop itself keeps XLA from merging the recomputation with the forward pass.
+            run_block = jax.checkpoint(run_block, prevent_cse=False)
+        return jax.lax.scan(run_block, hidden, stacked)[0]
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """The residual stream, [batch, sequence, hidden], to float32 logits [batch, sequence, vocab_size]."""
+        if self.config.tie_word_embeddings:
+            kernel = self.embed_tokens.embedding[...].T
+        else:
+            kernel = self.lm_head.kernel[...]
+        # Cast after the product, not in it: so the gradient of the logits, as large as they are, comes back to
+        # the product in the compute dtype, and the kernel is not widened to meet it.
+        logits = jnp.einsum("btd,dv->btv", self.norm(hidden), kernel.astype(self.config.dtype))
+        return logits.astype(jnp.float32)
+
+
+class Block(nnx.Module):
+    """One decoder block: [batch, sequence, hidden] to the same, positions counted from 0."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config)
+        self.attention = Attention(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        hidden = hidden + self.attention(self.input_norm(hidden))
+        return hidden + self.mlp(self.post_attention_norm(hidden))
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        query_size = config.num_attention_heads * config.head_size
+        kv_size = config.kv_heads * config.head_size
+        self.q_proj = _linear(config, config.hidden_size, query_size, rngs)
+        self.k_proj = _linear(config, config.hidden_size, kv_size, rngs)
+        self.v_proj = _linear(config, config.hidden_size, kv_size, rngs)
+        self.o_proj = _linear(config, query_size, config.hidden_size, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, length, _ = x.shape
+        head_size, theta = self.config.head_size, self.config.rope_theta
+        q = self.q_proj(x).reshape(batch, length, -1, head_size)  # [B, T, N, H]
+        k = self.k_proj(x).reshape(batch, length, -1, head_size)  # [B, T, K, H]
+        v = self.v_proj(x).reshape(batch, length, -1, head_size)  # [B, T, K, H]
+        q, k = (rotate(heads, theta).astype(x.dtype) for heads in (q, k))
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [B, T, N, H]; the softmax is float32
+        return self.o_proj(mixed.reshape(batch, length, -1))  # [B, T, N H] -> [B, T, D]
+
+
+class SwiGLU(nnx.Module):
+    """The gated feed-forward network."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] -> [B, T, D]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation of [batch, sequence, hidden], computed in float32."""
+
+    def __init__(self, config: LlamaConfig):
+        self.eps = config.rms_norm_eps
+        self.dtype = config.dtype
+        self.scale = nnx.Param(jnp.ones(config.hidden_size, config.param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * self.scale[None, None].astype(jnp.float32)).astype(self.dtype)
+
+
+def rotate(x: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions 0, 1, ...
+
+    Angles, rotation and result are float32: bfloat16 cannot tell position 257 from 256.
+    """
+    _, length, _, head_size = x.shape
+    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
+    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)[None, :, None]  # [1, T, 1, H/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        rngs=rngs,
+    )

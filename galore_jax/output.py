@@ -1,0 +1,43 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""How the inner update N becomes an update of the parameter.
+
+    lift     ΔW = α P N        α a number, or "rms": α = √(m n / (elements of N)), √(m/r) for a basis on the left
+
+For orthonormal P the lift keeps the Frobenius norm of N, so "rms" keeps its root mean square.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import sharding, subspace
+from galore_jax.matrix_view import MatrixView
+
+
+def check_scale(scale: Any) -> None:
+    """Raises for a string that is not "rms"."""
+    if isinstance(scale, str) and scale != "rms":
+        raise ValueError(f'scale is {scale!r}: write a number or "rms".')
+
+
+def lifted(view: MatrixView, low_rank: jax.Array, left: Any, right: Any, scale: Any, gradient: jax.Array) -> jax.Array:
+    """α P N in the shape, dtype and sharding of the gradient."""
+    alpha = rms_scale(view) if isinstance(scale, str) else jnp.asarray(scale).astype(low_rank.dtype)
+    matrices = subspace.lift(low_rank * alpha, left if view.left else None, right if view.right else None)
+    return sharding.like(view.from_matrices(matrices.astype(gradient.dtype)), gradient)
+
+
+def rms_scale(view: MatrixView) -> float:
+    """The α that keeps the root mean square of the inner update.
+
+    >>> from galore_jax.matrix_view import select
+    >>> [view] = select({"w": jnp.zeros((64, 256))}, rank=16)
+    >>> rms_scale(view)
+    2.0
+    """
+    return math.sqrt(math.prod(view.matrix_shape) / math.prod(view.low_rank_shape[-2:]))

@@ -1,0 +1,95 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Between a parameter's space and its low-rank coordinates: projection, its adjoint, and the zeros that state starts from.
+
+    project   R = PᵀX,  X Q  or  PᵀX Q         X in R^(m x n)
+    lift      X = P R,  R Qᵀ or  P R Qᵀ        the adjoint of project
+
+State is at least float32, whatever the dtype of the parameters: a bfloat16 second moment stops moving.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax import sharding
+from galore_jax.matrix_view import MatrixView
+
+
+def project(matrices: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    """(*batch, m, n) -> the low-rank shape; a side without a basis is None."""
+    spec = sharding.spec_of(matrices)
+    if left is not None:
+        spec = spec and (*spec[:-2], None, spec[-1])
+        matrices = jnp.einsum("...mr,...mn->...rn", left, matrices, out_sharding=sharding.named(spec, left))
+    if right is not None:
+        spec = spec and (*spec[:-1], None)
+        matrices = jnp.einsum("...mn,...nr->...mr", matrices, right, out_sharding=sharding.named(spec, right))
+    return matrices
+
+
+def lift(low_rank: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    """The low-rank shape -> (*batch, m, n)."""
+    if left is not None:
+        low_rank = jnp.einsum("...mr,...rn->...mn", left, low_rank)
+    if right is not None:
+        low_rank = jnp.einsum("...mr,...nr->...mn", low_rank, right)
+    return low_rank
+
+
+def coordinates(view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
+    """A parameter in the coordinates of its low-rank gradient; one without a view is only promoted."""
+    if view is None:
+        return promoted(param)
+    return project(promoted(view.to_matrices(param)), left if view.left else None, right if view.right else None)
+
+
+def promoted(leaf: jax.Array) -> jax.Array:
+    """``leaf`` in the dtype of its state."""
+    return jnp.asarray(leaf).astype(state_dtype(leaf))
+
+
+def state_dtype(leaf: Any) -> jnp.dtype:
+    """The dtype of a leaf's basis and moments."""
+    dtype = jnp.dtype(jnp.result_type(leaf))
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else dtype
+
+
+def zero_bases(view: MatrixView | None, leaf: Any) -> tuple[Any, Any]:
+    """The (left, right) bases before the first refresh: all zeros, ``optax.MaskedNode()`` on a side that has none."""
+    if view is None:
+        return optax.MaskedNode(), optax.MaskedNode()
+    spec = _matrix_spec(view, leaf)
+    m, n = view.matrix_shape
+
+    def zeros(side: int, axis: int) -> jax.Array:
+        side_spec = spec and (*spec[:-2], spec[axis], None)
+        return sharding.zeros((*view.batch_shape, side, view.rank), state_dtype(leaf), side_spec, leaf)
+
+    return zeros(m, -2) if view.left else optax.MaskedNode(), zeros(n, -1) if view.right else optax.MaskedNode()
+
+
+def zero_coordinates(view: MatrixView | None, leaf: Any) -> Any:
+    """What the inner transformation's ``init`` sees: zeros of the low-rank shape, or the whole leaf in its state's dtype."""
+    if view is None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf), sharding=leaf.sharding)
+        return promoted(leaf)
+    spec = _matrix_spec(view, leaf)
+    if spec is not None:
+        spec = (*spec[:-2], None if view.left else spec[-2], None if view.right else spec[-1])
+    return sharding.zeros(view.low_rank_shape, state_dtype(leaf), spec, leaf)
+
+
+def _matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
+    """The explicit sharding of (*batch, m, n); axes that are merged into one lose theirs."""
+    spec = sharding.spec_of(leaf)
+    if spec is None:
+        return None
+    sides = [[spec[axis] for axis in axes] for axes in (view.reduction_axes, view.output_axes)]
+    return (*(spec[axis] for axis in view.batch_axes), *(side[0] if len(side) == 1 else None for side in sides))

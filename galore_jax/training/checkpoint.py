@@ -1,0 +1,267 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run, with Orbax: parameters, optimizer state, position in the data, and the step.
+
+A checkpoint is written in the background under a temporary name, and appears under its step's number when it is
+complete; only then is an old one deleted.  So whatever interrupts a run, the checkpoints that are there are whole.
+Every random number of training is a function of the seed and the step, so there is no generator state to save.
+
+The files protect their index but not the numbers in them, so a checkpoint also holds a checksum of each array x,
+
+    sum_i (2 i + 1) bits(x_i)  mod 2^32,
+
+which any one changed bit alters; it is computed on the device, and compared when the checkpoint is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+FORMAT = 1
+"""Version of what a checkpoint holds; a change that older code cannot read increases it."""
+
+
+class CheckpointError(Exception):
+    """A checkpoint could not be written; the message says how to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What one checkpoint holds."""
+
+    step: int  # optimizer steps completed
+    params: Any
+    opt_state: Any
+    data: dict[str, Any]  # position in the training data
+    losses: list[float]  # of the steps since the last line of metrics.jsonl
+
+
+class CheckpointWriter:
+    """Writes checkpoints into ``folder``, a context manager; at its end the last one is complete.
+
+    Args:
+      folder: made if it does not exist; unfinished checkpoints that an interrupted run left there are removed.
+      keep: the newest ones to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self._manager = _manager(folder, keep, create=True)
+        self._saving: int | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Start to write a checkpoint, after the one before it is complete; CheckpointError if either fails."""
+        self.wait()
+        meta = {
+            "format": FORMAT,
+            "step": checkpoint.step,
+            "losses": checkpoint.losses,
+            "checksums": _all_checksums(checkpoint),
+        }
+        self._saving = checkpoint.step
+        self._attempt(
+            lambda: self._manager.save(
+                checkpoint.step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(checkpoint.params),
+                    opt_state=ocp.args.StandardSave(checkpoint.opt_state),
+                    data=ocp.args.JsonSave(checkpoint.data),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+            )
+        )
+
+    def check(self) -> None:
+        """CheckpointError if the checkpoint being written has failed already; does not wait."""
+        self._attempt(self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Wait until the checkpoint being written is complete; CheckpointError if it failed."""
+        self._attempt(self._manager.wait_until_finished)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, CheckpointError):
+            return  # closing would wait for the write that failed, and raise its error a second time
+        self.wait()
+        self._manager.close()
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # a full disk is an OSError, a ValueError or a RuntimeError
+            raise CheckpointError(self._failure(error)) from error
+
+    def _failure(self, error: Exception) -> str:
+        good = saved_steps(self.folder)
+        start = f"The checkpoint of step {self._saving} could not be written ({_first_line(error)})"
+        if not good:
+            return f"{start}, and there is no earlier one; make room in {self.folder} and start again with a new --out."
+        run = self.folder.parent
+        return (
+            f"{start}; the last good one is of step {good[-1]}: make room in {self.folder} and continue with "
+            f"`galore-jax pretrain --resume --out {run}`."
+        )
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, in order; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def last_step(folder: Path) -> int:
+    """Step of the newest complete checkpoint; FileNotFoundError if there is none."""
+    steps = saved_steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"There is no checkpoint in {folder}; start a new run with another --out.")
+    return steps[-1]
+
+
+def restore(folder: Path, step: int, abstract_params: Any, abstract_opt_state: Any) -> Checkpoint:
+    """Read a checkpoint onto the first device, exactly as it was saved.
+
+    Args:
+      folder: holds the checkpoints.
+      step: of the one to read.
+      abstract_params, abstract_opt_state: trees of ``jax.ShapeDtypeStruct`` that it must match.
+
+    Raises:
+      ValueError: it cannot be read, or is of another model, optimizer or format.
+    """
+    place = folder / str(step)
+    manager = _manager(folder)
+    try:
+        # Orbax reads many arrays at once, and prints a traceback for each one that fails after the first.
+        _attempt_read(folder, step, lambda: [_read_all(place / item) for item in ("params", "opt_state")])
+        saved = _attempt_read(folder, step, lambda: manager.item_metadata(step))
+        meta_args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = _attempt_read(folder, step, lambda: manager.restore(step, args=meta_args)).meta
+        if meta.get("format") != FORMAT:
+            raise ValueError(
+                f"Checkpoint {place} has format {meta.get('format')!r}, but this version reads {FORMAT}; "
+                "resume it with the version that config.json names."
+            )
+        # Orbax would cast a dtype silently and report a shape at length, so both are compared first.
+        _check_matches(folder, step, "parameter", saved.params, abstract_params)
+        _check_matches(folder, step, "optimizer state", saved.opt_state, abstract_opt_state)
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_on_first_device(abstract_params)),
+            opt_state=ocp.args.StandardRestore(_on_first_device(abstract_opt_state)),
+            data=ocp.args.JsonRestore(),
+        )
+        items = _attempt_read(folder, step, lambda: manager.restore(step, args=args))
+    finally:
+        manager.close()
+    restored = Checkpoint(step, items.params, items.opt_state, items.data, meta["losses"])
+    for path, value in _all_checksums(restored).items():
+        if value != meta["checksums"].get(path):
+            raise ValueError(_damaged(folder, step, f"{path} is not what was saved"))
+    return restored
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Path -> checksum of every array of a tree, which waits for them.
+
+    >>> checksums({"a": jnp.array([1, 0, 0]), "b": jnp.array([0, 1, 0])})
+    {'a': 1, 'b': 3}
+    """
+    paths = [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return dict(zip(paths, (int(value) for value in jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+
+
+def _all_checksums(saved: Checkpoint) -> dict[str, int]:
+    text = json.dumps([saved.step, saved.data, saved.losses], sort_keys=True)
+    arrays = checksums({"params": saved.params, "opt_state": saved.opt_state})
+    return arrays | {"data": zlib.crc32(text.encode())}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def checksum(leaf: jax.Array) -> jax.Array:
+        bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32).ravel()
+        return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))
+
+    return [checksum(leaf) for leaf in leaves]
+
+
+def _manager(folder: Path, keep: int | None = None, *, create: bool = False) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
+        folder.absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create),
+        item_handlers={
+            "params": ocp.StandardCheckpointHandler(),
+            "opt_state": ocp.StandardCheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        },
+    )
+
+
+def _on_first_device(tree: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+
+def _read_all(item: Path) -> None:
+    """Read every value of a saved tree, one at a time, and drop it."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{item.absolute()}/"}}).result()
+    keys = store.list().result()
+    if not keys:
+        raise ValueError(f"{item} holds no arrays")
+    for key in keys:
+        store.read(key).result()
+
+
+def _attempt_read(folder: Path, step: int, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:  # what a damaged file raises depends on which one it is
+        raise ValueError(_damaged(folder, step, _first_line(error))) from error
+
+
+def _damaged(folder: Path, step: int, reason: str) -> str:
+    earlier = [other for other in saved_steps(folder) if other < step]
+    remedy = f"move it away to resume from step {earlier[-1]}" if earlier else "start a new run"
+    return f"Checkpoint {folder / str(step)} is damaged ({reason}); {remedy}."
+
+
+def _check_matches(folder: Path, step: int, kind: str, saved: Any, expected: Any) -> None:
+    if saved is None:
+        raise ValueError(_damaged(folder, step, f"no {kind} can be read"))
+    found, wanted = _leaves(saved), _leaves(expected)
+    for path in [*wanted, *found]:
+        if found.get(path) != wanted.get(path):
+            raise ValueError(
+                f"Checkpoint {folder / str(step)} is of another model or optimizer: {kind} {path} is "
+                f"{found.get(path, 'absent')} there, and {wanted.get(path, 'absent')} in this run."
+            )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Path -> dtype[shape] of every leaf."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {_name(path): f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _first_line(error: BaseException) -> str:
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "..."

@@ -1,0 +1,255 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a pre-training run: one dataclass, its checks, and its ``config.json``.
+
+``galore-jax pretrain`` has one flag for each field, and the text under a field is that flag's help.  ``config.json`` in
+the run folder holds every field, the model's shape and the versions of the libraries, so that a run can be continued
+and repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from galore_jax.models import LlamaConfig
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+
+PROMPT_TOKENS = 32
+"""Tokens of validation text that the sample at the end of a run continues."""
+
+_MAY_CHANGE = {
+    "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out", "resume",
+}  # fmt: skip
+"""Fields that a resumed run may set anew; any other would make it a different run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """Pre-train a LLaMA model from random weights and write everything about the run into one folder.
+
+    Without any flag: a tiny model on the text of Python's own standard library, a few minutes on two CPU cores.
+    """
+
+    model: str = "demo"
+    """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
+    optimizer: str = "galore_adamw"
+    """galore_adamw or galore_adafactor; for comparison, full-rank adamw, adafactor or muon."""
+    rank: int | float = 0.25
+    """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
+    update_proj_gap: int = 200
+    """GaLore: steps between two refreshes of the subspaces."""
+    scale: float | Literal["rms"] = 0.25
+    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
+    proj_type: str = "std"
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full."""
+    projector: str = "randomized"
+    """GaLore: how a subspace is found: randomized (fast), svd or eigh (exact)."""
+    learning_rate: float = 0.01
+    """Peak learning rate; it rises linearly from 0 and falls as a cosine to a tenth of this."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    clip: float = 1.0
+    """Largest global norm of a gradient; larger ones are scaled down. 0: no clipping."""
+    steps: int = 500
+    """Optimizer steps in all, the ones before a resume included."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. None: a tenth of --steps."""
+    batch: int = 16
+    """Sequences of an optimizer step."""
+    accumulate: int = 1
+    """Micro-batches that --batch is cut into and whose gradients are summed: less memory, the same result."""
+    seq: int = 256
+    """Tokens of a sequence."""
+    data: str = "python"
+    """Text: "python" (the standard library, always there), a text file, a folder, or hf:NAME[:CONFIG]."""
+    tokenizer: str = "bytes"
+    """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json."""
+    vocab_size: int = 4096
+    """Vocabulary of a trained bpe tokenizer."""
+    dtype: Literal["f32", "bf16"] = "f32"
+    """Precision of the computation and, unless --param-dtype says otherwise, of the parameters."""
+    param_dtype: Literal["f32", "bf16"] | None = None
+    """Precision of the parameters. None: the same as --dtype. Optimizer state is always f32."""
+    remat: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more work."""
+    seed: int = 0
+    """Decides the weights, the order of the text, and every other random number."""
+    out: Path | None = None
+    """Run folder. None: the first free one of runs/MODEL-OPTIMIZER, runs/MODEL-OPTIMIZER-2, ..."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with its own settings."""
+    save_every: int = 100
+    """Steps between two checkpoints; the first and the last step are always saved."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
+    eval_every: int = 100
+    """Steps between two validations; the last step is always validated."""
+    eval_tokens: int | None = 100_000
+    """Validation tokens used each time. None: all of them."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    sample_tokens: int = 200
+    """Tokens of sample text written at the end. 0: none."""
+
+    @property
+    def resolved_warmup_steps(self) -> int:
+        """Steps of warm-up, with None resolved.
+
+        >>> PretrainConfig(steps=50).resolved_warmup_steps
+        5
+        """
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    def model_config(self, vocab_size: int) -> LlamaConfig:
+        """The model's shape for a vocabulary of that size; ValueError if the preset is unknown.
+
+        >>> PretrainConfig(dtype="bf16").model_config(257).param_dtype
+        'bfloat16'
+        """
+        return LlamaConfig.preset(
+            self.model,
+            vocab_size=vocab_size,
+            dtype=DTYPES[self.dtype],
+            param_dtype=DTYPES[self.param_dtype or self.dtype],
+            remat=self.remat,
+        )
+
+
+def flag(field: str) -> str:
+    """The command-line flag of a field.
+
+    >>> flag("update_proj_gap")
+    '--update-proj-gap'
+    """
+    return "--" + field.replace("_", "-")
+
+
+def check(config: PretrainConfig) -> None:
+    """Raises a ValueError that names the first field whose value no run can have.
+
+    >>> check(PretrainConfig(batch=6, accumulate=4))
+    Traceback (most recent call last):
+    ValueError: --batch 6 is not a multiple of --accumulate 4; choose micro-batches of equal size.
+    """
+    for name in ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every"):
+        _at_least(name, getattr(config, name), 1)
+    if config.eval_tokens is not None:
+        _at_least("eval_tokens", config.eval_tokens, 1)
+    for name in ("sample_tokens", "clip", "weight_decay", "seed"):
+        _at_least(name, getattr(config, name), 0)
+    if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
+        raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
+    if not isinstance(config.scale, str) and not (config.scale > 0 and math.isfinite(config.scale)):
+        raise ValueError(f"--scale {config.scale} must be a positive finite number or rms.")
+    if config.seed >= 2**31:
+        raise ValueError(f"--seed {config.seed} must be less than 2**31.")
+    if config.batch % config.accumulate:
+        raise ValueError(
+            f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
+            "choose micro-batches of equal size."
+        )
+    if not 0 <= config.resolved_warmup_steps < config.steps:
+        raise ValueError(
+            f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
+        )
+
+
+def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
+    """Raises a ValueError if the model's positions are too few for the sequences or for the sample."""
+    longest = model.max_position_embeddings
+    if config.seq > longest:
+        raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
+    if config.sample_tokens + PROMPT_TOKENS > longest:
+        raise ValueError(
+            f"--sample-tokens {config.sample_tokens} and a prompt of {PROMPT_TOKENS} are longer than the {longest} "
+            f"positions of --model {config.model}; ask for at most {longest - PROMPT_TOKENS}."
+        )
+
+
+def check_same_run(config: PretrainConfig, saved: PretrainConfig) -> None:
+    """Raises a ValueError that names the first field in which ``config`` is another run than ``saved``."""
+    for field in dataclasses.fields(config):
+        new, old = getattr(config, field.name), getattr(saved, field.name)
+        # repr, because a rank of 1 and one of 1.0 are equal and mean different things.
+        if field.name not in _MAY_CHANGE and repr(new) != repr(old):
+            raise ValueError(
+                f"{flag(field.name)} is {new!r}, but the run in {saved.out} was started with {old!r}; "
+                f"leave {flag(field.name)} out to continue that run, or start another one with a new --out."
+            )
+
+
+def choose_folder(config: PretrainConfig) -> Path:
+    """The folder of a new run; it is not created here.
+
+    Raises:
+      ValueError: ``config.out`` is a file, or holds a run already.
+    """
+    if config.out is None:
+        stem, number = Path("runs", f"{config.model}-{config.optimizer}"), 1
+        while (folder := stem if number == 1 else Path(f"{stem}-{number}")).exists():
+            number += 1
+        return folder
+    if config.out.exists() and not config.out.is_dir():
+        raise ValueError(f"--out {config.out} is a file; name a folder.")
+    if (config.out / "config.json").exists() or (config.out / "checkpoints").exists():
+        raise ValueError(
+            f"--out {config.out} already holds a run; add --resume to continue it, or name another folder."
+        )
+    return config.out
+
+
+def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path) -> None:
+    """Write ``config.json``: every field, ``model_config``, and ``versions`` of what computed it."""
+    fields = dataclasses.asdict(config) | {"out": str(folder), "warmup_steps": config.resolved_warmup_steps}
+    versions = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
+    fields |= {"model_config": dataclasses.asdict(model), "versions": versions | {"galore_jax": _own_version()}}
+    write_json(folder / "config.json", fields)
+
+
+def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig]:
+    """Read ``config.json`` of a run folder, which may have been moved.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+      ValueError: its ``config.json`` is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
+    try:
+        fields = read_json(path)
+        model = LlamaConfig(**fields["model_config"])
+        known = {field.name for field in dataclasses.fields(PretrainConfig)}
+        config = PretrainConfig(**{name: value for name, value in fields.items() if name in known})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
+    return dataclasses.replace(config, out=folder, resume=True), model
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write a JSON file so that a crash leaves either the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(fields, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _at_least(name: str, value: float, least: int) -> None:
+    if not (value >= least and math.isfinite(value)):
+        raise ValueError(f"{flag(name)} {value} must be at least {least}.")
+
+
+def _own_version() -> str:
+    import galore_jax
+
+    return galore_jax.__version__

@@ -1,0 +1,298 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The pre-training loop: ``train(prepare(config))``.
+
+A run is a function of its configuration.  The weights, the subspaces, the order of the text and the sample derive
+from the seed and the step, and a checkpoint holds all else (parameters, optimizer state, place in the data), so a run
+that was killed and resumed gives the same numbers, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from galore_jax.models import Llama, LlamaConfig, generate
+from galore_jax.training import checkpoint, config as settings, report
+from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
+from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
+from galore_jax.training.data import TextData, load_data
+from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
+from galore_jax.training.optimizers import make_optimizer, make_schedule
+from galore_jax.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass
+class Run:
+    """All that a run needs, with ``step`` optimizer steps completed."""
+
+    config: PretrainConfig
+    folder: Path
+    model_config: LlamaConfig
+    graphdef: nnx.GraphDef
+    data: TextData
+    batches: Any  # training batches, with get_state and set_state
+    optimizer: Any
+    params: Any
+    opt_state: Any
+    step: int
+    losses: list[float]  # of the steps since the last line of metrics.jsonl
+    resumed_from: int | None
+
+
+def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Record:
+    """Train from the start, or go on from the last checkpoint; returns what ``summary.json`` holds.
+
+    Args:
+      config: the settings; with ``resume``, those of the run in ``config.out``.
+      model_config: a model that is not a preset.  None: the preset with the tokenizer's vocabulary, or the run's own.
+
+    Raises:
+      ValueError, FileNotFoundError: a setting, the text, the run folder or a checkpoint cannot be used.
+      CheckpointError: a checkpoint could not be written.
+    """
+    return train(prepare(config, model_config))
+
+
+def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Run:
+    """Check everything, and make or restore the state of a run; nothing is written except a new run's folder."""
+    tokenizer_file = None
+    if config.resume:
+        config, saved_model = _saved_run(config)
+        folder = config.out
+        model_config = model_config or saved_model
+        tokenizer_file = folder / "tokenizer.json"
+        if not tokenizer_file.exists():
+            raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
+    settings.check(config)
+    if not config.resume:
+        folder = settings.choose_folder(config)
+    # An unknown name is found before the text is read.
+    settings.check_lengths(config, model_config or config.model_config(1))
+    optimizer = make_optimizer(config, make_schedule(config))
+    data = load_data(
+        config.data,
+        tokenizer=config.tokenizer,
+        sequence_length=config.seq,
+        batch_size=config.batch,
+        seed=config.seed,
+        vocab_size=config.vocab_size,
+        tokenizer_file=tokenizer_file,
+    )
+    model_config = model_config or config.model_config(data.tokenizer.vocab_size)
+    if data.tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {data.tokenizer.vocab_size} ids, but the model's vocabulary has "
+            f"{model_config.vocab_size}; use the tokenizer that the model was trained with."
+        )
+    return _with_state(config, folder, model_config, data, optimizer)
+
+
+def train(run: Run) -> Record:
+    """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
+    config, folder = run.config, run.folder
+    began = time.perf_counter()
+    sizes = report.memory(config, run.params)
+    summary_file = folder / "summary.json"
+    finished = settings.read_json(summary_file) if run.resumed_from == config.steps and summary_file.exists() else None
+    if finished is not None and finished["steps"] == config.steps:
+        print(f"The run in {folder} already has its {config.steps} steps.")
+        _say_goodbye(run, finished, sizes)
+        return finished
+
+    if run.resumed_from is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.data.tokenizer.save(folder / "tokenizer.json")
+    settings.save_config(config, run.model_config, folder)
+    with (
+        StopSignals() as signals,
+        MetricsLog(folder, run.step) as log,
+        Progress(run.step, config.steps) as progress,
+        CheckpointWriter(folder / "checkpoints", config.keep) as writer,
+    ):
+        progress.say(
+            f"{config.model}, {run.model_config.num_params:,} parameters, {config.optimizer}\n"
+            f"{run.data.description}\nrun folder: {folder}, at step {run.step} of {config.steps}"
+        )
+        seconds = _take_steps(run, writer, log, progress, signals)
+
+    validation = [record for record in read_metrics(folder) if "val_loss" in record]
+    last = validation[-1] if validation else {"val_loss": None, "val_perplexity": None}
+    summary = {
+        "steps": run.step,
+        "tokens": run.step * config.batch * config.seq,
+        "final_val_loss": last["val_loss"],
+        "final_val_perplexity": last["val_perplexity"],
+        **sizes,
+        "step_seconds_median": statistics.median(seconds) if seconds else None,
+        "step_seconds_max": max(seconds, default=None),
+        "resumed_from_step": run.resumed_from,
+        "wall_seconds": time.perf_counter() - began,
+    }
+    settings.write_json(summary_file, summary)
+    report.plot_loss(folder, f"{config.model}, {config.optimizer}")
+    if run.step == config.steps:
+        _say_goodbye(run, summary, sizes)
+    else:
+        print(f"Stopped after step {run.step}; continue with: galore-jax pretrain --resume --out {folder}")
+    return summary
+
+
+def _take_steps(
+    run: Run, writer: CheckpointWriter, log: MetricsLog, progress: Progress, signals: StopSignals
+) -> list[float]:
+    """Train until the last step or a signal; returns the seconds of each step."""
+    config = run.config
+    schedule = make_schedule(config)
+    meter = Meter(
+        learning_rates=np.asarray(jax.vmap(schedule)(np.arange(config.steps, dtype=np.int32))),
+        tokens=config.batch * config.seq,
+        every=config.log_every,
+        losses=run.losses,
+    )
+    eval_step = make_eval_step(run.graphdef)
+
+    def note(record: Record | None) -> None:
+        if record is not None:
+            log.write(record)
+            progress.show(record)
+            writer.check()
+
+    def pause(*, validate: bool, save: bool) -> None:
+        note(meter.finish())
+        if validate:
+            note(evaluate(run, eval_step))
+        if save:
+            state = run.batches.get_state()
+            writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)))
+        meter.start()
+
+    saved, validated = run.resumed_from, run.step if _is_validated(run) else None
+    if saved is None:
+        pause(validate=False, save=True)
+        saved = 0
+    train_step = _compiled_step(run)
+    meter.start()
+    while run.step < config.steps and not signals.received:
+        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
+        run.step += 1
+        note(meter.add(run.step, metrics))
+        progress.advance()
+        validate, save = run.step % config.eval_every == 0, run.step % config.save_every == 0
+        if validate or save:
+            pause(validate=validate, save=save)
+            saved, validated = run.step if save else saved, run.step if validate else validated
+    pause(validate=run.step == config.steps and validated != run.step, save=saved != run.step)
+    return meter.seconds
+
+
+def _compiled_step(run: Run) -> Any:
+    """The training step, compiled ahead: no step can compile again, and the first is as fast as the others."""
+    batch = jax.ShapeDtypeStruct((run.config.batch, run.config.seq + 1), np.int32)
+    step = make_train_step(run.graphdef, run.optimizer, run.config.accumulate)
+    return step.lower(run.params, run.opt_state, batch).compile()
+
+
+def evaluate(run: Run, eval_step: Any) -> Record:
+    """Loss and perplexity of the validation text, in pieces as large as a micro-batch of training."""
+    piece = run.config.batch // run.config.accumulate
+    results = [
+        eval_step(run.params, batch[start : start + piece])
+        for batch in run.data.validation_batches(run.config.eval_tokens)
+        for start in range(0, len(batch), piece)
+    ]
+    totals, counts = zip(*jax.device_get(results), strict=True)
+    loss = math.fsum(totals) / sum(int(count) for count in counts)
+    with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
+        perplexity = float(np.exp(np.float64(loss)))
+    return {"step": run.step, "val_loss": loss, "val_perplexity": perplexity}
+
+
+class StopSignals:
+    """While this context lasts, the first SIGINT or SIGTERM asks to stop after the current step; the next one kills."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = True
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)
+        os.write(2, b"\nStopping after this step, with a checkpoint; a second signal stops at once.\n")
+
+
+def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, LlamaConfig]:
+    """The settings with which a run goes on, and its model."""
+    if config.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue.")
+    saved, model_config = settings.load_config(config.out)
+    if config.warmup_steps is None:
+        config = dataclasses.replace(config, warmup_steps=saved.warmup_steps)
+    settings.check_same_run(config, saved)
+    step = checkpoint.last_step(config.out / "checkpoints")
+    if config.steps < step:
+        raise ValueError(
+            f"--steps {config.steps} is less than the {step} steps that the run in {config.out} has made; "
+            "name a larger number, or leave it out to finish the run."
+        )
+    return config, model_config
+
+
+def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData, optimizer: Any) -> Run:
+    def init() -> Any:
+        return nnx.split(Llama(model_config, rngs=nnx.Rngs(config.seed)), nnx.Param)
+
+    graphdef, abstract = nnx.eval_shape(init)
+    abstract = nnx.to_pure_dict(abstract)
+    abstract_state = jax.eval_shape(optimizer.init, abstract)
+    batches = data.train_iterator()
+    if config.resume:
+        checkpoints = folder / "checkpoints"
+        step = checkpoint.last_step(checkpoints)
+        restored = checkpoint.restore(checkpoints, step, abstract, abstract_state)
+        batches.set_state(restored.data)
+        params, opt_state, losses, resumed_from = restored.params, restored.opt_state, restored.losses, step
+    else:
+        params = jax.jit(lambda: nnx.to_pure_dict(init()[1]))()
+        opt_state = jax.jit(optimizer.init)(params)
+        step, losses, resumed_from = 0, [], None
+    return Run(
+        config, folder, model_config, graphdef, data, batches, optimizer, params, opt_state, step, losses, resumed_from
+    )
+
+
+def _is_validated(run: Run) -> bool:
+    return any("val_loss" in record for record in read_metrics(run.folder) if record["step"] == run.step)
+
+
+def _say_goodbye(run: Run, summary: Record, sizes: dict[str, int]) -> None:
+    print(report.closing_words(run.config, run.folder, summary, sizes))
+    if run.config.sample_tokens:
+        prompt = next(iter(run.data.validation_batches(1)))[0, :PROMPT_TOKENS]
+        key = jax.random.fold_in(jax.random.key(run.config.seed), run.step)
+        model = nnx.merge(run.graphdef, run.params)
+        sample = generate(model, prompt, run.config.sample_tokens, key=key, temperature=0.8)
+        decode = run.data.tokenizer.decode
+        print(f"\nsample, after the first line's prompt:\n{decode(prompt)!r}\n{decode(np.asarray(sample))}")

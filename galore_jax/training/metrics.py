@@ -1,0 +1,185 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says while it trains: ``metrics.jsonl``, TensorBoard, and the progress line.
+
+A step's scalars are read while the device works on the step after it, so that logging never leaves the device idle; the
+time between two such reads is the duration of a step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+Record = dict[str, Any]
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl``, and to TensorBoard if tensorboardX is installed; a context manager.
+
+    Args:
+      folder: of the run.
+      step: steps completed; records of later steps, from before a resume, are removed.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        path = folder / "metrics.jsonl"
+        if path.exists():
+            _keep_until(path, step)
+        self._file = path.open("a")
+        self._board = None
+        if importlib.util.find_spec("tensorboardX"):
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """Append one record; a number that is not finite becomes null, which JSON has."""
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(folder: Path) -> list[Record]:
+    """The records of ``metrics.jsonl``, in order; a last line that a crash cut short is left out.
+
+    >>> read_metrics(Path("there is no such run"))
+    []
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    partial.replace(path)
+
+
+@dataclasses.dataclass
+class Meter:
+    """Makes the records of training steps out of the scalars that the device returns, one step late.
+
+    Args:
+      learning_rates: of each step, float [steps].
+      tokens: predicted tokens of a step.
+      every: steps between two records; the last step has one too.
+      losses: of the steps since the last record, from the checkpoint.
+    """
+
+    learning_rates: np.ndarray
+    tokens: int
+    every: int
+    losses: list[float]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    """Duration of every step that was read."""
+    _pending: tuple[int, dict[str, jax.Array]] | None = None
+    _clock: float = 0.0
+    _timed: int = 0
+
+    def start(self) -> None:
+        """Start the clock, after work that is not a training step."""
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> Record | None:
+        """Take the scalars of a step that was just dispatched; returns the record of the one before, if one is due."""
+        record = self.finish()
+        self._pending = (step, metrics)
+        return record
+
+    def finish(self) -> Record | None:
+        """Wait for the step taken last; returns its record, if one is due."""
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        self.seconds.append(now - self._clock)
+        self._clock = now
+        self._timed += 1
+        self.losses.append(float(metrics["loss"]))
+        if step % self.every and step != len(self.learning_rates):
+            return None
+        record = {
+            "step": step,
+            "loss": math.fsum(self.losses) / len(self.losses),
+            "learning_rate": float(self.learning_rates[step - 1]),
+            "tokens_per_second": self._timed * self.tokens / sum(self.seconds[-self._timed :]),
+            "grad_norm": float(metrics["grad_norm"]),
+            "tokens": step * self.tokens,
+            "skipped": int(metrics["skipped"]),
+        }
+        self.losses, self._timed = [], 0
+        return record
+
+
+class Progress:
+    """The state of a run on stderr: a bar on a terminal, else one line a record; a context manager."""
+
+    def __init__(self, step: int, steps: int):
+        self._steps = steps
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One step was dispatched."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, record: Record) -> None:
+        """Show a training or a validation record."""
+        if "val_loss" in record:
+            self.say(f"step {record['step']}: validation {_perplexity(record)}")
+            return
+        text = (
+            f"loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        else:
+            print(f"step {record['step']}/{self._steps}: {text}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _perplexity(record: Record) -> str:
+    return f"loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.2f}"

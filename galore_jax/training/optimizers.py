@@ -1,0 +1,127 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizers that a pre-training run can name, and its learning-rate schedule.
+
+Every name gives the same chain, clip by global norm -> optimizer -> decoupled weight decay times the learning rate, so
+that two runs with different names differ in the optimizer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import galore_jax
+from galore_jax.training.config import PretrainConfig
+
+
+def make_schedule(config: PretrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine to a tenth of it at the last step.
+
+    >>> schedule = make_schedule(PretrainConfig(learning_rate=1.0, steps=100))
+    >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.resolved_warmup_steps,
+        decay_steps=config.steps,
+        end_value=0.1 * config.learning_rate,
+    )
+
+
+def make_optimizer(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """The optimizer called ``config.optimizer``; its updates are float32 and so is its state.
+
+    Raises:
+      ValueError: no optimizer has that name, or one of its settings is out of range.
+
+    >>> tx = make_optimizer(PretrainConfig(optimizer="adamw"), optax.constant_schedule(1e-3))
+    >>> state = tx.init({"kernel": jnp.ones((4, 4), jnp.bfloat16)})
+    >>> optax.tree.get(state, "nu")["kernel"].dtype
+    dtype('float32')
+    """
+    if config.optimizer not in OPTIMIZERS:
+        raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+    tx = OPTIMIZERS[config.optimizer](config, schedule)
+    if config.clip > 0:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
+    return in_float32(tx)
+
+
+def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``inner`` on float32 copies of the parameters and gradients.
+
+    Optax gives a second moment the dtype of the parameters; in bfloat16 it stops moving, because 0.999 rounds to 1.
+    The copies are made inside the compiled step, where XLA fuses them into their uses.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init_fn(params: optax.Params) -> Any:
+        return inner.init(optax.tree.cast(params, jnp.float32))
+
+    def update_fn(updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any) -> Any:
+        return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32), **extra)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
+    def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+        return make(
+            schedule,
+            rank=config.rank,
+            update_proj_gap=config.update_proj_gap,
+            scale=config.scale,
+            proj_type=config.proj_type,
+            projector=config.projector,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+        )
+
+    return build
+
+
+def _adamw(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, weight_decay=config.weight_decay)
+
+
+def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    # optax.adafactor does not multiply its weight decay by the learning rate, and by default scales updates by the
+    # size of the parameters, which galore_adafactor does not.
+    return optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=False,
+        weight_decay_rate=lambda count: config.weight_decay * schedule(count),
+    )
+
+
+def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        schedule,
+        weight_decay=config.weight_decay,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=_muon_dimension_numbers,
+        # The usual size of AdamW's updates, so that its learning rate carries over (arXiv 2502.16982, section 2.2).
+        consistent_rms=0.2,
+    )
+
+
+def _muon_dimension_numbers(params: optax.Params) -> Any:
+    """The two last axes of every stacked kernel (layer, in, out); None, which is Adam, for all other parameters."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 3 else None, params)
+
+
+OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
+    "galore_adamw": _galore(galore_jax.galore_adamw),
+    "galore_adafactor": _galore(galore_jax.galore_adafactor),
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}

@@ -1,0 +1,121 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: ``loss.png``, ``summary.json``'s memory figures, and the closing words on the terminal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from galore_jax import tree_bytes
+from galore_jax.training.config import PretrainConfig
+from galore_jax.training.metrics import Record, read_metrics
+from galore_jax.training.optimizers import make_optimizer, make_schedule
+
+_TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
+
+
+def memory(config: PretrainConfig, params: Any) -> dict[str, int]:
+    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; ``params`` may be abstract.
+
+    >>> params = {"layers": {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}}
+    >>> memory(PretrainConfig(rank=8), params)
+    {'params_bytes': 32768, 'optimizer_state_bytes': 12308, 'adamw_state_bytes': 65544}
+    """
+
+    def state_bytes(optimizer: str) -> int:
+        chosen = dataclasses.replace(config, optimizer=optimizer)
+        return tree_bytes(jax.eval_shape(make_optimizer(chosen, make_schedule(chosen)).init, params))
+
+    return {
+        "params_bytes": tree_bytes(params),
+        "optimizer_state_bytes": state_bytes(config.optimizer),
+        "adamw_state_bytes": state_bytes("adamw"),
+    }
+
+
+def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
+    """Two lines of a table: this run's optimizer, and full-rank AdamW with the same float32 moments.
+
+    >>> sizes = {"params_bytes": 4096, "optimizer_state_bytes": 4096, "adamw_state_bytes": 8192}
+    >>> print("|" + memory_table("galore_adamw", sizes))
+    |                  parameters   optimizer state   of AdamW's
+    galore_adamw          4.0 KiB           4.0 KiB        50.0%
+    adamw                 4.0 KiB           8.0 KiB       100.0%
+    """
+    lines = [" " * 18 + "parameters".rjust(11) + "optimizer state".rjust(18) + "of AdamW's".rjust(13)]
+    rows = {"adamw": sizes["adamw_state_bytes"]}
+    if optimizer != "adamw":
+        rows = {optimizer: sizes["optimizer_state_bytes"]} | rows
+    for name, size in rows.items():
+        share = size / sizes["adamw_state_bytes"]
+        lines.append(f"{name:<18}{format_bytes(sizes['params_bytes']):>11}{format_bytes(size):>18}{share:>13.1%}")
+    return "\n".join(lines)
+
+
+def format_bytes(size: float) -> str:
+    """Bytes in the unit that suits them.
+
+    >>> format_bytes(3 * 2**30)
+    '3.0 GiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def closing_words(config: PretrainConfig, folder: Path, summary: Record, sizes: dict[str, int]) -> str:
+    """The last lines of a run."""
+    lines = ["", memory_table(config.optimizer, sizes), ""]
+    if summary["final_val_loss"] is not None:
+        loss, perplexity = summary["final_val_loss"], summary["final_val_perplexity"]
+        lines.append(f"validation loss {loss:.4f}, perplexity {perplexity:.2f} after {summary['steps']} steps")
+    lines += [f"loss curve: {folder / 'loss.png'}", f"run folder: {folder}"]
+    return "\n".join(lines)
+
+
+def plot_loss(folder: Path, title: str) -> None:
+    """Draw ``loss.png`` from ``metrics.jsonl``: training loss, its moving average, and validation loss."""
+    records = read_metrics(folder)
+    training = _points(records, "loss")
+    validation = _points(records, "val_loss")
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    if len(training):
+        axes.plot(*training.T, color=_TRAINING, alpha=0.3, linewidth=1)
+        axes.plot(*smooth(training).T, color=_TRAINING, linewidth=2, label="training (smoothed)")
+    if len(validation):
+        axes.plot(*validation.T, "o-", color=_VALIDATION, linewidth=1, markersize=5, label="validation")
+        label = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": _VALIDATION}
+        axes.annotate(f"{validation[-1, 1]:.3f}", validation[-1], **label)
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(training) or len(validation):
+        axes.legend(frameon=False)
+    figure.savefig(folder / "loss.png")
+
+
+def smooth(points: np.ndarray) -> np.ndarray:
+    """Centred moving average of (x, y) points, [n, 2], over about a twentieth of them, shorter at the ends.
+
+    >>> smooth(np.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
+    [[1.0, 5.0], [2.0, 3.0]]
+    """
+    half = len(points) // 40
+    means = [points[max(0, i - half) : i + half + 1, 1].mean() for i in range(len(points))]
+    return np.column_stack([points[:, 0], means])
+
+
+def _points(records: list[Record], name: str) -> np.ndarray:
+    """(step, value) of every record that has a finite value, float [n, 2]."""
+    return np.array([(r["step"], r[name]) for r in records if r.get(name) is not None], float).reshape(-1, 2)

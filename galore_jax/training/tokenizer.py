@@ -1,0 +1,189 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizers: text to int32 ids and back.
+
+Three kinds behind one interface, chosen by a string:
+
+* `"bytes"`: the id of a byte is its value, 0..255; id 256 ends a document, so the vocabulary has 257 ids.
+* `"bpe"`: byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2),
+  trained on the caller's documents with the `tokenizers` library. Training is deterministic.
+* the path of a `tokenizer.json`, such as those published beside model weights, or a file written by `save`.
+
+Text is only ever text: the characters "<|endoftext|>" inside a document do not become the end-of-document id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+# The end-of-document tokens of GPT-2 and NeoX, LLaMA and T5, Gemma, LLaMA 3, Qwen, and BERT, in order of
+# preference.
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
+# 256 bytes and the end-of-document token: the vocabulary of "bytes", and the smallest one "bpe" can have.
+BYTE_VOCAB_SIZE = 257
+# The "model" of a saved byte tokenizer, where a tokenizer.json of the `tokenizers` library says "BPE" or
+# "Unigram".
+BYTE_MODEL = {"type": "Bytes"}
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back; `vocab_size` is one more than the largest id and `eos_id` ends a document."""
+
+    vocab_size: int
+    eos_id: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32 [n], without any special token."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of every text, in parallel where the library can."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special tokens decode to nothing, bytes that are not UTF-8 to U+FFFD."""
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file that `load_tokenizer` reads back; it appears whole or not at all."""
+
+
+class ByteTokenizer:
+    """The bytes of the text in UTF-8 are its ids.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("é!")
+    array([195, 169,  33], dtype=int32)
+    >>> tokenizer.decode([195, 169, 33, tokenizer.eos_id])
+    'é!'
+    """
+
+    vocab_size = BYTE_VOCAB_SIZE
+    eos_id = 256
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, path: str | os.PathLike) -> None:
+        _write(path, json.dumps({"version": "1.0", "model": BYTE_MODEL}))
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library, used without its special tokens, truncation and padding.
+
+    Raises ValueError when the vocabulary has no end-of-document token.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, name: str):
+        self._tokenizer = tokenizer
+        # A tokenizer.json may ask for either; both would break the packing of documents.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a document is text
+        ids = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1  # ids may have holes, so this is not their number
+        eos = next((token for token in END_OF_TEXT_NAMES if token in ids), None)
+        if eos is None:
+            raise ValueError(
+                f"tokenizer {name} has none of the end-of-document tokens {', '.join(END_OF_TEXT_NAMES)}: "
+                f"add one of them to its vocabulary."
+            )
+        self.eos_id = ids[eos]
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, path: str | os.PathLike) -> None:
+        _write(path, self._tokenizer.to_str())
+
+
+def load_tokenizer(spec: str, documents: Iterable[str] | None = None, *, vocab_size: int = 4096) -> Tokenizer:
+    """The tokenizer named by `spec`: "bytes", "bpe", or the path of a tokenizer.json.
+
+    `documents` and `vocab_size` are for "bpe", which is trained on the documents; on little text the
+    vocabulary may come out smaller than `vocab_size`, so read `vocab_size` from the result.
+
+    Raises FileNotFoundError when `spec` is neither a known name nor a file, and ValueError when the file is
+    not a tokenizer, has no end-of-document token, or "bpe" has no documents or a `vocab_size` below 257.
+
+    >>> load_tokenizer("bytes").vocab_size
+    257
+    >>> tokenizer = load_tokenizer("bpe", ["low lower lowest"], vocab_size=260)
+    >>> [tokenizer.decode([i]) for i in tokenizer.encode(" lowest")]
+    [' low', 'e', 's', 't']
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    if spec == "bpe":
+        return _train_bpe(documents, vocab_size)
+    path = Path(spec)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer {spec!r} is unknown and no file has this name: "
+            f'use "bytes", "bpe" or the path of a tokenizer.json.'
+        )
+    return _read(path)
+
+
+def _train_bpe(documents: Iterable[str] | None, vocab_size: int) -> SubwordTokenizer:
+    if documents is None:
+        raise ValueError('tokenizer "bpe" needs documents to be trained on: pass some, or use "bytes".')
+    if vocab_size < BYTE_VOCAB_SIZE:
+        raise ValueError(
+            f'vocab_size={vocab_size} is too small for tokenizer "bpe": use at least {BYTE_VOCAB_SIZE} '
+            f"(256 bytes and the end-of-document token)."
+        )
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that any text can be encoded
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return SubwordTokenizer(tokenizer, "bpe")
+
+
+def _read(path: Path) -> Tokenizer:
+    try:
+        text = path.read_text(encoding="utf-8")
+        model = json.loads(text)["model"]
+        if model == BYTE_MODEL:
+            return ByteTokenizer()
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        raise ValueError(
+            f"{path} is not a tokenizer.json ({error!r}): give a file that the tokenizers library can read."
+        ) from error
+    return SubwordTokenizer(tokenizer, str(path))
+
+
+def _write(path: str | os.PathLike, text: str) -> None:
+    # By way of a second file: a run killed while it saves must not leave half a tokenizer for its
+    # continuation.
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,46 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Strict settings for every test: dtype promotion strict, rank promotion an error, 8 fake devices (warnings: pyproject.toml)."""
+
+import functools
+
+import jax
+import optax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def _leniently(function):
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _lenient_factory(factory):
+    """Optax mixes dtypes inside (``b1 ** count``): its own transformations run leniently, so that ours can run strictly."""
+
+    @functools.wraps(factory)
+    def wrapped(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+        return optax.GradientTransformationExtraArgs(
+            _leniently(tx.init), _leniently(optax.with_extra_args_support(tx).update)
+        )
+
+    return wrapped
+
+
+_ALIASES = (
+    "adabelief adadelta adafactor adagrad adam adamax adamw amsgrad fromage lamb lars lion nadam noisy_sgd novograd "
+)
+_ALIASES += "optimistic_adam radam rmsprop rprop sgd sm3 yogi ema trace"
+for _name in [*_ALIASES.split(), *(name for name in dir(optax) if name.startswith("scale_by_"))]:
+    if _name != "scale_by_backtracking_linesearch":
+        setattr(optax, _name, _lenient_factory(getattr(optax, _name)))
+optax.contrib.muon = _lenient_factory(optax.contrib.muon)
+optax.contrib.galore = _lenient_factory(optax.contrib.galore)
+optax.contrib.scale_by_galore = _lenient_factory(optax.contrib.scale_by_galore)

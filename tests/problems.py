@@ -1,0 +1,77 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Small parameter trees that really are projected, shared by the tests of Optax's contract."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import galore_jax
+
+RANK = 3
+SHAPES = {"kernel": (6, 10), "stack": (2, 12, 8), "bias": (10,)}
+# The basis of the wide kernel is on its left, those of the tall stacked matrices on their right.
+LOW_RANK_SHAPES = {"kernel": (RANK, 10), "stack": (2, 12, RANK), "bias": (10,)}
+
+
+def tree(seed, dtype=jnp.float32):
+    """Random numbers in the shape of the parameters: {kernel: (6, 10), stack: (2, 12, 8), bias: (10,)}."""
+    rng = np.random.default_rng(seed)
+    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in SHAPES.items()}
+
+
+def galore_states(state):
+    """The GaLoreState nodes anywhere inside an optimizer state."""
+
+    def is_node(x):
+        return isinstance(x, galore_jax.GaLoreState)
+
+    return [node for node in jax.tree.leaves(state, is_leaf=is_node) if is_node(node)]
+
+
+def assert_projected(state):
+    """The one GaLoreState inside ``state`` holds a basis for the kernel and for the stack; returns it."""
+    (node,) = galore_states(state)
+    assert jax.tree.map(jnp.shape, (node.left, node.right)) == (
+        node.left | {"kernel": (6, RANK)},
+        node.right | {"stack": (2, 8, RANK)},
+    )
+    assert len(jax.tree.leaves((node.left, node.right))) == 2
+    return node
+
+
+def assert_trees_close(actual, expected, *, rtol=1e-5, atol=1e-6):
+    """Same structure, shapes and dtypes; values close."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), e in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        name = jax.tree_util.keystr(path)
+        assert (jnp.shape(a), jnp.result_type(a)) == (jnp.shape(e), jnp.result_type(e)), name
+        np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(e, np.float64), rtol, atol, err_msg=name)
+
+
+def assert_trees_equal(actual, expected):
+    """Same structure, shapes, dtypes and bits."""
+    assert_trees_close(actual, expected, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def leniency():
+    """Lets Optax's own wrappers mix dtypes (MultiSteps divides floats by int32)."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def strictly(tx):
+    """``tx`` under strict promotion although an Optax wrapper around it runs under :func:`leniency`."""
+
+    def strict(function):
+        def wrapped(*args, **kwargs):
+            with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+                return function(*args, **kwargs)
+
+        return wrapped
+
+    return optax.GradientTransformationExtraArgs(strict(tx.init), strict(tx.update))

@@ -1,0 +1,359 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""``galore-jax pretrain`` from outside: a run, a run that is killed, stopped or out of disk, and every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from galore_jax.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+# Records every 4 steps, refreshes at updates 0, 4, 8, validation at 6 and 12.
+FLAGS = [
+    "--steps", "12", "--seq", "32", "--batch", "4", "--log-every", "4", "--eval-every", "6", "--save-every", "5",
+    "--eval-tokens", "1000", "--update-proj-gap", "4", "--sample-tokens", "8", "--weight-decay", "0.1",
+]  # fmt: skip
+
+# Runs the command line in a process that does something to itself when it asks for batch number {batch}.
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+from galore_jax.cli import main
+from galore_jax.training import data
+
+def train_iterator(self, original=data.PackedText.train_iterator):
+    return Interrupted(original(self))
+
+class Interrupted:
+    def __init__(self, batches):
+        self.batches, self.count = batches, 0
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+    def __next__(self):
+        self.count += 1
+        if self.count == {batch}:
+            {action}
+        return next(self.batches)
+
+data.PackedText.train_iterator = train_iterator
+sys.exit(main())
+"""
+KILL = """
+            while not Path("{folder}/checkpoints/{step}").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with a text, and a cache of compiled programs for every process of this module."""
+    folder = tmp_path_factory.mktemp("shop")
+    words = ["the", "low", "rank", "gradient", "of", "matrix", "state", "train", "step", "loss", "model", "token"]
+    choose = random.Random(0).choice
+    (folder / "text.txt").write_text("\n\n".join(" ".join(choose(words) for _ in range(60)) for _ in range(100)))
+    return folder
+
+
+def galore(shop, *arguments, script=None, before=None):
+    """``galore-jax ARGUMENTS`` in a process of its own, in the folder ``shop``."""
+    start = ["-m", "galore_jax"] if script is None else ["-c", script]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(shop / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.run(
+        [sys.executable, *start, *map(str, arguments)],
+        cwd=shop, env=environment, capture_output=True, text=True, check=False, preexec_fn=before, timeout=300,
+    )  # fmt: skip
+
+
+def pretrain(shop, out, *flags, **options):
+    return galore(shop, "pretrain", "--data", "text.txt", *FLAGS, "--out", out, *flags, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(shop):
+    """A run that nothing interrupts."""
+    result = pretrain(shop, "whole")
+    assert result.returncode == 0, result.stderr
+    return shop / "whole", result
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    """A copy of that run, to damage."""
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def records(folder):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def contents(folder):
+    """Every file of a folder and what it holds."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_same_run(folder, whole):
+    """Bit for bit."""
+    assert records(folder) == records(whole)
+    for name in ("steps", "tokens", "final_val_loss", "final_val_perplexity", "optimizer_state_bytes"):
+        assert summary(folder)[name] == summary(whole)[name]
+
+
+def assert_refused(capsys, *arguments, says):
+    """Exit code 2 and one sentence; ``says`` is part of it."""
+    assert main(["pretrain", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert says in err
+
+
+# A run
+
+
+def test_a_run_leaves_everything_in_its_folder(whole):
+    folder, result = whole
+    assert "Warning" not in result.stderr
+    assert "Traceback" not in result.stderr
+    assert sorted(path.name for path in folder.iterdir() if path.name != "tensorboard") == [
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "summary.json", "tokenizer.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
+    training = [record for record in records(folder) if "loss" in record]
+    assert [record["step"] for record in training] == [4, 8, 12]
+    assert [record["tokens"] for record in training] == [512, 1024, 1536]
+    assert training[0].keys() == {"step", "loss", "learning_rate", "grad_norm", "tokens", "skipped"}
+    assert training[-1]["loss"] < training[0]["loss"]
+    validation = [record for record in records(folder) if "val_loss" in record]
+    assert [record["step"] for record in validation] == [6, 12]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rank"], config["warmup_steps"], config["model_config"]["vocab_size"]) == (0.25, 1, 257)
+
+
+def test_the_summary_is_complete_and_agrees_with_the_metrics(whole):
+    result = summary(whole[0])
+    assert result.keys() == {
+        "steps", "tokens", "final_val_loss", "final_val_perplexity", "params_bytes", "optimizer_state_bytes",
+        "adamw_state_bytes", "step_seconds_median", "step_seconds_max", "resumed_from_step", "wall_seconds",
+    }  # fmt: skip
+    assert (result["steps"], result["tokens"], result["resumed_from_step"]) == (12, 1536, None)
+    last = records(whole[0])[-1]
+    assert (result["final_val_loss"], result["final_val_perplexity"]) == (last["val_loss"], last["val_perplexity"])
+    assert 0 < result["step_seconds_median"] <= result["step_seconds_max"] < result["wall_seconds"]
+    assert result["optimizer_state_bytes"] < result["adamw_state_bytes"]
+
+
+def test_a_run_ends_with_its_memory_its_loss_a_sample_and_its_folder(whole):
+    output = whole[1].stdout
+    assert "galore_adamw" in output
+    assert "100.0%" in output
+    assert f"validation loss {summary(whole[0])['final_val_loss']:.4f}" in output
+    assert "whole/loss.png" in output
+    assert "sample" in output
+
+
+@pytest.mark.parametrize(
+    ("save_every", "saved", "batch"),
+    [
+        pytest.param(5, 5, 8, id="in the middle of an interval"),
+        pytest.param(4, 8, 12, id="before a refresh"),
+    ],
+)
+def test_a_killed_run_resumes_bit_for_bit(shop, whole, tmp_path, save_every, saved, batch):
+    out = tmp_path / "killed"
+    action = KILL.format(folder=out, step=saved)
+    script = INTERRUPTED.format(batch=batch, action=action)
+    assert pretrain(shop, out, "--save-every", save_every, script=script).returncode == -9
+    assert not (out / "summary.json").exists()
+    result = galore(shop, "pretrain", "--resume", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert summary(out)["resumed_from_step"] == saved
+    assert_same_run(out, whole[0])
+
+
+def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(shop, whole, tmp_path):
+    out = tmp_path / "stopped"
+    result = pretrain(shop, out, script=INTERRUPTED.format(batch=7, action=TERMINATE))
+    assert result.returncode == 0, result.stderr
+    assert f"Stopped after step 7; continue with: galore-jax pretrain --resume --out {out}" in result.stdout
+    assert (summary(out)["steps"], (out / "loss.png").exists(), (out / "checkpoints/7").exists()) == (7, True, True)
+
+    before = contents(out / "checkpoints/7")
+    result = galore(shop, "pretrain", "--resume", "--out", out, before=no_large_files)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith("error: The checkpoint of step 10 could not be written (")
+    assert "the last good one is of step 7" in error
+    assert error.endswith(f"continue with `galore-jax pretrain --resume --out {out}`.")
+    assert contents(out / "checkpoints/7") == before
+
+    assert galore(shop, "pretrain", "--resume", "--out", out).returncode == 0
+    assert summary(out)["resumed_from_step"] == 7
+    assert_same_run(out, whole[0])
+
+
+def no_large_files():
+    """As on a full disk, a large file cannot be written."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_resuming_a_finished_run_only_reports(copy, capsys):
+    before = contents(copy)
+    assert main(["pretrain", "--resume", "--out", str(copy), "--sample-tokens", "0"]) == 0
+    assert "already has its 12 steps" in capsys.readouterr().out
+    assert contents(copy) == before
+
+
+def test_a_finished_run_can_be_made_longer(shop, copy):
+    result = galore(shop, "pretrain", "--resume", "--out", copy, "--steps", "14", "--sample-tokens", "0")
+    assert result.returncode == 0, result.stderr
+    assert (summary(copy)["steps"], summary(copy)["resumed_from_step"]) == (14, 12)
+    assert [record["step"] for record in records(copy) if "val_loss" in record] == [6, 12, 14]
+    assert json.loads((copy / "config.json").read_text())["steps"] == 14
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--steps", "many"], "Error parsing --steps"),
+        (["--dtype", "f16"], "invalid choice 'f16' for argument '--dtype'"),
+        (["--steps", "-1"], "--steps -1 must be at least 1."),
+        (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
+        (["--model", "huge"], "Unknown model preset 'huge'; choose one of demo"),
+        (["--optimizer", "adamm"], "--optimizer 'adamm' is not known; choose one of galore_adamw"),
+        (["--seq", "4096"], "--seq 4096 is longer than the 1024 positions of --model demo."),
+        (["--rank", "0"], "rank"),
+        (["--proj-type", "up"], "'up'"),
+        (["--projector", "magic"], "'magic'"),
+        (["--data", "no/such/text"], "no/such/text"),
+        (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "no/such/run"], "There is no run to resume in no/such/run"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(capsys, *arguments, says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_command_lists_the_known_ones(capsys):
+    assert main(["pretrian"]) == 2
+    assert capsys.readouterr().err == "error: 'pretrian' is not a command; choose one of pretrain.\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
+    def bug(run):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("galore_jax.training.loop.train", bug)
+    monkeypatch.setattr("galore_jax.training.loop.prepare", lambda settings: None)
+    with pytest.raises(ValueError, match="a bug"):
+        main(["pretrain", "--out", str(tmp_path / "run")])
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--model", "--rank", "--update-proj-gap", "--resume", "--sample-tokens"):
+        assert flag in text
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
+    before = contents(copy)
+    assert_refused(capsys, "--out", copy, says="already holds a run; add --resume to continue it")
+    file = copy / "loss.png"
+    assert_refused(capsys, "--out", file, says="is a file; name a folder.")
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--rank", "8"], "--rank is 8, but the run in"),
+        (["--seed", "1"], "--seed is 1, but the run in"),
+        (["--data", "python"], "--data is 'python', but the run in"),
+        (["--optimizer", "adamw"], "was started with 'galore_adamw'"),
+        (["--steps", "9"], "--steps 9 is less than the 12 steps"),
+    ],
+)
+def test_a_resumed_run_stays_the_same_run(copy, capsys, flags, says):
+    before = contents(copy)
+    assert_refused(capsys, "--resume", "--out", copy, *flags, says=says)
+    assert contents(copy) == before
+
+
+def test_a_damaged_or_missing_checkpoint_is_named(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
+    files = [path for path in (copy / "checkpoints/12/params").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    before = contents(copy)
+    assert_refused(capsys, "--resume", "--out", copy, says="is damaged (")
+    assert contents(copy) == before
+    largest.unlink()
+    assert_refused(capsys, "--resume", "--out", copy, says="move it away to resume from step 10.")
+    shutil.rmtree(copy / "checkpoints")
+    assert_refused(capsys, "--resume", "--out", copy, says=f"There is no checkpoint in {copy / 'checkpoints'}")
+
+
+def test_a_checkpoint_of_another_model_is_named(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
+    config = json.loads((copy / "config.json").read_text())
+    config["model_config"]["hidden_size"] = 256
+    (copy / "config.json").write_text(json.dumps(config))
+    says = "parameter embed_tokens/embedding is float32[257, 128] there, and float32[257, 256] in this run."
+    assert_refused(capsys, "--resume", "--out", copy, says=says)
+
+
+def test_a_vocabulary_that_does_not_match_the_model_is_named(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
+    config = json.loads((copy / "config.json").read_text())
+    config["model_config"]["vocab_size"] = 200
+    (copy / "config.json").write_text(json.dumps(config))
+    says = "The tokenizer has 257 ids, but the model's vocabulary has 200"
+    assert_refused(capsys, "--resume", "--out", copy, says=says)
+
+
+def test_a_damaged_config_or_a_lost_tokenizer_is_named(copy, capsys):
+    (copy / "tokenizer.json").unlink()
+    assert_refused(capsys, "--resume", "--out", copy, says="tokenizer.json does not exist")
+    (copy / "config.json").write_text("{")
+    assert_refused(capsys, "--resume", "--out", copy, says="config.json is damaged")
