@@ -29,14 +29,14 @@ def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransforma
     >>> tx.init({"kernel": jnp.ones((64, 256))})[0].inner_state[0][0].mu["kernel"].shape
     (8, 256)
     """
-    bare = [index for index, transform in enumerate(transforms) if isinstance(transform, BareGaLore)]
+    bare = [(index, transform) for index, transform in enumerate(transforms) if isinstance(transform, BareGaLore)]
     if not bare:
         return optax.with_extra_args_support(optax.chain(*transforms))
-    first = bare[0]
+    first, projection = bare[0]
     if len(bare) > 1 or first == len(transforms) - 1:
         raise ValueError(
             f"galore_jax.chain got {len(bare)} bare galore(rank=...) in {len(transforms)} transformations, the first at "
             f"position {first}: write one, with the transformation it is to hold behind it."
         )
-    bound = transforms[first].bind(optax.chain(*transforms[first + 1 :]))
+    bound = projection.bind(optax.chain(*transforms[first + 1 :]))
     return optax.with_extra_args_support(optax.chain(*transforms[:first], bound))

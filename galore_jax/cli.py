@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -121,12 +122,12 @@ def _usage() -> str:
 
 
 def _first_sentence(box: str) -> str:
-    """What tyro's box says, without its frame and its help.
+    """What tyro's box says, without its frame (drawn with dashes where there is no UTF-8), title and help.
 
     >>> _first_sentence("╭─ Error ─╮\\n│ Unrecognized options: --stepz │\\n│ ─── │\\n│ See --help │\\n╰─╯")
     'Unrecognized options: --stepz'
     """
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in box.splitlines()]
-    body = [line for line in lines if not line.startswith(("╭", "╰", "+"))]
-    end = next((i for i, line in enumerate(body) if i and (not line or set(line) <= {"─", "-"})), len(body))
-    return re.sub(r"\s+(?=[.,])", "", " ".join(body[:end])).rstrip(".")
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │") for line in box.splitlines()]
+    after_title = ["" if set(line) <= set("─-╰╯") else line for line in lines[1:]]
+    paragraph = takewhile(bool, dropwhile(lambda line: not line, after_title))
+    return re.sub(r"\s+(?=[.,])", "", " ".join(paragraph)).rstrip(".")

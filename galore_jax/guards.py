@@ -21,7 +21,7 @@ def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: An
     """A tree like ``state`` that holds, for each leaf, the index of the parameter it belongs to, or -1."""
     indices = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return optax.tree.map_params(
-        inner,
+        inner.init,
         lambda leaf, index: leaf if isinstance(leaf, optax.MaskedNode) else index,
         state,
         indices,

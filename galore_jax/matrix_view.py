@@ -89,7 +89,7 @@ class MatrixView:
         """(*batch, m, n) -> parameter-shaped array; the inverse of :meth:`to_matrices`."""
         if not len(self.reduction_axes) == len(self.output_axes) == 1:
             matrices = matrices.reshape([self.shape[axis] for axis in self._permutation])
-        return jnp.transpose(matrices, np.argsort(self._permutation))
+        return jnp.transpose(matrices, np.argsort(self._permutation).tolist())
 
 
 def check_rank(rank: Rank, where: str = "rank") -> None:
@@ -225,14 +225,11 @@ def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tup
 
 
 def _resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
-    if callable(rank):
-        rank = rank(path, shape)
-        if rank is None:
-            return None
-        check_rank(rank, f"rank of {path!r} with shape {shape}")
-    if isinstance(rank, (float, np.floating)):
-        return max(1, round(rank * smaller))
-    return int(rank)
+    chosen = rank(path, shape) if callable(rank) else rank
+    if chosen is None:
+        return None
+    check_rank(chosen, f"rank of {path!r} with shape {shape}")
+    return max(1, round(chosen * smaller)) if isinstance(chosen, (float, np.floating)) else int(chosen)
 
 
 def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:

@@ -28,7 +28,7 @@ class Projector(NamedTuple):
     """
 
     name: str
-    refresh: Callable[[jax.Array, jax.Array, jax.Array, str], jax.Array]
+    refresh: Callable[..., jax.Array]
 
 
 def svd() -> Projector:

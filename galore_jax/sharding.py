@@ -18,9 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 def spec_of(array: Any) -> tuple | None:
     """The partition spec in the array's type, one entry a dimension; None when it has no explicitly sharded mesh."""
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+    sharding = jax.typeof(array).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
     return (*sharding.spec, *(None,) * (jnp.ndim(array) - len(sharding.spec)))
 

@@ -226,7 +226,8 @@ def no_large_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_resuming_a_finished_run_only_reports(copy, capsys):
+def test_resuming_a_finished_run_only_reports(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
     before = contents(copy)
     assert main(["pretrain", "--resume", "--out", str(copy), "--sample-tokens", "0"]) == 0
     assert "already has its 12 steps" in capsys.readouterr().out

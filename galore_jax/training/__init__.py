@@ -1,3 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-training demos: data, configuration, loop, checkpoints and reports. Needs the `train` dependencies."""
+"""Pre-training on text: data, optimizers by name, the loop, checkpoints and reports (needs the extra ``train``)."""
+
+from galore_jax.training.config import PretrainConfig as PretrainConfig
+from galore_jax.training.loop import run_pretrain as run_pretrain

@@ -64,7 +64,7 @@ class PretrainConfig:
     """Sequences of an optimizer step."""
     accumulate: int = 1
     """Micro-batches that --batch is cut into and whose gradients are summed: less memory, the same result."""
-    seq: int = 256
+    seq: int = 128
     """Tokens of a sequence."""
     data: str = "python"
     """Text: "python" (the standard library, always there), a text file, a folder, or hf:NAME[:CONFIG]."""

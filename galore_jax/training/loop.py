@@ -294,5 +294,5 @@ def _say_goodbye(run: Run, summary: Record, sizes: dict[str, int]) -> None:
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.step)
         model = nnx.merge(run.graphdef, run.params)
         sample = generate(model, prompt, run.config.sample_tokens, key=key, temperature=0.8)
-        decode = run.data.tokenizer.decode
-        print(f"\nsample, after the first line's prompt:\n{decode(prompt)!r}\n{decode(np.asarray(sample))}")
+        text = run.data.tokenizer.decode(np.concatenate([prompt, sample]))
+        print(f"\nsample, from the first {PROMPT_TOKENS} tokens of the validation text:\n{text}")

@@ -26,7 +26,7 @@ def memory(config: PretrainConfig, params: Any) -> dict[str, int]:
 
     >>> params = {"layers": {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}}
     >>> memory(PretrainConfig(rank=8), params)
-    {'params_bytes': 32768, 'optimizer_state_bytes': 12308, 'adamw_state_bytes': 65544}
+    {'params_bytes': 32768, 'optimizer_state_bytes': 12304, 'adamw_state_bytes': 65544}
     """
 
     def state_bytes(optimizer: str) -> int:
@@ -106,12 +106,12 @@ def plot_loss(folder: Path, title: str) -> None:
 
 
 def smooth(points: np.ndarray) -> np.ndarray:
-    """Centred moving average of (x, y) points, [n, 2], over about a twentieth of them, shorter at the ends.
+    """Centred moving average of (x, y) points, [n, 2], over about a tenth of them, shorter at the ends.
 
     >>> smooth(np.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
     [[1.0, 5.0], [2.0, 3.0]]
     """
-    half = len(points) // 40
+    half = len(points) // 20
     means = [points[max(0, i - half) : i + half + 1, 1].mean() for i in range(len(points))]
     return np.column_stack([points[:, 0], means])
 

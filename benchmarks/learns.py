@@ -1,0 +1,88 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Does GaLore learn as well as AdamW?  The demo run, each optimizer at its better of three learning rates, equal steps.
+
+    python benchmarks/learns.py OUT        about half an hour on two cores; a run that is already in OUT is not repeated
+
+GaLore keeps a quarter of the rank.  Prints a Markdown table, and writes OUT/learns.json and OUT/learns.png.
+"""
+
+import argparse
+import json
+import pathlib
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from galore_jax.training import PretrainConfig, run_pretrain
+
+LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "galore_adamw": (3e-3, 1e-2, 3e-2)}
+
+
+def summary_of(out: pathlib.Path, optimizer: str, learning_rate: float, steps: int | None, data: str) -> dict:
+    folder = out / f"{optimizer}-{learning_rate:g}"
+    if (folder / "summary.json").exists():
+        return json.loads((folder / "summary.json").read_text())
+    settings = {} if steps is None else {"steps": steps}
+    resume = (folder / "config.json").exists()
+    config = PretrainConfig(
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        data=data,
+        sample_tokens=0,
+        out=folder,
+        resume=resume,
+        **settings,
+    )
+    return run_pretrain(config)
+
+
+def plot(out: pathlib.Path, results: dict[str, dict[float, dict]]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for (optimizer, by_rate), color in zip(results.items(), ("tab:gray", "tab:blue"), strict=True):
+        best = min(by_rate, key=lambda rate: by_rate[rate]["final_val_loss"])
+        for rate in by_rate:
+            lines = (out / f"{optimizer}-{rate:g}" / "metrics.jsonl").read_text().splitlines()
+            points = [(r["step"], r["val_loss"]) for r in map(json.loads, lines) if "val_loss" in r]
+            axes.plot(
+                *zip(*points, strict=True),
+                color=color,
+                alpha=1 if rate == best else 0.35,
+                marker="o",
+                label=f"{optimizer}, learning rate {rate:g}" + (" (best)" if rate == best else ""),
+            )
+    axes.set(
+        xlabel="step", ylabel="validation loss (nats a byte)", title="The demo run: GaLore at rank 1/4 beside AdamW"
+    )
+    axes.legend()
+    figure.savefig(out / "learns.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
+    parser.add_argument("--steps", type=int, help="steps of each run; default: the demo's")
+    parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+    results = {
+        optimizer: {rate: summary_of(args.out, optimizer, rate, args.steps, args.data) for rate in rates}
+        for optimizer, rates in LEARNING_RATES.items()
+    }
+    print("| optimizer | learning rate | validation loss | optimizer state (bytes) |\n|---|---|---|---|")
+    for optimizer, by_rate in results.items():
+        for rate, summary in by_rate.items():
+            print(
+                f"| {optimizer} | {rate:g} | {summary['final_val_loss']:.4f} | {summary['optimizer_state_bytes']:,} |"
+            )
+    best = {optimizer: min(s["final_val_loss"] for s in by_rate.values()) for optimizer, by_rate in results.items()}
+    ratio = best["galore_adamw"] / best["adamw"]
+    print(
+        f"\nGaLore's best validation loss is {ratio:.4f} of AdamW's ({best['galore_adamw']:.4f} and {best['adamw']:.4f})."
+    )
+    (args.out / "learns.json").write_text(json.dumps({"runs": results, "best": best, "ratio": ratio}, indent=2) + "\n")
+    plot(args.out, results)
+
+
+if __name__ == "__main__":
+    main()

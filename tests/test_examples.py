@@ -1,0 +1,50 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run as a newcomer runs them, with warnings as errors."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+
+
+def run(name, *args):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_has_a_test():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "optax_quickstart.py",
+        "flax_train_state.py",
+        "pretrain_llama.py",
+    }
+
+
+def test_optax_quickstart_saves_memory_and_learns():
+    adamw, galore = run("optax_quickstart.py").splitlines()
+    figures = [(float(line.split()[2]), int(line.split()[-4].replace(",", ""))) for line in (adamw, galore)]
+    assert all(loss < 0.01 for loss, _ in figures)
+    assert figures[1][1] < 0.4 * figures[0][1]
+
+
+def test_flax_train_state_learns():
+    lines = run("flax_train_state.py").splitlines()
+    assert float(lines[-2].split()[-1]) > 0.6  # of four classes
+    assert lines[-1].startswith("optimizer state: 31,")
+
+
+@pytest.mark.slow
+def test_pretrain_llama_writes_a_run(tmp_path):
+    output = run("pretrain_llama.py", tmp_path / "run")
+    assert float(output.splitlines()[-1].split()[2]) < 4.5  # log(257) = 5.5 before training
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
