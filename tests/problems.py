@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import galore_jax
 
@@ -75,3 +76,11 @@ def strictly(tx):
         return wrapped
 
     return optax.GradientTransformationExtraArgs(strict(tx.init), strict(tx.update))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Many small programs, each run a few times: XLA's optimizations cost more than they save.  For modules that import it."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

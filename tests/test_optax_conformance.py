@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import RANK, SHAPES, assert_projected, assert_trees_close, assert_trees_equal, leniency, strictly, tree
+from problems import (
+    RANK,
+    SHAPES,
+    assert_projected,
+    assert_trees_close,
+    assert_trees_equal,
+    leniency,
+    quick_compilation,  # noqa: F401
+    strictly,
+    tree,
+)
 
 import galore_jax
 
@@ -65,7 +75,7 @@ def test_converges_on_a_parabola(preset, kwargs, target_rank):
         preset,
         kwargs,
         weight_decay=0.0,  # pulls away from the target
-        learning_rate=optax.cosine_decay_schedule(0.05, steps),
+        learning_rate=optax.cosine_decay_schedule(0.1, steps),
         update_proj_gap=20,
         projector="randomized",
     )
