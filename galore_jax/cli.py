@@ -56,21 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     galore-jax COMMAND --help lists the flags of a command.
     0
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    name, *rest = arguments or ["--help"]
+    program = arguments is None
+    name, *rest = (sys.argv[1:] if program else arguments) or ["--help"]
     if name in ("--help", "-h"):
         print(_usage())
         return 0
+    restore = _quiet_orbax()
     try:
         if name not in COMMANDS:
             raise UsageError(f"{name!r} is not a command; choose one of {', '.join(COMMANDS)}.")
-        with _quiet_orbax():
-            return COMMANDS[name](rest)
+        return COMMANDS[name](rest)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130  # as a shell reports a program that SIGINT ended
+    finally:
+        if not program:  # the background threads of a program may outlive this function
+            restore()
 
 
 def parse(kind: type[Settings], arguments: Sequence[str], command: str, default: Settings | None = None) -> Settings:
@@ -80,8 +83,10 @@ def parse(kind: type[Settings], arguments: Sequence[str], command: str, default:
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            options = {} if default is None else {"default": default}
-            return tyro.cli(kind, args=list(arguments), prog=f"galore-jax {command}", **options)
+            program = f"galore-jax {command}"
+            if default is None:
+                return tyro.cli(kind, args=list(arguments), prog=program)
+            return tyro.cli(kind, args=list(arguments), prog=program, default=default)
     except SystemExit as exit_:
         if exit_.code == 0:
             raise
@@ -97,23 +102,27 @@ def usage_errors() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Orbax logs what it also raises, and after a failed write prints a traceback for each array that still waited."""
-    logger, show = logging.getLogger("absl"), sys.unraisablehook
-    level = logger.level
+def _quiet_orbax() -> Callable[[], None]:
+    """Orbax logs what it also raises, and prints a traceback for each array that waited when a write failed.
+
+    Returns what ends the silence.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, show = [logger.level for logger in loggers], sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             show(unraisable)
 
-    logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = show_others
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    def restore() -> None:
         sys.unraisablehook = show
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+    sys.unraisablehook = show_others
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    return restore
 
 
 def _usage() -> str:

@@ -22,11 +22,12 @@ def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: An
     indices = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     return optax.tree.map_params(
         inner.init,
-        lambda leaf, index: leaf if isinstance(leaf, optax.MaskedNode) else index,
+        lambda copy, indices: jax.tree.map(lambda i, leaves: jax.tree.map(lambda _: i, leaves), indices, copy),
         state,
         indices,
         transform_non_params=lambda leaf: jax.tree.map(lambda _: _REST, leaf),
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        # A whole copy of the tree at once: in it a parameter may have several leaves (SM3) or none (masked).
+        is_leaf=lambda _: True,
     )
 
 

@@ -9,6 +9,7 @@ Factorisations accept no sharded matrix dimension, so the refresh gathers its ma
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -35,10 +36,13 @@ def like(array: jax.Array, reference: jax.Array) -> jax.Array:
     return array if spec is None else jax.sharding.reshard(array, named(spec, reference))
 
 
-def gather(array: jax.Array) -> jax.Array:
-    """``array`` replicated over the explicit axes of its mesh."""
+def gather(array: jax.Array, dimensions: Collection[int] | None = None) -> jax.Array:
+    """``array`` replicated over the explicit axes of its mesh, along ``dimensions`` (all of them when None)."""
     spec = spec_of(array)
-    return array if spec is None else jax.sharding.reshard(array, named((None,) * len(spec), array))
+    if spec is None:
+        return array
+    kept = tuple(None if dimensions is None or i in dimensions else entry for i, entry in enumerate(spec))
+    return jax.sharding.reshard(array, named(kept, array))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple | None, array: Any) -> jax.Array:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -56,6 +55,15 @@ KILL = """
 """
 TERMINATE = "os.kill(os.getpid(), signal.SIGTERM)"
 
+# As on a full disk, a large file cannot be written.
+FULL_DISK = """
+import resource, sys
+from galore_jax.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+sys.exit(main())
+"""
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
@@ -67,7 +75,7 @@ def shop(tmp_path_factory):
     return folder
 
 
-def galore(shop, *arguments, script=None, before=None):
+def galore(shop, *arguments, script=None):
     """``galore-jax ARGUMENTS`` in a process of its own, in the folder ``shop``."""
     start = ["-m", "galore_jax"] if script is None else ["-c", script]
     environment = os.environ | {
@@ -78,7 +86,7 @@ def galore(shop, *arguments, script=None, before=None):
     }
     return subprocess.run(
         [sys.executable, *start, *map(str, arguments)],
-        cwd=shop, env=environment, capture_output=True, text=True, check=False, preexec_fn=before, timeout=300,
+        cwd=shop, env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
 
@@ -180,6 +188,7 @@ def test_a_run_ends_with_its_memory_its_loss_a_sample_and_its_folder(whole):
     assert "sample" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_every", "saved", "batch"),
     [
@@ -199,6 +208,7 @@ def test_a_killed_run_resumes_bit_for_bit(shop, whole, tmp_path, save_every, sav
     assert_same_run(out, whole[0])
 
 
+@pytest.mark.slow
 def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(shop, whole, tmp_path):
     out = tmp_path / "stopped"
     result = pretrain(shop, out, script=INTERRUPTED.format(batch=7, action=TERMINATE))
@@ -207,7 +217,7 @@ def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(sho
     assert (summary(out)["steps"], (out / "loss.png").exists(), (out / "checkpoints/7").exists()) == (7, True, True)
 
     before = contents(out / "checkpoints/7")
-    result = galore(shop, "pretrain", "--resume", "--out", out, before=no_large_files)
+    result = galore(shop, "pretrain", "--resume", "--out", out, script=FULL_DISK)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     error = result.stderr.splitlines()[-1]
@@ -221,11 +231,6 @@ def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(sho
     assert_same_run(out, whole[0])
 
 
-def no_large_files():
-    """As on a full disk, a large file cannot be written."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
 def test_resuming_a_finished_run_only_reports(copy, shop, monkeypatch, capsys):
     monkeypatch.chdir(shop)
     before = contents(copy)
@@ -234,6 +239,7 @@ def test_resuming_a_finished_run_only_reports(copy, shop, monkeypatch, capsys):
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(shop, copy):
     result = galore(shop, "pretrain", "--resume", "--out", copy, "--steps", "14", "--sample-tokens", "0")
     assert result.returncode == 0, result.stderr

@@ -119,12 +119,11 @@ def test_injected_hyperparameters_equal_constants(preset, kwargs):
 def test_updates_have_the_dtype_of_the_parameters(preset, kwargs, dtype):
     tx = build(preset, kwargs)
     params = tree(0, dtype)
-    state = jax.jit(tx.init)(params)
+    state = tx.init(params)
     node = assert_projected(state)
     assert node.left["kernel"].dtype == node.right["stack"].dtype == jnp.float32
-    updates, _ = jax.jit(tx.update)(tree(1, dtype), state, params)
+    updates, _ = jax.eval_shape(tx.update, tree(1, dtype), state, params)
     assert jax.tree.map(lambda x: x.dtype, updates) == dict.fromkeys(SHAPES, jnp.dtype(dtype))
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(updates))
 
 
 @presets

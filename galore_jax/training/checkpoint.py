@@ -145,7 +145,7 @@ def restore(folder: Path, step: int, abstract_params: Any, abstract_opt_state: A
     place = folder / str(step)
     manager = _manager(folder)
     try:
-        # Orbax reads many arrays at once, and prints a traceback for each one that fails after the first.
+        # Orbax reads many arrays at once, and prints a traceback for each one that still waits when one has failed.
         _attempt_read(folder, step, lambda: [_read_all(place / item) for item in ("params", "opt_state")])
         saved = _attempt_read(folder, step, lambda: manager.item_metadata(step))
         meta_args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -218,13 +218,14 @@ def _on_first_device(tree: Any) -> Any:
 
 
 def _read_all(item: Path) -> None:
-    """Read every value of a saved tree, one at a time, and drop it."""
-    store = ts.KvStore.open({"driver": "ocdbt", "base": {"driver": "file", "path": f"{item.absolute()}/"}}).result()
-    keys = store.list().result()
-    if not keys:
+    """Read and decode every array of a saved tree, one at a time, and drop it."""
+    store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item.absolute()}/"}}
+    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    arrays = sorted({key.rpartition("/")[0] for key in keys})
+    if not arrays:
         raise ValueError(f"{item} holds no arrays")
-    for key in keys:
-        store.read(key).result()
+    for path in arrays:
+        ts.open({"driver": "auto", "kvstore": {**store, "path": f"{path}/"}}).result().read().result()
 
 
 def _attempt_read(folder: Path, step: int, action: Callable[[], Any]) -> Any:

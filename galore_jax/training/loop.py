@@ -69,14 +69,14 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
     """Check everything, and make or restore the state of a run; nothing is written except a new run's folder."""
     tokenizer_file = None
     if config.resume:
-        config, saved_model = _saved_run(config)
-        folder = config.out
+        config, folder, saved_model = _saved_run(config)
         model_config = model_config or saved_model
         tokenizer_file = folder / "tokenizer.json"
         if not tokenizer_file.exists():
             raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
-    settings.check(config)
-    if not config.resume:
+        settings.check(config)
+    else:
+        settings.check(config)
         folder = settings.choose_folder(config)
     # An unknown name is found before the text is read.
     settings.check_lengths(config, model_config or config.model_config(1))
@@ -243,21 +243,22 @@ class StopSignals:
         os.write(2, b"\nStopping after this step, with a checkpoint; a second signal stops at once.\n")
 
 
-def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, LlamaConfig]:
-    """The settings with which a run goes on, and its model."""
-    if config.out is None:
+def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfig]:
+    """The settings with which a run goes on, its folder, and its model."""
+    folder = config.out
+    if folder is None:
         raise ValueError("--resume needs --out, the folder of the run to continue.")
-    saved, model_config = settings.load_config(config.out)
+    saved, model_config = settings.load_config(folder)
     if config.warmup_steps is None:
         config = dataclasses.replace(config, warmup_steps=saved.warmup_steps)
     settings.check_same_run(config, saved)
-    step = checkpoint.last_step(config.out / "checkpoints")
+    step = checkpoint.last_step(folder / "checkpoints")
     if config.steps < step:
         raise ValueError(
-            f"--steps {config.steps} is less than the {step} steps that the run in {config.out} has made; "
+            f"--steps {config.steps} is less than the {step} steps that the run in {folder} has made; "
             "name a larger number, or leave it out to finish the run."
         )
-    return config, model_config
+    return config, folder, model_config
 
 
 def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData, optimizer: Any) -> Run:

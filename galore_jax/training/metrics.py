@@ -9,6 +9,7 @@ time between two such reads is the duration of a step.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import math
@@ -39,9 +40,9 @@ class MetricsLog:
         self._file = path.open("a")
         self._board = None
         if importlib.util.find_spec("tensorboardX"):
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._board = importlib.import_module("tensorboardX").SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1
+            )
 
     def write(self, record: Record) -> None:
         """Append one record; a number that is not finite becomes null, which JSON has."""

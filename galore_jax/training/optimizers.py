@@ -66,7 +66,8 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
         return inner.init(optax.tree.cast(params, jnp.float32))
 
     def update_fn(updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra: Any) -> Any:
-        return inner.update(optax.tree.cast(updates, jnp.float32), state, optax.tree.cast(params, jnp.float32), **extra)
+        wide_params = None if params is None else optax.tree.cast(params, jnp.float32)
+        return inner.update(optax.tree.cast(updates, jnp.float32), state, wide_params, **extra)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

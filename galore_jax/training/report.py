@@ -49,7 +49,8 @@ def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
     galore_adamw          4.0 KiB           4.0 KiB        50.0%
     adamw                 4.0 KiB           8.0 KiB       100.0%
     """
-    lines = [" " * 18 + "parameters".rjust(11) + "optimizer state".rjust(18) + "of AdamW's".rjust(13)]
+    columns = ("", "parameters", "optimizer state", "of AdamW's")
+    lines: list[str] = ["{:<18}{:>11}{:>18}{:>13}".format(*columns)]
     rows = {"adamw": sizes["adamw_state_bytes"]}
     if optimizer != "adamw":
         rows = {optimizer: sizes["optimizer_state_bytes"]} | rows

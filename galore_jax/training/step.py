@@ -19,9 +19,7 @@ from flax import nnx
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1
-) -> Callable[[Any, Any, jax.Array], tuple[Any, Any, Metrics]]:
+def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1) -> Any:
     """A jitted ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; the first two are donated.
 
     Args:
@@ -39,7 +37,8 @@ def make_train_step(
         return jnp.mean(token_losses(graphdef, params, tokens))
 
     def gradient(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        return optax.tree.cast(jax.value_and_grad(loss_fn)(params, tokens), jnp.float32)
+        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        return loss, optax.tree.cast(grads, jnp.float32)
 
     def mean_gradient(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         if accumulate == 1:

@@ -1,0 +1,192 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""On meshes with explicit axes the sharding is part of the type of an array, and an update must not change it."""
+
+import functools
+import os
+
+# Before the backend starts: XLA's CPU client has a thread a core, and eight devices that wait for one another in a collective
+# on fewer threads wait for ever.
+os.environ.setdefault("NPROC", "32")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from problems import assert_trees_close, galore_states, quick_compilation  # noqa: F401
+
+import galore_jax
+from galore_jax.projectors import PROJECTORS
+
+RANK = 3
+SHAPES = {"wide": (8, 16), "tall": (16, 8), "rows": (8, 16), "stack": (4, 8, 16), "layers": (8, 16, 8), "bias": (16,)}
+MESHES = {
+    "fsdp": (
+        (8,),
+        {
+            "wide": P("fsdp", None),
+            "tall": P("fsdp", None),
+            "rows": P(None, "fsdp"),
+            "stack": P(None, None, "fsdp"),
+            "layers": P("fsdp", None, None),
+            "bias": P("fsdp"),
+        },
+    ),
+    "fsdp_tp": (
+        (4, 2),
+        {
+            "wide": P("fsdp", "tp"),
+            "tall": P("fsdp", "tp"),
+            "rows": P(None, "tp"),
+            "stack": P(None, "fsdp", "tp"),
+            "layers": P("fsdp", None, "tp"),
+            "bias": P("tp"),
+        },
+    ),
+}
+KINDS = [(proj_type, projector) for proj_type in ("std", "full") for projector in PROJECTORS]
+
+meshes = pytest.mark.parametrize("mesh_name", MESHES)
+
+
+def make_mesh(name, axis_type):
+    sizes = MESHES[name][0]
+    return jax.make_mesh(sizes, ("fsdp", "tp")[: len(sizes)], axis_types=(axis_type,) * len(sizes))
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def place(tree, mesh_name, mesh):
+    return {k: jax.device_put(leaf, NamedSharding(mesh, MESHES[mesh_name][1][k])) for k, leaf in tree.items()}
+
+
+def adamw(proj_type, projector):
+    """With an eps that is larger than round-off: at a refresh by SVD PᵀGQ is diagonal, and a smaller eps would make updates
+    of the size of the learning rate out of the noise beside the diagonal."""
+    return galore_jax.galore_adamw(
+        0.01, rank=RANK, update_proj_gap=2, eps=1e-3, weight_decay=0.1, proj_type=proj_type, projector=projector
+    )
+
+
+def types(tree):
+    return jax.tree.map(jax.typeof, tree)
+
+
+def specs(tree):
+    """Shape, dtype and partition spec of each leaf: the type without the mesh, which a replicated leaf need not name."""
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name, tuple(x.sharding.spec)), types(tree))
+
+
+def three_updates(tx, update, mesh_name=None, mesh=None):
+    """State types before each update and at the end, the last updates and the last state."""
+
+    def arrays(seed):
+        tree = random_tree(seed)
+        return place(tree, mesh_name, mesh) if mesh else jax.tree.map(jnp.asarray, tree)
+
+    params = arrays(0)
+    state = tx.init(params)
+    seen = [types(state)]
+    for seed in (1, 2, 3):
+        updates, state = update(arrays(seed), state, params)
+        seen.append(types(state))
+        assert types(updates) == types(params)
+    return seen, updates, state
+
+
+@functools.cache
+def on_one_device(proj_type, projector):
+    """The last updates and the last state without a mesh."""
+    tx = adamw(proj_type, projector)
+    return three_updates(tx, jax.jit(tx.update))[1:]
+
+
+@meshes
+@pytest.mark.parametrize(("proj_type", "projector"), KINDS)
+def test_types_are_stable_and_abstract_parameters_give_the_same(mesh_name, proj_type, projector):
+    """Traced only: what each kind of basis does to the types is known before compilation."""
+    tx = adamw(proj_type, projector)
+    mesh = make_mesh(mesh_name, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = place(random_tree(0), mesh_name, mesh)
+        state = tx.init(params)
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+        assert types(tx.init(abstract)) == types(state)
+        assert specs(jax.eval_shape(tx.init, abstract)) == specs(state)
+        updates, after = jax.eval_shape(tx.update, params, state, params)
+        assert specs(after) == specs(state)
+        assert specs(updates) == specs(params)
+
+
+@meshes
+def test_the_state_is_sharded_where_the_parameter_is(mesh_name):
+    mesh = make_mesh(mesh_name, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        (node,) = galore_states(adamw("std", "randomized").init(place(random_tree(0), mesh_name, mesh)))
+    basis = {name: specs(node.left[name] if m <= n else node.right[name])[2] for name, (*_, m, n) in matrices()}
+    moment = {name: specs(node.inner_state.mu[name])[2] for name, _ in matrices()}
+    for name, (*_, m, n) in matrices():
+        *batch, row, column = MESHES[mesh_name][1][name]
+        assert basis[name] == (*batch, row if m <= n else column, None)
+        assert moment[name] == ((*batch, None, column) if m <= n else (*batch, row, None))
+
+
+def matrices():
+    return [(name, shape) for name, shape in SHAPES.items() if len(shape) > 1]
+
+
+@meshes
+@pytest.mark.parametrize(("proj_type", "projector"), [("std", "randomized"), ("full", "svd"), ("std", "eigh")])
+def test_sharded_updates_equal_those_on_one_device(mesh_name, proj_type, projector):
+    tx = adamw(proj_type, projector)
+    expected, expected_state = on_one_device(proj_type, projector)
+    mesh = make_mesh(mesh_name, AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        seen, updates, state = three_updates(tx, jax.jit(tx.update), mesh_name, mesh)
+    assert all(later == seen[0] for later in seen[1:])
+    assert_trees_close(updates, expected, rtol=0, atol=1e-5)
+    assert_trees_close(state, expected_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_eager_sharded_updates_equal_those_on_one_device(proj_type):
+    tx = adamw(proj_type, "svd")
+    expected, _ = on_one_device(proj_type, "svd")
+    mesh = make_mesh("fsdp_tp", AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        seen, updates, _ = three_updates(tx, tx.update, "fsdp_tp", mesh)
+    assert all(later == seen[0] for later in seen[1:])
+    assert_trees_close(updates, expected, rtol=0, atol=1e-5)
+
+
+@meshes
+def test_meshes_with_automatic_axes_work_too(mesh_name):
+    tx = adamw("full", "svd")
+    expected, _ = on_one_device("full", "svd")
+    mesh = make_mesh(mesh_name, AxisType.Auto)
+    with jax.set_mesh(mesh):
+        _, updates, _ = three_updates(tx, jax.jit(tx.update), mesh_name, mesh)
+    assert_trees_close(updates, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec", [P(None, "tp", None), P("fsdp", "tp", None), P("tp", None, None), P(None, None, "fsdp")]
+)
+def test_merged_axes_keep_the_type_of_the_parameter(spec):
+    """An attention kernel (hidden, heads, head_dim) seen as a hidden x (heads · head_dim) matrix."""
+    numbers = {"attention": galore_jax.GaLoreDimensionNumbers(reduction_axis=0, output_axis=(1, 2))}
+    tx = galore_jax.galore_adamw(0.01, rank=RANK, eps=1e-3, projector="svd", weight_dimension_numbers=numbers)
+    kernel = {"attention": jnp.asarray(np.random.default_rng(0).normal(size=(8, 4, 4)), jnp.float32)}
+    expected, _ = jax.jit(tx.update)(kernel, tx.init(kernel), kernel)
+    mesh = make_mesh("fsdp_tp", AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        params = {"attention": jax.device_put(kernel["attention"], NamedSharding(mesh, spec))}
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params)
+    assert types(updates) == types(params)
+    assert types(after) == types(state)
+    assert_trees_close(updates, expected, rtol=0, atol=1e-5)
