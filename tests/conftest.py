@@ -3,6 +3,11 @@
 """Strict settings for every test: dtype promotion strict, rank promotion an error, 8 fake devices (warnings: pyproject.toml)."""
 
 import functools
+import os
+
+# XLA on CPU shares one pool of as many threads as there are cores among all fake devices: with 8 on 2 cores, collectives that
+# wait for one another can starve.  Read once, when the first backend starts.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import optax
