@@ -53,23 +53,18 @@ def galore_adamw(
     >>> tx = galore_adamw(optax.cosine_decay_schedule(0.01, 1000), rank=8, weight_decay=0.1)
     >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    return optax.with_extra_args_support(
-        optax.chain(
-            galore(
-                optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-                rank=rank,
-                update_proj_gap=update_proj_gap,
-                scale=scale,
-                proj_type=proj_type,
-                projector=projector,
-                mask=mask,
-                weight_dimension_numbers=weight_dimension_numbers,
-                seed=seed,
-            ),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
-            optax.scale_by_learning_rate(learning_rate),
-        )
+    low_rank = galore(
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        projector=projector,
+        mask=mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        seed=seed,
     )
+    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
 
 
 def galore_adafactor(
@@ -102,7 +97,8 @@ def galore_adafactor(
       eps: added to the squared gradient.
       clipping_threshold: bound on the root mean square of each low-rank update; None for no bound.
       momentum: of an exponential moving average of the update, or None.
-      min_dim_size_to_factor: matrices (here low-rank ones) with a smaller side keep an unfactored second moment.
+      min_dim_size_to_factor: matrices (here low-rank ones) with a smaller side keep an unfactored second moment.  Static:
+        name it in ``static_args`` of ``optax.inject_hyperparams``, beside ``rank``.
       multiply_by_parameter_scale: multiply each update by the root mean square of the full weight.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
@@ -121,21 +117,32 @@ def galore_adafactor(
         inner.append(optax.clip_by_block_rms(clipping_threshold))
     if momentum is not None:
         inner.append(optax.ema(momentum, debias=False))
-    outer = [optax.scale_by_param_block_rms()] if multiply_by_parameter_scale else []
+    low_rank = galore(
+        optax.chain(*inner),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        projector=projector,
+        mask=mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+        seed=seed,
+    )
+    if multiply_by_parameter_scale:
+        low_rank = optax.chain(low_rank, optax.scale_by_param_block_rms())
+    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+
+
+def _decayed(
+    tx: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | jax.Array,
+    weight_decay_mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """``tx``, decoupled weight decay of the full weight, and the learning rate."""
     return optax.with_extra_args_support(
         optax.chain(
-            galore(
-                optax.chain(*inner),
-                rank=rank,
-                update_proj_gap=update_proj_gap,
-                scale=scale,
-                proj_type=proj_type,
-                projector=projector,
-                mask=mask,
-                weight_dimension_numbers=weight_dimension_numbers,
-                seed=seed,
-            ),
-            *outer,
+            tx,
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
             optax.scale_by_learning_rate(learning_rate),
         )
