@@ -126,8 +126,9 @@ def select(
 
     A leaf takes part when it has at least two axes, its path names no embedding, LM head or norm, and its rank is smaller
     than its smaller side.  ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, True on a
-    whole subtree applies the rule on names inside it.  ``weight_dimension_numbers`` replaces all the rules: a leaf with a
-    spec is projected (its rank clipped to its smaller side), a leaf with None is not.
+    whole subtree applies the rule on names inside it.  ``weight_dimension_numbers`` on a leaf replaces all the rules: with a
+    spec it is projected (its rank clipped to its smaller side), with None it is not; a spec on a whole subtree says which
+    axes are the matrix of those leaves in it that the rules select.
 
     Raises:
       ValueError: for axes that overlap or do not exist, and for a mask that selects nothing.
@@ -136,24 +137,25 @@ def select(
     >>> [view and view.low_rank_shape for view in select(params, rank=8)]
     [None, None, (4, 8, 64)]
     """
-    leaves_with_path = jax.tree_util.tree_flatten_with_path(params)[0]
-    if not leaves_with_path:
+    leaves = jax.tree.leaves(params)
+    if not leaves:
         return []  # optax.tree.map_params calls init on an empty tree
-    masks = _per_leaf(mask, params, "mask", lambda x: x is None)
+    masks = _per_leaf(mask, params, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
     specs = _per_leaf(
         weight_dimension_numbers,
         params,
         "weight_dimension_numbers",
         lambda x: x is None or hasattr(x, "reduction_axis"),
+        "write GaLoreDimensionNumbers(...) or None.",
     )
     views = [
-        _view(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, rank, proj_type, leaf_mask, leaf_spec)
-        for (path, leaf), leaf_mask, leaf_spec in zip(leaves_with_path, masks, specs, strict=True)
+        _view(path, leaf, rank, proj_type, leaf_mask, leaf_spec)
+        for path, leaf, leaf_mask, leaf_spec in zip(_paths(params), leaves, masks, specs, strict=True)
     ]
     if mask is not None and not any(views):
-        names = ", ".join(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves_with_path[:8])
+        names = ", ".join(_paths(params)[:8])
         raise ValueError(
-            f"mask selects none of the {len(leaves_with_path)} parameters ({names}): give True to a parameter with at least "
+            f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
             f"two axes whose smaller side exceeds rank={rank}."
         )
     return views
@@ -164,7 +166,9 @@ class _Choice(NamedTuple):
     on_leaf: bool  # False when the choice was made for a whole subtree
 
 
-def _per_leaf(prefix: Any, params: Any, name: str, is_leaf: Callable[[Any], bool]) -> list[_Choice | None]:
+def _per_leaf(
+    prefix: Any, params: Any, name: str, is_valid: Callable[[Any], bool], remedy: str
+) -> list[_Choice | None]:
     """Spreads a prefix tree (or a callable of params that returns one) over the leaves of params."""
     if prefix is None:
         return [None] * len(jax.tree.leaves(params))
@@ -174,26 +178,43 @@ def _per_leaf(prefix: Any, params: Any, name: str, is_leaf: Callable[[Any], bool
             lambda value, subtree: jax.tree.map(lambda _: _Choice(value, jax.tree_util.all_leaves([subtree])), subtree),
             prefix,
             params,
-            is_leaf=is_leaf,
+            is_leaf=is_valid,
         )
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{name} must have the structure of the parameters, or of a prefix of their tree: {error}"
+            f"{name} must have the structure of the parameters or be a prefix of their tree, and it does not at "
+            f"{_first_mismatch(prefix, params, is_valid)}."
         ) from error
-    return jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, _Choice))
+    choices = jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, _Choice))
+    for choice in choices:
+        if not is_valid(choice.value):
+            raise TypeError(f"{name} holds {choice.value!r}: {remedy}")
+    return choices
+
+
+def _first_mismatch(prefix: Any, params: Any, is_leaf: Callable[[Any], bool]) -> str:
+    """The first path at which a prefix tree and the parameters part."""
+    chosen = _paths(prefix, is_leaf)
+    wanted = _paths(params)
+    inside = [path for path in wanted if any(path == p or path.startswith(f"{p}/") for p in chosen)]
+    without = [p for p in chosen if not any(path == p or path.startswith(f"{p}/") for path in wanted)]
+    outside = sorted({*wanted} - {*inside}) + sorted(without)
+    return repr(outside[0]) if outside else "its root"
+
+
+def _paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 def _view(
     path: str, leaf: Any, rank: Rank, proj_type: str, mask: _Choice | None, spec: _Choice | None
 ) -> MatrixView | None:
     shape = tuple(jnp.shape(leaf))
-    if mask is not None and not mask.value:
+    explicit = spec is not None and spec.on_leaf
+    if (mask is not None and not mask.value) or (spec is not None and spec.value is None):
         return None
-    if spec is not None and spec.value is None:
-        return None
-    if spec is None and len(shape) < 2:
-        return None
-    if spec is None and not (mask is not None and mask.on_leaf) and not is_matrix_name(path):
+    if not explicit and (len(shape) < 2 or not ((mask is not None and mask.on_leaf) or is_matrix_name(path))):
         return None
     if math.prod(shape) == 0 or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
         return None
@@ -210,7 +231,7 @@ def _view(
     view = MatrixView(path, shape, batch, reduction, output, rank=1, left=True, right=False)
     smaller = min(view.matrix_shape)
     resolved = _resolve_rank(rank, path, shape, smaller)
-    if resolved is None or (spec is None and resolved >= smaller):
+    if resolved is None or (not explicit and resolved >= smaller):
         return None
     left, right = _sides(proj_type, *view.matrix_shape)
     return dataclasses.replace(view, rank=min(resolved, smaller), left=left, right=right)

@@ -14,15 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax import sharding, subspace
 from galore_jax.matrix_view import MatrixView
 
 
 def check_scale(scale: Any) -> None:
-    """Raises for a string that is not "rms"."""
-    if isinstance(scale, str) and scale != "rms":
-        raise ValueError(f'scale is {scale!r}: write a number or "rms".')
+    """Raises unless ``scale`` is a finite number, "rms" or an injected hyperparameter."""
+    if isinstance(scale, jax.Array) or (isinstance(scale, str) and scale == "rms"):
+        return
+    if isinstance(scale, (bool, str)) or not isinstance(scale, (int, float, np.number)) or not math.isfinite(scale):
+        raise ValueError(f'scale is {scale!r}: write a finite number or "rms".')
 
 
 def lifted(view: MatrixView, low_rank: jax.Array, left: Any, right: Any, scale: Any, gradient: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax import projectors
@@ -48,7 +49,6 @@ def galore_adamw(
       weight_decay_mask: tree of bools or callable: which parameters decay.
       rank, update_proj_gap, scale, proj_type, projector, mask, weight_dimension_numbers, seed: of :func:`galore`.
 
-    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> tx = galore_adamw(optax.cosine_decay_schedule(0.01, 1000), rank=8, weight_decay=0.1)
     >>> updates, state = tx.update(params, tx.init(params), params)
@@ -90,13 +90,14 @@ def galore_adafactor(
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) on low-rank gradients: a factored low-rank second moment.
 
     State of a projected m x n matrix, basis on the smaller side k, K = max(m, n): r(k + 1) + K numbers, plus r K with momentum.
+    A rank below ``min_dim_size_to_factor`` leaves the second moment unfactored: r(k + K).
 
     Args:
       learning_rate: a number or a schedule.
       decay_rate: exponent of the second moment's decay, 1 - t^-decay_rate.
       eps: added to the squared gradient.
-      clipping_threshold: bound on the root mean square of each low-rank update; None for no bound.
-      momentum: of an exponential moving average of the update, or None.
+      clipping_threshold: bound on the root mean square of each low-rank update, matrix by matrix; None for no bound.
+      momentum: of an exponential moving average of the low-rank update, before the learning rate, or None.
       min_dim_size_to_factor: matrices (here low-rank ones) with a smaller side keep an unfactored second moment.  Static:
         name it in ``static_args`` of ``optax.inject_hyperparams``, beside ``rank``.
       multiply_by_parameter_scale: multiply each update by the root mean square of the full weight.
@@ -104,7 +105,6 @@ def galore_adafactor(
       weight_decay_mask: tree of bools or callable: which parameters decay.
       rank, update_proj_gap, scale, proj_type, projector, mask, weight_dimension_numbers, seed: of :func:`galore`.
 
-    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((256, 512))}
     >>> state = galore_adafactor(0.01, rank=128).init(params)
     >>> sorted(x.size for x in jax.tree.leaves(state) if x.size > 1)  # column and row factors, and the basis
@@ -114,7 +114,7 @@ def galore_adafactor(
         optax.scale_by_factored_rms(decay_rate=decay_rate, epsilon=eps, min_dim_size_to_factor=min_dim_size_to_factor)
     ]
     if clipping_threshold is not None:
-        inner.append(optax.clip_by_block_rms(clipping_threshold))
+        inner.append(_clip_by_matrix_rms(clipping_threshold))
     if momentum is not None:
         inner.append(optax.ema(momentum, debias=False))
     low_rank = galore(
@@ -131,6 +131,17 @@ def galore_adafactor(
     if multiply_by_parameter_scale:
         low_rank = optax.chain(low_rank, optax.scale_by_param_block_rms())
     return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+
+
+def _clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
+    """``optax.clip_by_block_rms``, but matrix by matrix in a stack, whose layers would else clip one another."""
+
+    def clip(update: jax.Array) -> jax.Array:
+        axes = (-2, -1) if update.ndim > 2 else None
+        rms = jnp.sqrt(jnp.mean(jnp.square(update), axis=axes, keepdims=True))
+        return update / jnp.maximum(1, rms / threshold)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
 def _decayed(

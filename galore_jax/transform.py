@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax import guards, output, projectors, sharding, subspace
@@ -32,7 +33,8 @@ class GaLoreState(NamedTuple):
     """State of :func:`galore`: plain arrays only.
 
     ``left`` and ``right`` have the structure of the parameters, with ``optax.MaskedNode()`` (no array) where a parameter has
-    no basis on that side.
+    no basis on that side; as for ``optax.masked``, ``optax.tree.map_params`` with further trees wants
+    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
     """
 
     count: jax.Array  # shape=(), dtype=jnp.int32; updates done, those with no good gradient left out
@@ -71,10 +73,12 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` on gradients projected to rank r, so that its state is low-rank too.
 
-    Leaves that are not projected (see :func:`galore_jax.matrix_view.select`) go to ``inner`` whole.  Everything reaches
-    ``inner`` in at least float32, whatever the dtype of the parameters; but where nothing is projected at all, this is
-    ``inner`` itself, bit for bit.  A gradient matrix that is all zeros or not finite reaches no basis and no moment: its
-    update is zero.  Decoupled weight decay belongs outside, after this transformation.
+    Leaves that are not projected (see :func:`galore_jax.matrix_view.select`) go to ``inner`` whole; where nothing is
+    projected at all, this is ``inner`` itself, bit for bit.  Everything reaches ``inner`` in at least float32, whatever the
+    dtype of the parameters.  A gradient matrix that is all zeros or not finite reaches no basis and no moment: its update is
+    zero.  Decoupled weight decay belongs outside, after this transformation.  A stack of matrices is one leaf to ``inner``:
+    what is elementwise (Adam, Lion, momentum) treats each matrix as if it stood alone, but a norm over a leaf (LAMB's trust
+    ratio, Adafactor's clipping) is taken over the stack.
 
     Args:
       inner: any Optax transformation.  Without it the transformation only projects the gradient onto its subspace and back
@@ -110,8 +114,13 @@ def galore(
     check_proj_type(proj_type)
     check_gap(update_proj_gap)
     output.check_scale(scale)
+    _check_seed(seed)
 
     def bind(inner: optax.GradientTransformation) -> _GaLore:
+        if not isinstance(inner, optax.GradientTransformation):
+            raise TypeError(
+                f"inner is {inner!r}: write an Optax transformation, for example galore(optax.adam(1e-3), rank=8)."
+            )
         return _GaLore(
             optax.with_extra_args_support(inner),
             lambda tree: select(
@@ -160,14 +169,12 @@ class _GaLore:
         leaves, treedef = jax.tree.flatten(params)
         views = self.views_of(params)
         bases = [subspace.zero_bases(view, leaf) for view, leaf in zip(views, leaves, strict=True)]
-        if any(views):
-            params = treedef.unflatten(map(subspace.zero_coordinates, views, leaves))
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
             left=treedef.unflatten([left for left, _ in bases]),
             right=treedef.unflatten([right for _, right in bases]),
-            inner_state=self.inner.init(params),
+            inner_state=self.inner.init(treedef.unflatten(map(subspace.zero_coordinates, views, leaves))),
         )
 
     def update(
@@ -203,6 +210,8 @@ class _GaLore:
         self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
+        gradients = jax.tree.map(subspace.promoted, updates)
+        params = jax.tree.map(subspace.promoted, params)
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
 
         def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
@@ -212,8 +221,9 @@ class _GaLore:
             replies, _ = step(jax.tree.map(jnp.zeros_like, gradients))
             return jax.tree.map(jnp.zeros_like, replies), state.inner_state
 
-        replies, inner_state = jax.lax.cond(finite, step, skip, updates)
+        replies, inner_state = jax.lax.cond(finite, step, skip, gradients)
         good = finite.astype(jnp.int32)
+        replies = jax.tree.map(lambda reply, gradient: reply.astype(gradient.dtype), replies, updates)
         return replies, state._replace(
             count=state.count + good, skipped=state.skipped + 1 - good, inner_state=inner_state
         )
@@ -260,6 +270,13 @@ def _mergeable(view: MatrixView | None, leaf: jax.Array) -> jax.Array:
     """``leaf`` gathered along the axes that its view merges: JAX merges no explicitly sharded minor axis."""
     sides = () if view is None else (view.reduction_axes, view.output_axes)
     return sharding.gather(leaf, [axis for axes in sides if len(axes) > 1 for axis in axes])
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, jax.Array):
+        return  # an injected hyperparameter
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed!r}: write an int in [0, 2**32).")
 
 
 def _any(flags: list[jax.Array]) -> jax.Array:

@@ -129,6 +129,14 @@ def test_any_axis_that_is_not_named_is_a_batch_axis_wherever_it_stands():
         np.testing.assert_array_equal(matrices[layer], leaf[:, layer].reshape(16, 32))
 
 
+def test_a_spec_for_a_whole_tree_gives_the_axes_and_leaves_the_choice_to_the_rules():
+    params = {"layers": {**abstract(kernel=(16, 3, 24), bias=(24,)), "norm": abstract(scale=(12, 3, 16))}}
+    views = selected(params, weight_dimension_numbers=GaLoreDimensionNumbers(0, 2))
+    assert {path: (view.batch_shape, view.matrix_shape) for path, view in views.items()} == {
+        "layers/kernel": ((3,), (16, 24))
+    }
+
+
 def test_optax_dimension_numbers_are_understood():
     numbers = optax.contrib.GaLoreDimensionNumbers(reduction_axis=1, output_axis=0)
     assert selected(abstract(w=(8, 20)), weight_dimension_numbers={"w": numbers})["w"].matrix_shape == (20, 8)
@@ -149,6 +157,10 @@ def test_optax_dimension_numbers_are_understood():
         ({"scale": "root"}, ValueError, r"scale is 'root'"),
         ({"update_proj_gap": 0}, ValueError, r"update_proj_gap is 0: write a positive int"),
         ({"update_proj_gap": 2.5}, ValueError, r"update_proj_gap is 2.5"),
+        ({"scale": None}, ValueError, r"scale is None: write a finite number"),
+        ({"scale": float("nan")}, ValueError, r"scale is nan: write a finite number"),
+        ({"seed": "a"}, ValueError, r"seed is 'a': write an int"),
+        ({"seed": 2**40}, ValueError, r"seed is 1099511627776: write an int"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(kwargs, error, message):
@@ -162,7 +174,9 @@ def test_bad_arguments_are_refused_at_construction(kwargs, error, message):
     [
         ({"mask": {"w": False, "b": False}}, r"mask selects none of the 2 parameters \(b, w\)"),
         ({"mask": {"w": False, "b": True}}, r"mask selects none"),
-        ({"mask": {"v": True}}, r"mask must have the structure of the parameters"),
+        ({"mask": {"v": True}}, r"mask must have the structure of the parameters .* it does not at 'b'\.$"),
+        ({"mask": {"w": True}}, r"it does not at 'b'\.$"),
+        ({"weight_dimension_numbers": {"w": None}}, r"weight_dimension_numbers must have .* at 'b'\.$"),
         (
             {"weight_dimension_numbers": {"w": GaLoreDimensionNumbers(0, (0, 1)), "b": None}},
             r"'w' with shape \(8, 20\) has reduction_axis=0 and output_axis=\(0, 1\): .* no axis twice",
@@ -177,6 +191,28 @@ def test_bad_arguments_are_refused_at_construction(kwargs, error, message):
 def test_bad_choices_are_refused_at_init_with_the_path(kwargs, message):
     with pytest.raises(ValueError, match=message):
         galore_jax.galore(optax.sgd(1.0), **{"rank": 4, **kwargs}).init({"w": jnp.ones((8, 20)), "b": jnp.ones((20,))})
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"mask": {"w": "yes", "b": False}}, r"mask holds 'yes': write True or False"),
+        ({"mask": 3}, r"mask holds 3: write True or False"),
+        (
+            {"weight_dimension_numbers": {"w": 1, "b": None}},
+            r"weight_dimension_numbers holds 1: write GaLoreDimensionNumbers",
+        ),
+    ],
+)
+def test_choices_of_the_wrong_type_are_refused_at_init(kwargs, message):
+    with pytest.raises(TypeError, match=message):
+        galore_jax.galore(optax.sgd(1.0), rank=4, **kwargs).init({"w": jnp.ones((8, 20)), "b": jnp.ones((20,))})
+
+
+@pytest.mark.parametrize("inner", [3, optax.sgd])
+def test_an_inner_that_is_no_transformation_is_refused(inner):
+    with pytest.raises(TypeError, match=r"write an Optax transformation, for example galore\(optax.adam"):
+        galore_jax.galore(inner, rank=4)
 
 
 def test_a_traced_rank_under_inject_hyperparams_names_static_args():

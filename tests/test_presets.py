@@ -108,3 +108,22 @@ def test_hyperparameters_can_be_injected_and_changed_during_training(preset, sta
     state.hyperparams["learning_rate"] = state.hyperparams["learning_rate"] * 2
     twice, _ = update(gradient, state, PARAMS)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-5), once, twice)
+
+
+def test_adafactor_treats_the_layers_of_a_stack_one_by_one():
+    """A layer whose gradient is thirty times larger must not clip the others."""
+    layers = [
+        {"w": jnp.stack([normal(10 * s + i, (160, 200)) * (30.0 if i == s else 1.0) for i in range(3)])}
+        for s in range(3)
+    ]
+    stacked, _ = train(galore_jax.galore_adafactor(0.1, rank=128), {"w": jnp.zeros((3, 160, 200))}, layers)
+    separate, _ = train(
+        galore_jax.galore_adafactor(0.1, rank=128), [jnp.zeros((160, 200))] * 3, [list(g["w"]) for g in layers]
+    )
+    np.testing.assert_allclose(stacked["w"], jnp.stack(separate), atol=2e-5)
+
+
+def test_moments_are_float32_for_bfloat16_parameters_even_where_nothing_is_projected():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    state = galore_jax.galore_adamw(0.1, rank=1.0).init(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
