@@ -26,9 +26,10 @@ class UsageError(Exception):
 
 def pretrain(arguments: Sequence[str]) -> int:
     """Pre-train a LLaMA model, or --resume a run."""
-    from galore_jax.training import checkpoint, config, loop
+    with needed_packages("pretrain", extra="train"):
+        from galore_jax.training import checkpoint, config, loop
 
-    settings = parse(config.PretrainConfig, arguments, "pretrain")
+        settings = parse(config.PretrainConfig, arguments, "pretrain")
     with usage_errors():
         if settings.resume and settings.out is not None:
             # The run's own settings become the defaults, so that only flags that were given can differ from them.
@@ -91,6 +92,19 @@ def parse(kind: type[Settings], arguments: Sequence[str], command: str, default:
         if exit_.code == 0:
             raise
         raise UsageError(f"{_first_sentence(message.getvalue())}; see galore-jax {command} --help.") from None
+
+
+@contextlib.contextmanager
+def needed_packages(command: str, *, extra: str) -> Iterator[None]:
+    """A package of ``extra`` that is not installed becomes UsageError; a missing module of ours is a bug."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "galore_jax":
+            raise
+        raise UsageError(
+            f"galore-jax {command} needs more packages ({error}): pip install 'galore-jax[{extra}]'"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from galore_jax.cli import main
+from galore_jax.cli import main, needed_packages
+from galore_jax.training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -262,9 +264,12 @@ def test_a_finished_run_can_be_made_longer(shop, copy):
         (["--model", "huge"], "Unknown model preset 'huge'; choose one of demo"),
         (["--optimizer", "adamm"], "--optimizer 'adamm' is not known; choose one of galore_adamw"),
         (["--seq", "4096"], "--seq 4096 is longer than the 1024 positions of --model demo."),
-        (["--rank", "0"], "rank"),
-        (["--proj-type", "up"], "'up'"),
-        (["--projector", "magic"], "'magic'"),
+        (["--rank", "1.5"], "--rank 1.5 must be a positive whole number, or a fraction of the smaller side in (0, 1]."),
+        (["--proj-type", "up"], "--proj-type 'up' is not known; choose one of std,"),
+        (["--projector", "magic"], "--projector 'magic' is not known; choose one of svd,"),
+        (["--update-proj-gap", "0"], "--update-proj-gap 0 must be at least 1."),
+        (["--clip", "inf"], "--clip inf must be a finite number of at least 0."),
+        (["--out", "a/b", "--data", "no/such/text"], "no/such/text"),
         (["--data", "no/such/text"], "no/such/text"),
         (["--tokenizer", "no/such/tokenizer.json"], "no/such/tokenizer.json"),
         (["--resume"], "--resume needs --out"),
@@ -280,6 +285,38 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
     assert capsys.readouterr().err == "error: 'pretrian' is not a command; choose one of pretrain.\n"
+
+
+@pytest.mark.parametrize("package", ["flax", "tyro"])
+def test_a_missing_extra_is_one_sentence(shop, package):
+    script = f"""
+import sys
+from galore_jax.cli import main
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+sys.exit(main())
+"""
+    result = galore(shop, "pretrain", script=script)
+    says = f"error: galore-jax pretrain needs more packages (No module named '{package}'): pip install 'galore-jax[train]'\n"
+    assert (result.returncode, result.stderr) == (2, says)
+
+
+def test_a_missing_module_of_ours_keeps_its_traceback():
+    with pytest.raises(ModuleNotFoundError, match=r"galore_jax\.no_such"), needed_packages("pretrain", extra="train"):
+        importlib.import_module("galore_jax.no_such")
+
+
+def test_a_folder_that_cannot_be_created_is_named_before_the_text_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("galore_jax.training.loop.load_data", lambda *_, **__: pytest.fail("the text was read"))
+    (tmp_path / "file").touch()
+    for out, reason in ((tmp_path / "file" / "run", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        assert_refused(capsys, "--out", out, says=f"--out {out} cannot be created: {reason}; name another folder.")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path):
@@ -325,6 +362,48 @@ def test_a_resumed_run_stays_the_same_run(copy, capsys, flags, says):
     assert contents(copy) == before
 
 
+def test_another_tokenizer_is_refused(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
+    file = copy / "tokenizer.json"
+    load_tokenizer("bpe", ["a b c"], vocab_size=257).save(file)  # as many ids as the run's own
+    before = contents(copy)
+    assert_refused(capsys, "--resume", "--out", copy, says=f"{file} is not the tokenizer that the run was started with")
+    assert contents(copy) == before
+
+
+def test_another_text_is_refused(copy, shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (shop / "text.txt").read_text()
+    Path("text.txt").write_text(text[:-1] + "!")
+    before = contents(copy)
+    says = f"--data text.txt is not the text that the run in {copy} was started with; put that text back,"
+    assert_refused(capsys, "--resume", "--out", copy, says=says)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"data": "python"}))
+    assert_refused(capsys, "--resume", "--out", copy, says="resume with the interpreter that started the run,")
+    (copy / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    assert contents(copy) == before
+
+
+def test_a_damaged_line_of_metrics_stops_a_resume_before_anything_changes(copy, shop, monkeypatch, capsys):
+    monkeypatch.chdir(shop)
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + lines[1][:20] + "\n" + "".join(lines[2:]))
+    before = contents(copy)
+    assert_refused(capsys, "--resume", "--out", copy, says=f"{file} is damaged at line 2; delete that line,")
+    assert contents(copy) == before
+
+
+@pytest.mark.slow
+def test_a_damaged_summary_is_written_anew(copy, shop, whole):
+    (copy / "summary.json").write_text('{"steps": 12, "fin')
+    result = galore(shop, "pretrain", "--resume", "--out", copy, "--sample-tokens", "0")
+    assert result.returncode == 0, result.stderr
+    assert summary(copy)["resumed_from_step"] == 12
+    assert_same_run(copy, whole[0])
+
+
 def test_a_damaged_or_missing_checkpoint_is_named(copy, shop, monkeypatch, capsys):
     monkeypatch.chdir(shop)
     files = [path for path in (copy / "checkpoints/12/params").rglob("*") if path.is_file()]
@@ -362,5 +441,7 @@ def test_a_vocabulary_that_does_not_match_the_model_is_named(copy, shop, monkeyp
 def test_a_damaged_config_or_a_lost_tokenizer_is_named(copy, capsys):
     (copy / "tokenizer.json").unlink()
     assert_refused(capsys, "--resume", "--out", copy, says="tokenizer.json does not exist")
-    (copy / "config.json").write_text("{")
-    assert_refused(capsys, "--resume", "--out", copy, says="config.json is damaged")
+    config = json.loads((copy / "config.json").read_text())
+    for text in ("{", json.dumps(config | {"steps": "abc"})):
+        (copy / "config.json").write_text(text)
+        assert_refused(capsys, "--resume", "--out", copy, says="config.json is damaged")

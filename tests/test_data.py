@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import sys
 from itertools import islice
 
@@ -194,6 +195,28 @@ def test_few_long_documents_are_divided_by_position():
     assert train[0] + validation[0] == book
     assert len(validation[0]) / len(book) == pytest.approx(0.05, abs=0.001)
     assert train[1] + validation[1] == book + "!"
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_of_a_local_text_changes_with_any_token_and_with_nothing_else(folder):
+    fingerprint = load(folder).fingerprint
+    assert load(folder, seed=1, batch_size=2, sequence_length=8).fingerprint == fingerprint
+    assert load(folder, tokenizer="bpe", vocab_size=300).fingerprint != fingerprint
+    train, validation = split_documents(read_documents(str(folder)))
+    for documents in (train, validation):
+        file = next(path for path in folder.rglob("*.txt") if path.read_text() == documents[0])
+        file.write_text(documents[0] + "!")
+        assert load(folder).fingerprint != fingerprint
+        file.write_text(documents[0])
+    assert load(folder).fingerprint == fingerprint
+
+
+def test_the_fingerprint_of_a_stream_names_the_source(hub):
+    corpus = load(f"hf:{hub}")
+    assert f"hf:{hub}" in corpus.fingerprint
+    assert load(f"hf:{hub}", seed=1, tokenizer="bpe", vocab_size=270).fingerprint == corpus.fingerprint
 
 
 # Local sources
@@ -437,6 +460,24 @@ def test_unusable_datasets(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         load(f"hf:{hub}")
+
+
+def test_the_hub_is_silent_while_it_tries_to_reach_a_dataset(monkeypatch, caplog):
+    def unreachable(*_, **__):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("Couldn't reach 'no/network' on the Hub")
+
+    logger = logging.getLogger("huggingface_hub")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    level = logger.level
+    with pytest.raises(ValueError, match="cannot load data source 'hf:no/network': Couldn't reach"):
+        load("hf:no/network")
+    assert caplog.records == []
+    assert logger.level == level
+    with pytest.raises(ConnectionError):
+        unreachable()
+    assert len(caplog.records) == 1  # so the silence was ours
 
 
 def test_streams_with_too_little_text(hub):

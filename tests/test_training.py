@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from galore_jax.training.config import (
     check_same_run,
     choose_folder,
     load_config,
+    new_folder,
     save_config,
 )
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
@@ -177,8 +179,14 @@ def test_bfloat16_parameters_stay_bfloat16():
         ({"batch": 0}, "--batch 0 must be at least 1."),
         ({"accumulate": -1}, "--accumulate -1 must be at least 1."),
         ({"eval_tokens": 0}, "--eval-tokens 0 must be at least 1."),
-        ({"clip": -0.5}, "--clip -0.5 must be at least 0."),
-        ({"weight_decay": float("nan")}, "--weight-decay nan must be at least 0."),
+        ({"clip": -0.5}, "--clip -0.5 must be a finite number of at least 0."),
+        ({"clip": float("inf")}, "--clip inf must be a finite number of at least 0."),
+        ({"weight_decay": float("nan")}, "--weight-decay nan must be a finite number of at least 0."),
+        ({"rank": 1.5}, "--rank 1.5 must be a positive whole number, or a fraction of the smaller side in (0, 1]."),
+        ({"rank": 0}, "--rank 0 must be a positive whole number"),
+        ({"update_proj_gap": 0}, "--update-proj-gap 0 must be at least 1."),
+        ({"proj_type": "up"}, "--proj-type 'up' is not known; choose one of std, reverse_std, left, right, full."),
+        ({"projector": "magic"}, "--projector 'magic' is not known; choose one of svd, eigh, randomized."),
         ({"learning_rate": float("inf")}, "--learning-rate inf must be a positive finite number."),
         ({"scale": 0.0}, "--scale 0.0 must be a positive finite number or rms."),
         ({"seed": 2**31}, "--seed 2147483648 must be less than 2**31."),
@@ -203,13 +211,56 @@ def test_sequences_and_samples_must_fit_the_positions_of_the_model():
 
 def test_config_json_round_trips(tmp_path):
     config = PretrainConfig(rank=1.0, scale="rms", steps=40, learning_rate=1e-3, param_dtype="bf16")
-    save_config(config, TINY, tmp_path)
-    loaded, model = load_config(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(config, TINY, tmp_path, "3:00000000")
+    loaded, model, fingerprints = load_config(tmp_path)
+    assert fingerprints == {
+        "data_fingerprint": "3:00000000",
+        "tokenizer_fingerprint": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # FIPS 180-2, B.1
+    }
     assert model == TINY
     assert loaded == dataclasses.replace(config, out=tmp_path, resume=True, warmup_steps=4)
     assert isinstance(loaded.rank, float)
     versions = json.loads((tmp_path / "config.json").read_text())["versions"]
     assert versions.keys() == {"jax", "optax", "flax", "orbax-checkpoint", "galore_jax"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["steps"], "abc"),
+        (["rank"], None),
+        (["remat"], 1),
+        (["seed"], True),
+        (["dtype"], "f16"),
+        (["model_config", "rope_theta"], "abc"),
+        (["model_config", "vocab_size"], 257.0),
+    ],
+)
+def test_a_field_of_the_wrong_type_makes_a_config_damaged(tmp_path, path, value):
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(PretrainConfig(), TINY, tmp_path, "3:00000000")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (fields if len(path) == 1 else fields[path[0]])[path[-1]] = value
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=rf"config\.json is damaged \(.*{path[-1]} is .*{value!r}"):
+        load_config(tmp_path)
+
+
+def test_a_folder_made_for_a_run_that_cannot_be_prepared_is_removed_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for config in (PretrainConfig(), PretrainConfig(out=tmp_path / "a" / "b")):
+        with pytest.raises(ValueError, match="no text"), new_folder(config):
+            raise ValueError("no text")
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a").mkdir()  # what was there before stays
+    with pytest.raises(ValueError, match="no text"), new_folder(PretrainConfig(out=tmp_path / "a" / "b")):
+        raise ValueError("no text")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+    for name in ("runs/demo-galore_adamw", "runs/demo-galore_adamw-2"):
+        with new_folder(PretrainConfig()) as folder:
+            assert folder.is_dir()
+        assert str(folder) == name
 
 
 def test_only_settings_that_leave_the_run_what_it_is_may_change(tmp_path):
@@ -354,6 +405,52 @@ def test_metrics_after_the_checkpoint_and_a_line_cut_short_are_dropped_on_resume
         {"step": 4, "loss": 1.0},
         {"step": 6, "loss": None},
     ]
+
+
+@pytest.mark.parametrize("line", [b'{"step": 4, "lo', b"", b"\xff\x00", b"{}", b'{"step": "4"}', b"4"])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 2, "loss": 1.0}\n' + line + b'\n{"step": 6, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged at line 2; delete that line"):
+        metrics.read_metrics(tmp_path)
+
+
+def test_tensorboard_itself_writes_the_scalars_where_tensorboardx_is_absent(tmp_path, monkeypatch):
+    class Writer:
+        def __init__(self, folder):
+            self.folder, self.scalars, self.closed = folder, [], False
+
+        def add_scalar(self, *scalar):
+            self.scalars.append(scalar)
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", types.SimpleNamespace(Writer=Writer))
+    with metrics.MetricsLog(tmp_path, 0) as log:
+        log.write({"step": 3, "loss": 1.5, "skipped": 0})
+        board = log._board
+    assert board.scalars == [("loss", 1.5, 3), ("skipped", 0, 3)]
+    assert (board.folder, board.closed) == (str(tmp_path / "tensorboard"), True)
+    monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
+    with metrics.MetricsLog(tmp_path, 3) as log:
+        log.write({"step": 4, "loss": 1.0})
+    assert [record["step"] for record in metrics.read_metrics(tmp_path)] == [3, 4]
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": 12, "fin', "[]", '{"steps": 12}', None])
+def test_a_damaged_summary_counts_as_none(tmp_path, text):
+    path = tmp_path / "summary.json"
+    whole = {"steps": 12, "final_val_loss": 2.0, "final_val_perplexity": 7.4}
+    path.write_text(json.dumps(whole))
+    assert report.read_summary(path) == whole
+    if text is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text(text)
+    assert report.read_summary(path) is None
 
 
 def test_the_plot_is_drawn_from_any_metrics(tmp_path):

@@ -3,20 +3,26 @@
 """The settings of a pre-training run: one dataclass, its checks, and its ``config.json``.
 
 ``galore-jax pretrain`` has one flag for each field, and the text under a field is that flag's help.  ``config.json`` in
-the run folder holds every field, the model's shape and the versions of the libraries, so that a run can be continued
-and repeated.
+the run folder holds every field, the model's shape, the versions of the libraries, and fingerprints of the tokenizer and
+the text, so that a run can be repeated, and continued with nothing but what it was started with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
+from galore_jax.projectors import PROJECTORS
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -137,12 +143,25 @@ def check(config: PretrainConfig) -> None:
     Traceback (most recent call last):
     ValueError: --batch 6 is not a multiple of --accumulate 4; choose micro-batches of equal size.
     """
-    for name in ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every"):
+    sizes = ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every", "update_proj_gap")
+    for name in sizes:
         _at_least(name, getattr(config, name), 1)
     if config.eval_tokens is not None:
         _at_least("eval_tokens", config.eval_tokens, 1)
-    for name in ("sample_tokens", "clip", "weight_decay", "seed"):
+    for name in ("sample_tokens", "seed"):
         _at_least(name, getattr(config, name), 0)
+    for name in ("clip", "weight_decay"):
+        value = getattr(config, name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{flag(name)} {value} must be a finite number of at least 0.")
+    if not (config.rank >= 1 if isinstance(config.rank, int) else 0 < config.rank <= 1):
+        raise ValueError(
+            f"--rank {config.rank} must be a positive whole number, or a fraction of the smaller side in (0, 1]."
+        )
+    for name, known in (("proj_type", PROJ_TYPES), ("projector", PROJECTORS)):
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(known)}.")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
     if not isinstance(config.scale, str) and not (config.scale > 0 and math.isfinite(config.scale)):
@@ -184,6 +203,51 @@ def check_same_run(config: PretrainConfig, saved: PretrainConfig) -> None:
             )
 
 
+def check_same_tokenizer(folder: Path, fingerprints: dict[str, str]) -> None:
+    """Raises a ValueError if the run's ``tokenizer.json`` is not the file that the run wrote."""
+    if _tokenizer_fingerprint(folder) != fingerprints["tokenizer_fingerprint"]:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} is not the tokenizer that the run was started with; "
+            "put that file back, or start a new run with another --out."
+        )
+
+
+def check_same_text(source: str, folder: Path, fingerprint: str, fingerprints: dict[str, str]) -> None:
+    """Raises a ValueError if the text of ``source`` is not the one that the run in ``folder`` was started with."""
+    if fingerprint != fingerprints["data_fingerprint"]:
+        remedy = "put that text back"
+        if source == "python":
+            remedy = "another version of Python has another library: resume with the interpreter that started the run"
+        raise ValueError(
+            f"--data {source} is not the text that the run in {folder} was started with; "
+            f"{remedy}, or start a new run with another --out."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(config: PretrainConfig) -> Iterator[Path]:
+    """Creates the folder of a new run; if the ``with`` block fails, what was created is removed again.
+
+    Raises:
+      ValueError: it cannot be created, is a file, or holds a run already.
+    """
+    created: list[Path] = []
+    try:
+        try:
+            folder = choose_folder(config)
+            created = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            place = config.out or "runs"
+            raise ValueError(f"--out {place} cannot be created: {error.strerror}; name another folder.") from error
+        yield folder
+    except BaseException:
+        for path in created:
+            with contextlib.suppress(OSError):  # it was not reached, or holds something by now
+                path.rmdir()
+        raise
+
+
 def choose_folder(config: PretrainConfig) -> Path:
     """The folder of a new run; it is not created here.
 
@@ -204,16 +268,20 @@ def choose_folder(config: PretrainConfig) -> Path:
     return config.out
 
 
-def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path) -> None:
-    """Write ``config.json``: every field, ``model_config``, and ``versions`` of what computed it."""
+def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path, data_fingerprint: str) -> None:
+    """Write ``config.json``: every field, ``model_config``, ``versions`` of what computed it, and two fingerprints.
+
+    They are ``data_fingerprint`` and ``tokenizer_fingerprint``, the SHA-256 of the ``tokenizer.json`` in ``folder``.
+    """
     fields = dataclasses.asdict(config) | {"out": str(folder), "warmup_steps": config.resolved_warmup_steps}
     versions = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
     fields |= {"model_config": dataclasses.asdict(model), "versions": versions | {"galore_jax": _own_version()}}
+    fields |= {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": _tokenizer_fingerprint(folder)}
     write_json(folder / "config.json", fields)
 
 
-def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig]:
-    """Read ``config.json`` of a run folder, which may have been moved.
+def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, str]]:
+    """Read ``config.json`` of a run folder, which may have been moved: the settings, the model, the fingerprints.
 
     Raises:
       FileNotFoundError: there is no run in that folder.
@@ -224,12 +292,13 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig]:
         raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
     try:
         fields = read_json(path)
-        model = LlamaConfig(**fields["model_config"])
+        model = _from_json(LlamaConfig, fields["model_config"])
         known = {field.name for field in dataclasses.fields(PretrainConfig)}
-        config = PretrainConfig(**{name: value for name, value in fields.items() if name in known})
+        config = _from_json(PretrainConfig, {name: value for name, value in fields.items() if name in known})
+        fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
-    return dataclasses.replace(config, out=folder, resume=True), model
+    return dataclasses.replace(config, out=folder, resume=True), model, fingerprints
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -244,8 +313,37 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _at_least(name: str, value: float, least: int) -> None:
-    if not (value >= least and math.isfinite(value)):
+def _from_json(kind: type, fields: dict[str, Any]) -> Any:
+    """The dataclass ``kind``; TypeError if a field has a value of another type."""
+    types = get_type_hints(kind)
+    for name, value in fields.items():
+        if name in types and not _fits(value, types[name]):
+            raise TypeError(f"{name} is {value!r}")
+    return kind(**fields)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that was read from JSON has a field's type.
+
+    >>> _fits(8, int | float), _fits("rms", float | Literal["rms"]), _fits("8", int | None), _fits(True, int)
+    (True, True, False, False)
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    # JSON has no paths, may write 1.0 as 1, and Python counts bool as int.
+    return isinstance(value, {float: (int, float), Path: str}.get(kind, kind)) and (
+        isinstance(value, bool) == (kind is bool)
+    )
+
+
+def _tokenizer_fingerprint(folder: Path) -> str:
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
         raise ValueError(f"{flag(name)} {value} must be at least {least}.")
 
 

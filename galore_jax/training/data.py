@@ -19,6 +19,7 @@ restores it goes on with exactly the same batches.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from itertools import islice
@@ -54,10 +55,15 @@ class TrainIterator(Protocol):
 
 
 class TextData(Protocol):
-    """A corpus as batches of tokens. `description` is one line for the log."""
+    """A corpus as batches of tokens. `description` is one line for the log.
+
+    `fingerprint` tells whether a resumed run has the tokens it began with: it changes with any token of a local
+    text. A stream is not read whole, so its fingerprint only names the source and what it holds out.
+    """
 
     tokenizer: Tokenizer
     description: str
+    fingerprint: str
 
     def train_iterator(self) -> TrainIterator:
         """A new iterator at the start of the first epoch."""
@@ -164,6 +170,9 @@ class PackedText:
             f"{sum(map(len, train)):,} and {sum(map(len, validation)):,} characters, "
             f"{train_tokens.size:,} and {validation_tokens.size:,} tokens"
         )
+        self.fingerprint = " ".join(
+            f"{tokens.size}:{zlib.crc32(tokens.data):08x}" for tokens in (train_tokens, validation_tokens)
+        )
 
     def train_iterator(self) -> grain.DatasetIterator:
         order = grain.MapDataset.range(len(self._train)).seed(self._seed).shuffle().repeat()
@@ -198,7 +207,7 @@ class StreamedText:
         shard_index: int,
         shard_count: int,
     ):
-        self.description = description
+        self.description = self.fingerprint = description
         self.tokenizer = tokenizer
         self._train, self._validation = train, validation
         self._sequence_length, self._batch_size = sequence_length, batch_size

@@ -66,18 +66,20 @@ def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None
 
 
 def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Run:
-    """Check everything, and make or restore the state of a run; nothing is written except a new run's folder."""
-    tokenizer_file = None
+    """Check everything, and make or restore the state of a run; only a new run's folder is created."""
     if config.resume:
-        config, folder, saved_model = _saved_run(config)
-        model_config = model_config or saved_model
-        tokenizer_file = folder / "tokenizer.json"
-        if not tokenizer_file.exists():
-            raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
+        config, folder, saved_model, fingerprints = _saved_run(config)
         settings.check(config)
-    else:
-        settings.check(config)
-        folder = settings.choose_folder(config)
+        return _load(config, folder, model_config or saved_model, fingerprints)
+    settings.check(config)
+    with settings.new_folder(config) as folder:
+        return _load(config, folder, model_config, None)
+
+
+def _load(
+    config: PretrainConfig, folder: Path, model_config: LlamaConfig | None, fingerprints: dict[str, str] | None
+) -> Run:
+    """The data, the model and the optimizer; ``fingerprints`` are those of the run to resume."""
     # An unknown name is found before the text is read.
     settings.check_lengths(config, model_config or config.model_config(1))
     optimizer = make_optimizer(config, make_schedule(config))
@@ -88,8 +90,10 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
         batch_size=config.batch,
         seed=config.seed,
         vocab_size=config.vocab_size,
-        tokenizer_file=tokenizer_file,
+        tokenizer_file=folder / "tokenizer.json" if config.resume else None,
     )
+    if fingerprints is not None:
+        settings.check_same_text(config.data, folder, data.fingerprint, fingerprints)
     model_config = model_config or config.model_config(data.tokenizer.vocab_size)
     if data.tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -105,16 +109,15 @@ def train(run: Run) -> Record:
     began = time.perf_counter()
     sizes = report.memory(config, run.params)
     summary_file = folder / "summary.json"
-    finished = settings.read_json(summary_file) if run.resumed_from == config.steps and summary_file.exists() else None
+    finished = report.read_summary(summary_file) if run.resumed_from == config.steps else None
     if finished is not None and finished["steps"] == config.steps:
         print(f"The run in {folder} already has its {config.steps} steps.")
         _say_goodbye(run, finished, sizes)
         return finished
 
     if run.resumed_from is None:
-        folder.mkdir(parents=True, exist_ok=True)
         run.data.tokenizer.save(folder / "tokenizer.json")
-    settings.save_config(config, run.model_config, folder)
+    settings.save_config(config, run.model_config, folder, run.data.fingerprint)
     with (
         StopSignals() as signals,
         MetricsLog(folder, run.step) as log,
@@ -243,12 +246,12 @@ class StopSignals:
         os.write(2, b"\nStopping after this step, with a checkpoint; a second signal stops at once.\n")
 
 
-def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfig]:
-    """The settings with which a run goes on, its folder, and its model."""
+def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfig, dict[str, str]]:
+    """The settings with which a run goes on, its folder, its model, and its fingerprints."""
     folder = config.out
     if folder is None:
         raise ValueError("--resume needs --out, the folder of the run to continue.")
-    saved, model_config = settings.load_config(folder)
+    saved, model_config, fingerprints = settings.load_config(folder)
     if config.warmup_steps is None:
         config = dataclasses.replace(config, warmup_steps=saved.warmup_steps)
     settings.check_same_run(config, saved)
@@ -258,7 +261,12 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
             f"--steps {config.steps} is less than the {step} steps that the run in {folder} has made; "
             "name a larger number, or leave it out to finish the run."
         )
-    return config, folder, model_config
+    tokenizer_file = folder / "tokenizer.json"
+    if not tokenizer_file.exists():
+        raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
+    settings.check_same_tokenizer(folder, fingerprints)
+    read_metrics(folder)  # a damaged line is found before anything is written
+    return config, folder, model_config, fingerprints
 
 
 def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData, optimizer: Any) -> Run:

@@ -8,6 +8,7 @@ time between two such reads is the duration of a step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -26,7 +27,7 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``, and to TensorBoard if tensorboardX is installed; a context manager.
+    """Appends records to ``metrics.jsonl``, and to TensorBoard's files if its writer is installed; a context manager.
 
     Args:
       folder: of the run.
@@ -38,11 +39,7 @@ class MetricsLog:
         if path.exists():
             _keep_until(path, step)
         self._file = path.open("a")
-        self._board = None
-        if importlib.util.find_spec("tensorboardX"):
-            self._board = importlib.import_module("tensorboardX").SummaryWriter(
-                str(folder / "tensorboard"), purge_step=step + 1
-            )
+        self._board = _open_board(str(folder / "tensorboard"), step)
 
     def write(self, record: Record) -> None:
         """Append one record; a number that is not finite becomes null, which JSON has."""
@@ -66,12 +63,35 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[Record]:
     """The records of ``metrics.jsonl``, in order; a last line that a crash cut short is left out.
 
+    Raises:
+      ValueError: a line that is complete is not a record.
+
     >>> read_metrics(Path("there is no such run"))
     []
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _parse(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{path} is damaged at line {number}; delete that line, or restore the file from a copy.")
+    return record
+
+
+def _open_board(folder: str, step: int) -> Any:
+    """A writer from tensorboardX, or else from TensorBoard itself; None if neither is installed."""
+    if importlib.util.find_spec("tensorboardX"):
+        return importlib.import_module("tensorboardX").SummaryWriter(folder, purge_step=step + 1)
+    with contextlib.suppress(ModuleNotFoundError):
+        # It cannot purge: steps that a resumed run repeats stand there twice, with the same losses.
+        return importlib.import_module("tensorboard.summary").Writer(folder)
+    return None
 
 
 def _keep_until(path: Path, step: int) -> None:

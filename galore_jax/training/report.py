@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from galore_jax import tree_bytes
-from galore_jax.training.config import PretrainConfig
+from galore_jax.training.config import PretrainConfig, read_json
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 
@@ -71,6 +71,19 @@ def format_bytes(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} GiB"
+
+
+def read_summary(path: Path) -> Record | None:
+    """``summary.json``; None if there is none or it is damaged, since all of it but the durations can be computed anew.
+
+    >>> read_summary(Path("there is no such run"))
+    """
+    try:
+        summary = read_json(path)
+    except (OSError, ValueError):
+        return None
+    needed = {"steps", "final_val_loss", "final_val_perplexity"}
+    return summary if isinstance(summary, dict) and needed <= summary.keys() else None
 
 
 def closing_words(config: PretrainConfig, folder: Path, summary: Record, sizes: dict[str, int]) -> str:

@@ -8,8 +8,10 @@ memory and divided into training and validation documents here; Hugging Face dat
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
+import logging
 import os
 import re
 import sysconfig
@@ -130,7 +132,8 @@ def open_stream(source: str) -> tuple[datasets.IterableDataset, datasets.Iterabl
         raise ValueError(f"data source {source!r} needs a library: pip install datasets") from error
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None, streaming=True)
+        with _quiet_hub():
+            splits = datasets.load_dataset(name, config or None, streaming=True)
     except (OSError, ValueError) as error:  # no such dataset or configuration, or no network
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot load data source {source!r}: {reason}") from error
@@ -143,6 +146,18 @@ def open_stream(source: str) -> tuple[datasets.IterableDataset, datasets.Iterabl
             return train, _text_column(source, splits[split]), f'the "{split}" split'
     held_out = f'the first {HELD_OUT_DOCUMENTS:,} documents of "train"'
     return train.skip(HELD_OUT_DOCUMENTS), train.take(HELD_OUT_DOCUMENTS), held_out
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without a network the Hub's library warns of each attempt, and then raises what says it all."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _text_column(source: str, stream: datasets.IterableDataset) -> datasets.IterableDataset:
