@@ -27,6 +27,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from galore_jax.training.config import resume_command
+
 FORMAT = 1
 """Version of what a checkpoint holds; a change that older code cannot read increases it."""
 
@@ -112,7 +114,7 @@ class CheckpointWriter:
         run = self.folder.parent
         return (
             f"{start}; the last good one is of step {good[-1]}: make room in {self.folder} and continue with "
-            f"`galore-jax pretrain --resume --out {run}`."
+            f"`{resume_command(run)}`."
         )
 
 

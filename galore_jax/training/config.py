@@ -14,6 +14,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -134,6 +136,17 @@ def flag(field: str) -> str:
     '--update-proj-gap'
     """
     return "--" + field.replace("_", "-")
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to continue the run in ``folder``, with the path of a ``galore-jax`` that is not on PATH.
+
+    >>> resume_command(Path("runs/x")).endswith("galore-jax pretrain --resume --out runs/x")
+    True
+    """
+    started_as = Path(sys.argv[0])
+    elsewhere = started_as.name == "galore-jax" and shutil.which("galore-jax") is None
+    return f"{started_as if elsewhere else 'galore-jax'} pretrain --resume --out {folder}"
 
 
 def check(config: PretrainConfig) -> None:

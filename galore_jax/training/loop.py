@@ -148,7 +148,7 @@ def train(run: Run) -> Record:
     if run.step == config.steps:
         _say_goodbye(run, summary, sizes)
     else:
-        print(f"Stopped after step {run.step}; continue with: galore-jax pretrain --resume --out {folder}")
+        print(f"Stopped after step {run.step}; continue with: {settings.resume_command(folder)}")
     return summary
 
 
