@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from galore_jax import sharding
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float | None]
@@ -79,10 +81,12 @@ class MatrixView:
         return (*self.batch_axes, *self.reduction_axes, *self.output_axes)
 
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
-        """Parameter-shaped array -> (*batch, m, n)."""
-        matrices = jnp.transpose(leaf, self._permutation)
-        if len(self.reduction_axes) == len(self.output_axes) == 1:
-            return matrices  # nothing to merge, and a reshape would lose an explicit sharding
+        """Parameter-shaped array -> (*batch, m, n); axes that are merged into one lose their explicit sharding."""
+        sides = (self.reduction_axes, self.output_axes)
+        merged = [axis for axes in sides if len(axes) > 1 for axis in axes]
+        if not merged:
+            return jnp.transpose(leaf, self._permutation)  # a reshape, even to the same shape, could lose a sharding
+        matrices = jnp.transpose(sharding.gather(leaf, merged), self._permutation)
         return matrices.reshape(*self.batch_shape, *self.matrix_shape)
 
     def from_matrices(self, matrices: jax.Array) -> jax.Array:
@@ -196,9 +200,13 @@ def _first_mismatch(prefix: Any, params: Any, is_leaf: Callable[[Any], bool]) ->
     """The first path at which a prefix tree and the parameters part."""
     chosen = _paths(prefix, is_leaf)
     wanted = _paths(params)
-    inside = [path for path in wanted if any(path == p or path.startswith(f"{p}/") for p in chosen)]
-    without = [p for p in chosen if not any(path == p or path.startswith(f"{p}/") for path in wanted)]
-    outside = sorted({*wanted} - {*inside}) + sorted(without)
+
+    def covers(choice: str, path: str) -> bool:
+        return path == choice or path.startswith(f"{choice}/")
+
+    unchosen = [path for path in wanted if not any(covers(choice, path) for choice in chosen)]
+    without = [choice for choice in chosen if not any(covers(choice, path) for path in wanted)]
+    outside = sorted(unchosen) + sorted(without)
     return repr(outside[0]) if outside else "its root"
 
 

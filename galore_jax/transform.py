@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import guards, output, projectors, sharding, subspace
+from galore_jax import guards, output, projectors, subspace
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.refresh import check_gap, is_due, refresh_basis
 
@@ -189,7 +189,7 @@ class _GaLore:
         if params is not None:
             leaves = treedef.flatten_up_to(params)
             coordinates = treedef.unflatten(
-                subspace.coordinates(view, _mergeable(view, leaf), p.left, p.right)
+                subspace.coordinates(view, leaf, p.left, p.right)
                 for view, leaf, p in zip(views, leaves, projected, strict=True)
             )
         low_rank, inner_state = self.inner.update(
@@ -243,7 +243,7 @@ class _GaLore:
         if view is None:
             finite = jnp.all(jnp.isfinite(gradient))
             return _Projected(subspace.promoted(jnp.where(finite, gradient, 0)), left, right, finite, finite)
-        matrices = subspace.promoted(view.to_matrices(_mergeable(view, gradient)))  # [*batch, m, n]
+        matrices = subspace.promoted(view.to_matrices(gradient))  # [*batch, m, n]
         peak = jnp.max(jnp.abs(matrices), axis=(-2, -1))  # [*batch]
         finite = jnp.all(
             jnp.isfinite(matrices), axis=(-2, -1)
@@ -264,12 +264,6 @@ class _GaLore:
             return jnp.where(projected.good, low_rank, 0).astype(gradient.dtype)
         low_rank = jnp.where(projected.good[..., None, None], low_rank, 0)
         return output.lifted(view, low_rank, projected.left, projected.right, self.scale, gradient)
-
-
-def _mergeable(view: MatrixView | None, leaf: jax.Array) -> jax.Array:
-    """``leaf`` gathered along the axes that its view merges: JAX merges no explicitly sharded minor axis."""
-    sides = () if view is None else (view.reduction_axes, view.output_axes)
-    return sharding.gather(leaf, [axis for axes in sides if len(axes) > 1 for axis in axes])
 
 
 def _check_seed(seed: Any) -> None:
