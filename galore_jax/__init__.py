@@ -2,15 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) for JAX: full-parameter training with low-rank optimizer state."""
 
-from galore_jax import matrix_view as matrix_view, projectors as projectors
+from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh
 from galore_jax._chain import chain as chain
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.presets import galore_adafactor as galore_adafactor, galore_adamw as galore_adamw
-from galore_jax.transform import (
-    GaLoreMemoryWarning as GaLoreMemoryWarning,
-    GaLoreState as GaLoreState,
-    galore as galore,
-)
+from galore_jax.refresh import refresh_bases as refresh_bases
+from galore_jax.state import GaLoreState as GaLoreState
+from galore_jax.transform import GaLoreMemoryWarning as GaLoreMemoryWarning, galore as galore
 
 __version__ = "0.1.0"

@@ -31,15 +31,14 @@ def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: An
     )
 
 
-def hold_bad(inner: optax.GradientTransformation, new: Any, old: Any, good: list[jax.Array], treedef: Any) -> Any:
+def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
     """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
 
     Args:
-      inner: the transformation whose state this is.
-      new: its state after the update.
-      old: its state before.
+      owners: for each leaf of the state the index of its parameter, or -1.
+      new: the inner state after the update.
+      old: the inner state before.
       good: for each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
-      treedef: of the tree that ``inner`` was given.
 
     Returns:
       The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a state
@@ -47,10 +46,11 @@ def hold_bad(inner: optax.GradientTransformation, new: Any, old: Any, good: list
     """
     any_good = jnp.any(jnp.stack([jnp.any(g) for g in good]))
 
-    def choose(index: int, new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
-        flag = any_good if index == _REST else good[index]
+    def choose(owner: int, new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
+        flag = any_good if owner == _REST else good[owner]
         if jnp.shape(new_leaf)[: flag.ndim] != flag.shape:
             flag = jnp.all(flag)
         return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new_leaf) - flag.ndim)), new_leaf, old_leaf)
 
-    return jax.tree.map(choose, parameter_index(inner, new, treedef), new, old)
+    leaves, treedef = jax.tree.flatten(new)
+    return treedef.unflatten(map(choose, owners, leaves, jax.tree.leaves(old)))

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax import sharding, subspace
+from galore_jax import subspace
+from galore_jax.bases import Storage
 from galore_jax.matrix_view import MatrixView
 
 
@@ -28,11 +29,13 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f'scale is {scale!r}: write a finite number or "rms".')
 
 
-def lifted(view: MatrixView, low_rank: jax.Array, left: Any, right: Any, scale: Any, gradient: jax.Array) -> jax.Array:
-    """α P N in the shape, dtype and sharding of the gradient."""
+def lifted(
+    storage: Storage, view: MatrixView, low_rank: jax.Array, left: Any, right: Any, scale: Any, gradient: jax.Array
+) -> jax.Array:
+    """α P N as matrices (*batch, m, n) in the dtype of the gradient."""
     alpha = rms_scale(view) if isinstance(scale, str) else jnp.asarray(scale).astype(low_rank.dtype)
-    matrices = subspace.lift(low_rank * alpha, left if view.left else None, right if view.right else None)
-    return sharding.like(view.from_matrices(matrices.astype(gradient.dtype)), gradient)
+    bases = subspace.sides(view, left, right)
+    return subspace.lift(storage, low_rank * alpha, *bases, view.matrix_shape).astype(gradient.dtype)
 
 
 def rms_scale(view: MatrixView) -> float:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import projectors
+from galore_jax import projectors, refresh as policies
 from galore_jax.matrix_view import Rank
 from galore_jax.transform import galore
 
@@ -33,7 +33,10 @@ def galore_adamw(
     update_proj_gap: int | jax.Array = 200,
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
-    projector: str | projectors.Projector = "randomized",
+    projector: str | projectors.Projector = "power",
+    refresh: str | policies.Together | None = None,
+    transport: str | None = None,
+    diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
     seed: int | jax.Array = 0,
@@ -47,7 +50,8 @@ def galore_adamw(
       b1, b2, eps: of Adam.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, mask, weight_dimension_numbers, seed: of :func:`galore`.
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, diagnostics, mask, weight_dimension_numbers,
+        seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> tx = galore_adamw(optax.cosine_decay_schedule(0.01, 1000), rank=8, weight_decay=0.1)
@@ -60,6 +64,9 @@ def galore_adamw(
         scale=scale,
         proj_type=proj_type,
         projector=projector,
+        refresh=refresh,
+        transport=transport,
+        diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,
         seed=seed,
@@ -82,7 +89,10 @@ def galore_adafactor(
     update_proj_gap: int | jax.Array = 200,
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
-    projector: str | projectors.Projector = "randomized",
+    projector: str | projectors.Projector = "power",
+    refresh: str | policies.Together | None = None,
+    transport: str | None = None,
+    diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
     seed: int | jax.Array = 0,
@@ -103,7 +113,8 @@ def galore_adafactor(
       multiply_by_parameter_scale: multiply each update by the root mean square of the full weight.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, mask, weight_dimension_numbers, seed: of :func:`galore`.
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, diagnostics, mask, weight_dimension_numbers,
+        seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((256, 512))}
     >>> state = galore_adafactor(0.01, rank=128).init(params)
@@ -124,6 +135,9 @@ def galore_adafactor(
         scale=scale,
         proj_type=proj_type,
         projector=projector,
+        refresh=refresh,
+        transport=transport,
+        diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,
         seed=seed,

@@ -1,43 +1,74 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Bases from gradients: P in R^(m x r) with PᵀP = I whose columns span the leading left singular directions of G.
+"""Bases from gradients: P in R^(m x r), for G in R^(m x n).
 
-    svd          P = U[:, :r] of G = U S Vᵀ                      exact, slow: O(m n min(m, n)), minutes of compile time on TPU
-    eigh         P = the r leading eigenvectors of G Gᵀ          exact, one m x m factorisation
-    randomized   Q = qr(G Ω), then q times Q = qr(G qr(GᵀQ));    matmuls and QR only (Halko, Martinsson and Tropp 2011,
-                 P = the r columns of Q with the largest ‖qᵀG‖   arXiv 0909.4061, Algorithm 4.4)
+    svd          P = U[:, :r] of G = U S Vᵀ                      exact; slow, and minutes of compile time on TPU
+    eigh         P = the r leading eigenvectors of G Gᵀ          exact; one m x m factorisation
+    randomized   Q = orth(G Ω), then q times orth(G (QᵀG)ᵀ);     the r columns of most energy (Halko, Martinsson and Tropp
+                                                                 2011, arXiv 0909.4061, Algorithm 4.4)
+    power        P = orth(G (P_oldᵀG)ᵀ)                          a block power step from the basis in use; from a sketch and
+                                                                 two such steps when there is none
+    random       P uniform on the Stiefel manifold, or Gaussian  E[P Pᵀ] = (r/m) I, or I with entries of variance 1/r
+    rows         P = the r rows of largest norm, or drawn with   E[P Pᵀ] = I for the latter (Grass, arXiv 2406.17660)
+                 probability q_i ∝ ‖G_i‖² and factor (r q_i)^-½
+    sampled      r of the columns of U, without replacement,     (SARA, arXiv 2502.05790)
+                 with probability ∝ σ
+    switch       one projector, and from some step on another    (GoLore, arXiv 2410.11289)
 
-Every projector is a pure function on one matrix; the caller scales the matrix so that its largest entry is 1, keeps zeros and
-non-finite numbers away from it, and adds the batch.  A basis on the right of G (n x r) is one on the left of Gᵀ.
+Columns come in the order of the energy ‖p_jᵀG‖² they carry, largest first, and the entry of largest magnitude in each is
+positive; a basis with a fixed order and sign is what lets moments be kept over a refresh.  Two exceptions: ``svd`` leaves the
+signs to the routine, as the published implementations do, and a random basis that is not stored has no order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.bases import Basis, Dense, RowBasis, Rows, Seeded, Storage
+from galore_jax.orthonormal import orthonormal
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Observation(NamedTuple):
+    """What a projector is shown of one matrix; a basis on the right of a gradient is one on the left of its transpose.
+
+    The gradient is finite, not zero, and scaled so that its largest entry lies in [1/2, 1).
+    """
+
+    key: jax.Array  # PRNG key of this refresh
+    gradient: jax.Array  # (m, n), at least float32
+    basis: Basis  # in use; zeros if there is none
+    coordinates: jax.Array  # (r, n), the gradient in that basis, which the update step has at hand
+    step: jax.Array  # scalar, int32
+    transposed: bool  # whether the gradient is the transpose of the parameter's
+
 
 class Projector(NamedTuple):
-    """How a basis is made.
+    """How a basis is made: ``refresh(observation)`` returns the new basis and the gradient's coordinates (r, n) in it.
 
-    ``refresh(key, gradient, basis, side)`` takes a PRNG key, a gradient (m, n), the basis in use, (m, r) for side "left" and
-    (n, r) for "right" (all zeros at the first call), and returns the new basis, of the same shape.
+    Pure functions on one matrix; :attr:`storage` has what is done with a basis (zeros, project, lift, overlap).
     """
 
     name: str
-    refresh: Callable[..., jax.Array]
+    refresh: Callable[[Observation], tuple[Basis, jax.Array]]
+    storage: Storage = Dense()
 
 
 def svd() -> Projector:
     """The exact leading left singular vectors, signs as the SVD routine returns them: the reference, not for large matrices."""
 
-    def refresh(key: jax.Array, gradient: jax.Array, basis: jax.Array, side: str) -> jax.Array:
-        del key
-        u, _, vt = jnp.linalg.svd(gradient, full_matrices=False)  # [m, k], [k, n]
-        return (u if side == "left" else vt.T)[:, : basis.shape[1]]
+    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        rank = seen.coordinates.shape[0]
+        if seen.transposed:
+            basis = jnp.linalg.svd(seen.gradient.T, full_matrices=False)[2].T[:, :rank]
+        else:
+            basis = jnp.linalg.svd(seen.gradient, full_matrices=False)[0][:, :rank]
+        return basis, basis.T @ seen.gradient
 
     return Projector("svd", refresh)
 
@@ -45,50 +76,164 @@ def svd() -> Projector:
 def eigh() -> Projector:
     """The exact leading left singular vectors by way of the m x m Gram matrix."""
 
-    def refresh(key: jax.Array, gradient: jax.Array, basis: jax.Array, side: str) -> jax.Array:
-        del key
-        gradient = gradient if side == "left" else gradient.T
-        gram = jnp.matmul(gradient, gradient.T, precision=jax.lax.Precision.HIGHEST)  # [m, m]
-        _, vectors = jnp.linalg.eigh(gram)  # eigenvalues ascend
-        return _fix_signs(vectors[:, ::-1][:, : basis.shape[1]])
+    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        vectors, _ = _gram_eigh(seen.gradient)
+        basis = vectors[:, : seen.coordinates.shape[0]]
+        return _by_energy(basis, basis.T @ seen.gradient)
 
     return Projector("eigh", refresh)
 
 
 def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
-    """A randomized range finder: matmuls and QR only, the default.
+    """A randomized range finder, from scratch at each refresh: matmuls and small Cholesky factorisations only.
 
     Args:
       power_iterations: how often the sketch is multiplied by G Gᵀ; more come closer to ``svd``.
       oversample: extra columns of the sketch, dropped at the end.
-
-    >>> gradient = jax.random.normal(jax.random.key(0), (8, 16))
-    >>> basis = randomized().refresh(jax.random.key(1), gradient, jnp.zeros((8, 2)), "left")
-    >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6))
-    True
     """
     if power_iterations < 0 or oversample < 0:
         raise ValueError(
             f"randomized() needs power_iterations >= 0 and oversample >= 0, got {power_iterations} and {oversample}."
         )
 
-    def refresh(key: jax.Array, gradient: jax.Array, basis: jax.Array, side: str) -> jax.Array:
-        gradient = gradient if side == "left" else gradient.T
-        m, n = gradient.shape
-        rank = basis.shape[1]
-        columns = min(rank + oversample, m, n)  # the rank itself never exceeds the smaller side
-        sketch = jax.random.normal(key, (n, columns), gradient.dtype)
-        q = _orthonormal(gradient @ sketch)  # [m, columns]
-        for _ in range(power_iterations):
-            q = _orthonormal(gradient @ _orthonormal(gradient.T @ q))
-        energy = jnp.sum(jnp.square(q.T @ gradient), axis=1)  # [columns]
-        _, leading = jax.lax.top_k(energy, rank)
-        return _fix_signs(q[:, leading])
+    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        rank = seen.coordinates.shape[0]
+        columns = min(rank + oversample, *seen.gradient.shape)  # the rank itself never exceeds the smaller side
+        sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.gradient.dtype)
+        basis, coordinates = _power_steps(seen.gradient, sketch, 1 + power_iterations)
+        return basis[:, :rank], coordinates[:rank]
 
     return Projector("randomized", refresh)
 
 
-PROJECTORS: dict[str, Callable[[], Projector]] = {"svd": svd, "eigh": eigh, "randomized": randomized}
+def power(iterations: int = 1) -> Projector:
+    """A warm-started block power iteration: two matmuls with G and an orthonormalisation, the default.
+
+    The coordinates of the gradient in the old basis, which the step computes anyway, are its first half.  Without an old
+    basis it begins with a sketch and two iterations more.  Directions the old basis lacks come in by rounding and noise, a
+    power of the ratio of singular values at each refresh.
+
+    Args:
+      iterations: at each refresh, at least 1.
+
+    >>> gradient = jax.random.normal(jax.random.key(0), (8, 16)) / 4
+    >>> seen = Observation(jax.random.key(1), gradient, jnp.zeros((8, 2)), jnp.zeros((2, 16)), jnp.int32(0), False)
+    >>> basis, coordinates = power().refresh(seen)
+    >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6)), bool(jnp.allclose(coordinates, basis.T @ gradient, atol=1e-5))
+    (True, True)
+    """
+    if iterations < 1:
+        raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
+
+    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        warm = Dense().exists(seen.basis)
+        shape, dtype = seen.coordinates.shape, seen.coordinates.dtype
+        start = jax.lax.cond(warm, lambda: seen.coordinates, lambda: jax.random.normal(seen.key, shape, dtype))
+        return _power_steps(seen.gradient, start, jnp.where(warm, iterations, iterations + 4))
+
+    return Projector("power", refresh)
+
+
+def random(kind: str = "stiefel", stored: bool = True) -> Projector:
+    """A random basis that does not look at the gradient, a new one at each refresh.
+
+    Args:
+      kind: "stiefel" (orthonormal columns, uniformly distributed) or "gaussian" (independent entries of variance 1/r).
+      stored: False keeps the seed only and draws the basis anew at each use, which costs time and saves its memory.
+
+    >>> random("stiefel", stored=False).storage.zeros((3, 8, 2), jnp.float32, None, None).shape
+    (3,)
+    """
+    if kind not in _DRAWS:
+        raise ValueError(f"random() got kind={kind!r}: write one of {', '.join(_DRAWS)}.")
+    draw = _DRAWS[kind]
+    orthonormal_columns = kind == "stiefel"
+    seeded = Seeded(draw, orthonormal_columns)
+
+    def refresh_stored(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        basis = draw(seen.key, seen.basis.shape, seen.basis.dtype)
+        return _by_energy(basis, basis.T @ seen.gradient)
+
+    def refresh_seed(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        seed = jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
+        return seed, seeded.project(seed, seen.gradient, seen.coordinates.shape[0])
+
+    if stored:
+        return Projector("random", refresh_stored, Dense(orthonormal_columns))
+    return Projector("random", refresh_seed, seeded)
+
+
+def rows(select: str = "top") -> Projector:
+    """Rows of the gradient itself: projection is a gather, and the basis is r indices.
+
+    Args:
+      select: "top" (the rows of largest norm) or "sampled" (with replacement, probability ∝ squared norm, unbiased).
+    """
+    if select not in ("top", "sampled"):
+        raise ValueError(f'rows() got select={select!r}: write "top" or "sampled".')
+    storage = Rows()
+
+    def refresh(seen: Observation) -> tuple[RowBasis, jax.Array]:
+        rank = seen.coordinates.shape[0]
+        energy = jnp.sum(jnp.square(seen.gradient), axis=1)  # [m]
+        if select == "top":
+            index = jax.lax.top_k(energy, rank)[1]
+            factor = jnp.ones((rank,), energy.dtype)
+        else:
+            index = jax.random.categorical(seen.key, jnp.log(energy), shape=(rank,))
+            index = index[jnp.argsort(-energy[index])]
+            factor = jax.lax.rsqrt(rank * (energy[index] / jnp.sum(energy)))
+        basis = RowBasis(index.astype(jnp.int32), factor)
+        return basis, storage.project(basis, seen.gradient, rank)
+
+    return Projector("rows", refresh, storage)
+
+
+def sampled() -> Projector:
+    """Singular vectors drawn without replacement with probability proportional to their singular values."""
+
+    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+        vectors, values = _gram_eigh(seen.gradient)
+        # The largest of log σ + Gumbel noise are such a draw; a σ of zero is taken only when nothing else is left.
+        noise = jax.random.gumbel(seen.key, values.shape, values.dtype)
+        tiny = jnp.finfo(values.dtype).tiny
+        _, index = jax.lax.top_k(jnp.log(jnp.maximum(values, tiny)) / 2 + noise, seen.coordinates.shape[0])
+        basis = vectors[:, jnp.sort(index)]
+        return _by_energy(basis, basis.T @ seen.gradient)
+
+    return Projector("sampled", refresh)
+
+
+def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
+    """``first`` for refreshes before the update number ``at``, ``then`` from there on.
+
+    >>> switch("power", "random", at=8_000).name
+    'switch'
+    """
+    first, then = get(first), get(then)
+    if isinstance(at, bool) or not isinstance(at, int) or at < 0:
+        raise ValueError(f"switch() got at={at!r}: write the number of an update, an int >= 0.")
+    if first.storage != then.storage:
+        raise ValueError(
+            f"switch() cannot go from {first.name!r} to {then.name!r}, whose bases are stored differently "
+            f"({first.storage} and {then.storage}): choose two that store theirs alike."
+        )
+
+    def refresh(seen: Observation) -> tuple[Basis, jax.Array]:
+        return jax.lax.cond(seen.step < at, first.refresh, then.refresh, seen)
+
+    return Projector("switch", refresh, first.storage)
+
+
+PROJECTORS: dict[str, Callable[[], Projector]] = {
+    "power": power,
+    "randomized": randomized,
+    "svd": svd,
+    "eigh": eigh,
+    "random": random,
+    "rows": rows,
+    "sampled": sampled,
+}
 
 
 def get(projector: str | Projector) -> Projector:
@@ -106,12 +251,39 @@ def get(projector: str | Projector) -> Projector:
     return PROJECTORS[projector]()
 
 
-def _orthonormal(x: jax.Array) -> jax.Array:
-    """An orthonormal basis that contains the columns of x in its span; Householder QR is finite even for rank-deficient x."""
-    return jnp.linalg.qr(x)[0]
+def _power_steps(gradient: jax.Array, start: jax.Array, steps: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """R <- PᵀG with P = orth(G Rᵀ), so many times, from R = ``start`` (r, n); then in the order of energy.
+
+    A Gaussian start is a sketch of G, the coordinates in some basis a power step from that.
+    """
+
+    def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        basis = orthonormal(gradient @ carry[1].T)
+        return basis, basis.T @ gradient
+
+    nothing = jnp.zeros((gradient.shape[0], start.shape[0]), gradient.dtype)
+    return _by_energy(*jax.lax.fori_loop(0, steps, step, (nothing, start)))
 
 
-def _fix_signs(basis: jax.Array) -> jax.Array:
-    """Makes the largest entry of each column positive: signs of singular vectors are otherwise the routine's whim."""
-    largest = jnp.take_along_axis(basis, jnp.argmax(jnp.abs(basis), axis=0, keepdims=True), axis=0)
-    return jnp.where(largest < 0, -basis, basis)
+def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All left singular vectors [m, m] and squared singular values [m], largest first."""
+    values, vectors = jnp.linalg.eigh(jnp.matmul(gradient, gradient.T, precision=_HIGHEST))
+    return vectors[:, ::-1], values[::-1]
+
+
+def _by_energy(basis: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Columns by the energy they carry, largest first, the largest entry of each positive."""
+    order = jnp.argsort(-jnp.sum(jnp.square(coordinates), axis=1))
+    sign = jnp.where(jnp.max(basis, axis=0) >= -jnp.min(basis, axis=0), 1, -1).astype(basis.dtype)
+    return (basis * sign[None, :])[:, order], (coordinates * sign[:, None])[order]
+
+
+def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    return orthonormal(jax.random.normal(key, shape, dtype))
+
+
+def _draw_gaussian(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+
+
+_DRAWS = {"stiefel": _draw_stiefel, "gaussian": _draw_gaussian}

@@ -1,23 +1,185 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""When a basis is recomputed, and what keeps a bad gradient out of it.
+"""When a basis is recomputed.  With T = ``update_proj_gap``, t the number of the update and N matrices in the whole tree,
+numbered j = 0 .. N - 1 in the order of the parameters and, within a stack, of its matrices:
 
-All bases are refreshed together, at updates 0, T, 2T, ... (T = ``update_proj_gap``), each from the gradient it then projects.
-A basis that no good gradient has reached yet is all zeros and is refreshed at the first good one.  The predicate is one
-scalar a parameter and the batch of matrices is inside the branch: ``vmap`` of a ``lax.cond`` would run both branches.
+    together     t mod T = 0                         every matrix on the same update
+    staggered    t mod T = ⌊j T / N⌋                 at most ⌈N / T⌉ matrices an update
+    lazy         as staggered, but T_j <- ⌊γ T_j⌋ once the mean of the last K overlaps ‖P_newᵀP_old‖² / r reaches a threshold
+                 (Zhang et al. 2024, Q-GaLore, arXiv 2407.08296, which compares first singular vectors)
+    every_step   T = 1
+    manual       never: see :func:`refresh_bases`
+
+Whatever the policy (but manual), a matrix without a basis gets one at its first good gradient, so that update 0 refreshes them
+all.  A basis is made from the gradient that it then projects.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from galore_jax import sharding
-from galore_jax.projectors import Projector
+from galore_jax.state import GaLoreState
+
+Gap = int | jax.Array | None
+
+
+class Slots(NamedTuple):
+    """The matrices of one parameter among all of them."""
+
+    first: int  # number of the first
+    batch_shape: tuple[int, ...]
+    total: int  # matrices in the whole tree
+
+    def offsets(self, gap: Gap) -> jax.Array:
+        """⌊j T / N⌋, int32 [*batch]"""
+        number = self.first + jnp.arange(math.prod(self.batch_shape), dtype=jnp.int32).reshape(self.batch_shape)
+        whole, rest = jnp.divmod(_as_int32(gap), self.total)
+        return number * whole + number * rest // self.total  # j T itself may overflow
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """All bases on the same update."""
+
+    update_proj_gap: Gap = None
+    automatic = True
+
+    def init(self, slots: Slots) -> Any:
+        """What the policy remembers of one parameter: an array, a tree of them, or () for nothing."""
+        return ()
+
+    def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
+        """[*batch] which matrices the update number ``count`` refreshes."""
+        return jnp.full(slots.batch_shape, count % _as_int32(self.update_proj_gap) == 0)
+
+    def advance(self, count: jax.Array, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
+        """What it remembers once the matrices ``turned`` [*batch] have new bases; ``overlap`` [*batch] is -1 for a first one."""
+        return schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Staggered(Together):
+    """The matrices spread evenly over T updates."""
+
+    def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
+        return count % _as_int32(self.update_proj_gap) == slots.offsets(self.update_proj_gap)
+
+
+class LazySchedule(NamedTuple):
+    """What ``lazy`` remembers of each matrix."""
+
+    gap: jax.Array  # (*batch,), int32; T_j
+    next: jax.Array  # (*batch,), int32; the update at which it is due
+    overlaps: jax.Array  # (*batch, K), float32; the last ones, newest last; -K where there were none yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy(Together):
+    """Staggered, with a gap of its own for each matrix that grows while its subspace stays put."""
+
+    threshold: float = 0.4
+    factor: float = 2.0
+    window: int = 5
+
+    def init(self, slots: Slots) -> LazySchedule:
+        gap = jnp.broadcast_to(_as_int32(self.update_proj_gap), slots.batch_shape)
+        # Less than -1 a place: a window that is not full stays below any threshold.
+        overlaps = jnp.full((*slots.batch_shape, self.window), -self.window, jnp.float32)
+        return LazySchedule(gap, slots.offsets(self.update_proj_gap), overlaps)
+
+    def due(self, count: jax.Array, slots: Slots, schedule: LazySchedule) -> jax.Array:
+        return count >= schedule.next
+
+    def advance(self, count: jax.Array, schedule: LazySchedule, turned: jax.Array, overlap: jax.Array) -> LazySchedule:
+        had_basis = overlap >= 0
+        pushed = jnp.concatenate([schedule.overlaps[..., 1:], overlap[..., None]], axis=-1)
+        overlaps = jnp.where((turned & had_basis)[..., None], pushed, schedule.overlaps)
+        steady = jnp.mean(overlaps, axis=-1) >= self.threshold
+        longer = jnp.minimum(jnp.floor(schedule.gap.astype(jnp.float32) * self.factor), 2**30).astype(jnp.int32)
+        gap = jnp.where(turned & had_basis & steady, longer, schedule.gap)
+        moved = turned & (count >= schedule.next)
+        return LazySchedule(gap, jnp.where(moved, count + gap, schedule.next), overlaps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manual(Together):
+    """Never in ``update``."""
+
+    automatic = False
+
+    def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
+        return jnp.zeros(slots.batch_shape, bool)
+
+
+def together(update_proj_gap: Gap = None) -> Together:
+    """Every basis at updates 0, T, 2T, ..., as published; T is galore's ``update_proj_gap`` unless given here."""
+    return Together(_checked(update_proj_gap))
+
+
+def staggered(update_proj_gap: Gap = None) -> Together:
+    """Each basis every T updates, spread so that no update after the first refreshes more than its share."""
+    return Staggered(_checked(update_proj_gap))
+
+
+def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.0, window: int = 5) -> Together:
+    """Staggered, with a gap that grows for matrices whose subspace stays put.
+
+    Args:
+      update_proj_gap: the first gap.
+      threshold: the mean overlap, in [0, 1], from which a gap grows; two unrelated bases have r/m.
+      factor: γ, at least 1.
+      window: K, the number of overlaps that are averaged.
+    """
+    if not (threshold >= 0 and factor >= 1 and isinstance(window, int) and window >= 1):
+        raise ValueError(
+            f"lazy() needs threshold >= 0, factor >= 1 and an int window >= 1, got {threshold}, {factor} and {window}."
+        )
+    return Lazy(_checked(update_proj_gap), threshold, factor, window)
+
+
+def every_step() -> Together:
+    """Every basis at every update."""
+    return Together(1)
+
+
+def manual() -> Together:
+    """Never: ``update`` holds no factorisation, and the projected parameters stand still until :func:`refresh_bases`."""
+    return Manual()
+
+
+REFRESHES: dict[str, Callable[[], Together]] = {
+    "together": together,
+    "staggered": staggered,
+    "lazy": lazy,
+    "every_step": every_step,
+    "manual": manual,
+}
+
+
+def get(refresh: str | Together, update_proj_gap: int | jax.Array) -> Together:
+    """A policy by name, or the object itself, with galore's ``update_proj_gap`` where it has none of its own.
+
+    >>> get("staggered", 50).update_proj_gap, get(together(10), 50).update_proj_gap
+    (50, 10)
+    """
+    check_gap(update_proj_gap)
+    if isinstance(refresh, str) and refresh in REFRESHES:
+        refresh = REFRESHES[refresh]()
+    if not isinstance(refresh, Together):
+        raise ValueError(
+            f"refresh is {refresh!r}: write one of {', '.join(REFRESHES)}, or a policy of galore_jax.refresh."
+        )
+    if refresh.update_proj_gap is None:
+        refresh = dataclasses.replace(refresh, update_proj_gap=update_proj_gap)
+    return refresh
 
 
 def check_gap(update_proj_gap: Any) -> None:
@@ -30,47 +192,63 @@ def check_gap(update_proj_gap: Any) -> None:
         )
 
 
-def is_due(count: jax.Array, update_proj_gap: int | jax.Array) -> jax.Array:
-    """Whether the update number ``count`` (int32 scalar, from 0) refreshes the bases: a bool scalar."""
-    return count % jnp.asarray(update_proj_gap).astype(count.dtype) == 0
+class Request:
+    """Asks every galore in a transformation, through an extra argument of ``update``, to refresh its bases and do no more."""
+
+    ARGUMENT = "galore_refresh"
+
+    def __init__(self) -> None:
+        self.answered = False
 
 
-def refresh_basis(
-    projector: Projector,
-    key: jax.Array,
-    gradient: jax.Array,
-    basis: jax.Array,
-    side: str,
-    *,
-    due: jax.Array,
-    peak: jax.Array,
-    good: jax.Array,
-) -> jax.Array:
-    """The basis for this update: a new one for every matrix that is due and good, else the old one.
+def refresh_bases(
+    tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: optax.Params | None = None
+) -> Any:
+    """New bases from these gradients, and nothing else: a program of its own, to be jitted apart from the training step.
+
+    With ``galore(..., refresh="manual")`` the training step holds no factorisation at all; call this before the first
+    update, and every few hundred updates from then on.  With another policy it is an extra refresh.
 
     Args:
-      projector: makes one basis from one matrix.
-      key: the PRNG key of this refresh, the same for every matrix, so that a stacked leaf equals separate leaves.
-      gradient: (*batch, m, n).
-      basis: (*batch, m, r) for side "left", (*batch, n, r) for "right"; all zeros before the first refresh.
-      side: "left" or "right".
-      due: bool scalar.
-      peak: (*batch,) the largest magnitude in each matrix.
-      good: (*batch,) whether each matrix is finite and not zero.
+      tx: a transformation with one ``galore`` or several in it, of any wrapping that hands on extra arguments.
+      grads: as for ``tx.update``; what comes before galore in a chain acts on them first.
+      state: of ``tx``.
+      params: for members of the chain that want them.
 
     Returns:
-      The basis, in the shape, dtype and sharding of ``basis``.
+      ``state`` with new bases for all matrices whose gradient is good, and the inner state carried over to them.
+
+    Raises:
+      ValueError: no galore in ``tx`` was reached.
+
+    >>> from galore_jax import galore
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> tx = galore(optax.adam(1e-3), rank=8, refresh="manual")
+    >>> refresh = jax.jit(lambda grads, state: refresh_bases(tx, grads, state))
+    >>> state = refresh(params, tx.init(params))
+    >>> bool(jnp.any(state.left["kernel"] != 0)), int(state.count)
+    (True, 0)
     """
-    wanted = good & (due | ~jnp.any(basis[..., 0] != 0, axis=-1))  # [*batch]
+    request = Request()
+    tx = optax.with_extra_args_support(tx)
+    _, refreshed = tx.update(grads, state, params, **{Request.ARGUMENT: request})
+    if not request.answered:
+        raise ValueError(
+            "refresh_bases() reached no galore in tx: give it a transformation that has one, without wrappers that keep extra "
+            "arguments to themselves."
+        )
 
-    def recompute() -> jax.Array:
-        safe_peak = jnp.where(good, peak, 1)
-        scaled = jnp.where(good[..., None, None], gradient / safe_peak[..., None, None], 0)
-        refresh = functools.partial(projector.refresh, side=side)
-        for _ in range(good.ndim):
-            refresh = jax.vmap(refresh, in_axes=(None, 0, 0))
-        new = refresh(key, sharding.gather(scaled), sharding.gather(basis)).astype(basis.dtype)
-        usable = wanted & jnp.all(jnp.isfinite(new), axis=(-2, -1))
-        return jnp.where(usable[..., None, None], sharding.like(new, basis), basis)
+    def is_node(x: Any) -> bool:
+        return isinstance(x, GaLoreState)
 
-    return jax.lax.cond(jnp.any(wanted), recompute, lambda: basis)
+    return jax.tree.map(lambda old, new: new if is_node(old) else old, state, refreshed, is_leaf=is_node)
+
+
+def _checked(update_proj_gap: Gap) -> Gap:
+    if update_proj_gap is not None:
+        check_gap(update_proj_gap)
+    return update_proj_gap
+
+
+def _as_int32(gap: Gap) -> jax.Array:
+    return jnp.asarray(gap).astype(jnp.int32)

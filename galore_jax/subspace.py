@@ -17,35 +17,40 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import sharding
+from galore_jax.bases import Basis, Storage
 from galore_jax.matrix_view import MatrixView
 
 
-def project(matrices: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+def project(storage: Storage, matrices: jax.Array, left: Basis | None, right: Basis | None, rank: int) -> jax.Array:
     """(*batch, m, n) -> the low-rank shape; a side without a basis is None."""
-    spec = sharding.spec_of(matrices)
     if left is not None:
-        spec = spec and (*spec[:-2], None, spec[-1])
-        matrices = jnp.einsum("...mr,...mn->...rn", left, matrices, out_sharding=sharding.named(spec, left))
+        matrices = storage.project(left, matrices, rank)
     if right is not None:
-        spec = spec and (*spec[:-1], None)
-        matrices = jnp.einsum("...mn,...nr->...mr", matrices, right, out_sharding=sharding.named(spec, right))
+        matrices = _transposed(storage.project(right, _transposed(matrices), rank))
     return matrices
 
 
-def lift(low_rank: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
-    """The low-rank shape -> (*batch, m, n)."""
+def lift(
+    storage: Storage, low_rank: jax.Array, left: Basis | None, right: Basis | None, shape: tuple[int, int]
+) -> jax.Array:
+    """The low-rank shape -> (*batch, m, n); ``shape`` is (m, n)."""
     if left is not None:
-        low_rank = jnp.einsum("...mr,...rn->...mn", left, low_rank)
+        low_rank = storage.lift(left, low_rank, shape[0])
     if right is not None:
-        low_rank = jnp.einsum("...mr,...nr->...mn", low_rank, right)
+        low_rank = _transposed(storage.lift(right, _transposed(low_rank), shape[1]))
     return low_rank
 
 
-def coordinates(view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
+def coordinates(storage: Storage, view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
     """A parameter in the coordinates of its low-rank gradient; one without a view is only promoted."""
     if view is None:
         return promoted(param)
-    return project(promoted(view.to_matrices(param)), left if view.left else None, right if view.right else None)
+    return project(storage, promoted(view.to_matrices(param)), *sides(view, left, right), view.rank)
+
+
+def sides(view: MatrixView, left: Any, right: Any) -> tuple[Basis | None, Basis | None]:
+    """The bases of a parameter, None on a side that has none."""
+    return left if view.left else None, right if view.right else None
 
 
 def promoted(leaf: jax.Array) -> jax.Array:
@@ -60,16 +65,16 @@ def state_dtype(leaf: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if narrow else dtype
 
 
-def zero_bases(view: MatrixView | None, leaf: Any) -> tuple[Any, Any]:
+def zero_bases(storage: Storage, view: MatrixView | None, leaf: Any) -> tuple[Any, Any]:
     """The (left, right) bases before the first refresh: all zeros, ``optax.MaskedNode()`` on a side that has none."""
     if view is None:
         return optax.MaskedNode(), optax.MaskedNode()
     spec = _matrix_spec(view, leaf)
     m, n = view.matrix_shape
 
-    def zeros(side: int, axis: int) -> jax.Array:
+    def zeros(side: int, axis: int) -> Basis:
         side_spec = spec and (*spec[:-2], spec[axis], None)
-        return sharding.zeros((*view.batch_shape, side, view.rank), state_dtype(leaf), side_spec, leaf)
+        return storage.zeros((*view.batch_shape, side, view.rank), state_dtype(leaf), side_spec, leaf)
 
     return zeros(m, -2) if view.left else optax.MaskedNode(), zeros(n, -1) if view.right else optax.MaskedNode()
 
@@ -93,3 +98,7 @@ def _matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
         return None
     sides = [[spec[axis] for axis in axes] for axes in (view.reduction_axes, view.output_axes)]
     return (*(spec[axis] for axis in view.batch_axes), *(side[0] if len(side) == 1 else None for side in sides))
+
+
+def _transposed(matrices: jax.Array) -> jax.Array:
+    return jnp.swapaxes(matrices, -1, -2)

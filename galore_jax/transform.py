@@ -4,17 +4,20 @@
 
 For a weight W in R^(m x n) with gradient G_t and, say, a basis P in R^(m x r) on the left:
 
-    every T updates   P     <- the leading left singular directions of G_t
+    every T updates   P     <- a basis of the leading left singular directions of G_t      galore_jax.projectors, .refresh
+                      state <- the inner state, carried from the old basis to P            galore_jax.transport
     project           R_t   =  Pᵀ G_t                      the inner transformation and its state see r x n
     inner             N_t   =  inner(R_t), with params PᵀW if it asks for them
     lift              ΔW_t  =  α P N_t
 
-The update number 0 refreshes and projects with that same gradient; the inner state is untouched by a refresh.
+The update number 0 refreshes and projects with that same gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,24 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import guards, output, projectors, subspace
+from galore_jax import diagnostics as diagnosis, guards, output, projectors, refresh as policies, sharding, subspace
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
-from galore_jax.refresh import check_gap, is_due, refresh_basis
-
-
-class GaLoreState(NamedTuple):
-    """State of :func:`galore`: plain arrays only.
-
-    ``left`` and ``right`` have the structure of the parameters, with ``optax.MaskedNode()`` (no array) where a parameter has
-    no basis on that side; as for ``optax.masked``, ``optax.tree.map_params`` with further trees wants
-    ``is_leaf=lambda x: isinstance(x, optax.MaskedNode)``.
-    """
-
-    count: jax.Array  # shape=(), dtype=jnp.int32; updates done, those with no good gradient left out
-    skipped: jax.Array  # shape=(), dtype=jnp.int32; updates in which some gradient was not finite
-    left: Any  # (*batch, m, r), at least float32
-    right: Any  # (*batch, n, r), at least float32
-    inner_state: Any
+from galore_jax.per_matrix import owners, per_matrix
+from galore_jax.state import GaLoreState
+from galore_jax.transport import carriers, check_transport
+from galore_jax.turning import Subspace, coordinates_in_constant_bases, turn
 
 
 class GaLoreMemoryWarning(UserWarning):
@@ -66,7 +57,10 @@ def galore(
     update_proj_gap: int | jax.Array = 200,
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
-    projector: str | projectors.Projector = "randomized",
+    projector: str | projectors.Projector = "power",
+    refresh: str | policies.Together | None = None,
+    transport: str | None = None,
+    diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
     seed: int | jax.Array = 0,
@@ -89,7 +83,14 @@ def galore(
       scale: α, or ``"rms"``: the update keeps the root mean square of the inner update, √(m/r) for a basis on the left, so
         that a learning rate carries over between ranks and sides.
       proj_type: ``"std"`` (basis on the smaller side), ``"reverse_std"``, ``"left"``, ``"right"`` or ``"full"``.
-      projector: ``"randomized"``, ``"svd"``, ``"eigh"`` or an object of :mod:`galore_jax.projectors`.
+      projector: how a basis is made: ``"power"``, ``"randomized"``, ``"svd"``, ``"eigh"``, ``"random"``, ``"rows"``,
+        ``"sampled"`` or an object of :mod:`galore_jax.projectors`.
+      refresh: when: ``"staggered"``, ``"together"``, ``"lazy"``, ``"every_step"``, ``"manual"`` or an object of
+        :mod:`galore_jax.refresh`.  None is staggered, but together for the projector ``"svd"``, which stands for GaLore as
+        published.
+      transport: what becomes of the inner state when a basis turns: ``"rotate"``, ``"keep"`` or ``"reset"``; see
+        :mod:`galore_jax.transport`.  None is rotate, but keep for the projector ``"svd"``.
+      diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
       mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
       weight_dimension_numbers: tree of :class:`GaLoreDimensionNumbers` or None (or a prefix, or a callable): which axes are
         the matrix; every other axis is a batch axis.
@@ -112,9 +113,15 @@ def galore(
     """
     check_rank(rank)
     check_proj_type(proj_type)
-    check_gap(update_proj_gap)
     output.check_scale(scale)
     _check_seed(seed)
+    projector = projectors.get(projector)
+    as_published = projector.name == "svd"
+    refresh = policies.get(
+        ("together" if as_published else "staggered") if refresh is None else refresh, update_proj_gap
+    )
+    transport = ("keep" if as_published else "rotate") if transport is None else transport
+    check_transport(transport)
 
     def bind(inner: optax.GradientTransformation) -> _GaLore:
         if not isinstance(inner, optax.GradientTransformation):
@@ -123,11 +130,13 @@ def galore(
             )
         return _GaLore(
             optax.with_extra_args_support(inner),
-            lambda tree: select(
-                tree, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
+            functools.partial(
+                select, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
             ),
-            projectors.get(projector),
-            update_proj_gap,
+            projector,
+            refresh,
+            transport,
+            diagnostics,
             scale,
             seed,
         )
@@ -140,14 +149,15 @@ def galore(
     return optax.GradientTransformationExtraArgs(*bind(inner).pair)
 
 
-class _Projected(NamedTuple):
-    """What the gradient of one leaf becomes: low-rank, with its bases, and whether it can be used."""
+class _Leaf(NamedTuple):
+    """The gradient of one parameter, and whether it can be used."""
 
-    low_rank: jax.Array  # view.low_rank_shape, or the whole leaf
-    left: Any
-    right: Any
-    good: jax.Array  # [*batch]
-    finite: jax.Array  # scalar
+    view: MatrixView | None
+    gradient: jax.Array
+    matrices: jax.Array  # (*batch, m, n) in the dtype of the state; a leaf without a view as it is
+    peak: jax.Array  # [*batch] largest magnitude
+    finite: jax.Array  # [*batch]
+    good: jax.Array  # [*batch] finite and, where it is projected, not zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +167,9 @@ class _GaLore:
     inner: optax.GradientTransformationExtraArgs
     views_of: Callable[[Any], list[MatrixView | None]]
     projector: projectors.Projector
-    update_proj_gap: int | jax.Array
+    refresh: policies.Together
+    transport: str
+    diagnostics: bool
     scale: float | jax.Array | str
     seed: int | jax.Array
 
@@ -168,43 +180,149 @@ class _GaLore:
     def init(self, params: optax.Params) -> GaLoreState:
         leaves, treedef = jax.tree.flatten(params)
         views = self.views_of(params)
-        bases = [subspace.zero_bases(view, leaf) for view, leaf in zip(views, leaves, strict=True)]
+        bases = [subspace.zero_bases(self._storage, view, leaf) for view, leaf in zip(views, leaves, strict=True)]
+        inner = self._inner_of(views)
+        inner_state = inner.init(treedef.unflatten(map(subspace.zero_coordinates, views, leaves)))
+        carriers(self.transport, inner, inner_state, treedef, views)  # raises for a state it cannot carry
+        schedule = [() if slots is None else self.refresh.init(slots) for slots in _slots(views)]
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
+            kept=jnp.zeros([], jnp.int32),
+            rejected=jnp.zeros([], jnp.int32),
             left=treedef.unflatten([left for left, _ in bases]),
             right=treedef.unflatten([right for _, right in bases]),
-            inner_state=self.inner.init(treedef.unflatten(map(subspace.zero_coordinates, views, leaves))),
+            schedule=treedef.unflatten(schedule),
+            diagnostics=diagnosis.initial(views, treedef) if self.diagnostics else (),
+            inner_state=inner_state,
         )
 
     def update(
         self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
+        request = extra_args.pop(policies.Request.ARGUMENT, None)
         views = self.views_of(updates)
-        if not any(views):
-            return self._update_whole(updates, state, params, **extra_args)
         gradients, treedef = jax.tree.flatten(updates)
-        projected = self._project_all(views, gradients, treedef, state)
+        if request is not None:
+            request.answered = True
+        if not any(views):
+            return self._update_whole(updates, state, params, **extra_args) if request is None else (updates, state)
+        leaves = [_measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
+        state, low_rank = self._turn_all(leaves, treedef, state, everything=request is not None)
+        if request is not None:
+            return updates, state
+        return self._step(leaves, treedef, low_rank, state, params, **extra_args)
+
+    @property
+    def _storage(self) -> Any:
+        return self.projector.storage
+
+    def _inner_of(self, views: list[MatrixView | None]) -> optax.GradientTransformationExtraArgs:
+        """A bias-correction count shared by all matrices cannot be reset for one: then each has an inner state of its own."""
+        return per_matrix(self.inner, lambda _: views) if self.transport == "reset" else self.inner
+
+    def _turn_all(
+        self, leaves: list[_Leaf], treedef: Any, state: GaLoreState, everything: bool
+    ) -> tuple[GaLoreState, list[jax.Array]]:
+        """The state with the bases refreshed that are due (or all), and the gradients in these bases."""
+        views = [leaf.view for leaf in leaves]
+        key = jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), state.count)
+        inner_leaves, inner_def = jax.tree.flatten(state.inner_state)
+        carried = carriers(self.transport, self._inner_of(views), state.inner_state, treedef, views)
+        lefts, rights, schedules = map(treedef.flatten_up_to, (state.left, state.right, state.schedule))
+        overlaps = treedef.flatten_up_to(state.diagnostics.overlap) if self.diagnostics else []
+        kept, rejected, low_rank = state.kept, state.rejected, []
+        for i, (leaf, slots) in enumerate(zip(leaves, _slots(views), strict=True)):
+            if leaf.view is None or slots is None:
+                low_rank.append(jnp.where(leaf.good, leaf.matrices, 0))
+                continue
+            mine = {j: carrier for j, carrier in enumerate(carried) if carrier is not None and carrier.parameter == i}
+            sides = subspace.sides(leaf.view, lefts[i], rights[i])
+            projected = subspace.project(self._storage, leaf.matrices, *sides, leaf.view.rank)
+            current = Subspace(lefts[i], rights[i], projected, tuple(inner_leaves[j] for j in mine))
+            if everything or self.refresh.automatic:
+                due = self.refresh.due(state.count, slots, schedules[i]) | everything
+                wanted = leaf.good & (due | ~self._storage.exists(sides[0] if leaf.view.left else sides[1]))
+                current, turned, overlap = turn(
+                    self.projector,
+                    leaf.view,
+                    key,
+                    state.count,
+                    leaf.matrices,
+                    current,
+                    tuple(mine.values()),
+                    wanted,
+                    leaf.peak,
+                )
+                schedules[i] = self.refresh.advance(state.count, schedules[i], turned, overlap)
+                kept += jnp.sum(due & ~leaf.good, dtype=jnp.int32)
+                rejected += jnp.sum(wanted & ~turned, dtype=jnp.int32)
+                if self.diagnostics:
+                    overlaps[i] = jnp.where(overlap >= 0, overlap, overlaps[i])
+            lefts[i], rights[i] = current.left, current.right
+            for j, moment in zip(mine, current.moments, strict=True):
+                inner_leaves[j] = moment
+            projected = coordinates_in_constant_bases(
+                self._storage, leaf.view, current.low_rank, leaf.matrices, current.left, current.right
+            )
+            low_rank.append(jnp.where(leaf.good[..., None, None], projected, 0))
+        state = state._replace(
+            kept=kept,
+            rejected=rejected,
+            left=treedef.unflatten(lefts),
+            right=treedef.unflatten(rights),
+            schedule=treedef.unflatten(schedules),
+            inner_state=inner_def.unflatten(inner_leaves),
+        )
+        if self.diagnostics:
+            state = state._replace(diagnostics=state.diagnostics._replace(overlap=treedef.unflatten(overlaps)))
+        return state, low_rank
+
+    def _step(
+        self,
+        leaves: list[_Leaf],
+        treedef: Any,
+        low_rank: list[jax.Array],
+        state: GaLoreState,
+        params: optax.Params | None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaLoreState]:
+        """The inner transformation on the low-rank gradients, and its answer lifted."""
+        views = [leaf.view for leaf in leaves]
+        bases = list(zip(treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right), strict=True))
         coordinates = None
         if params is not None:
-            leaves = treedef.flatten_up_to(params)
             coordinates = treedef.unflatten(
-                subspace.coordinates(view, leaf, p.left, p.right)
-                for view, leaf, p in zip(views, leaves, projected, strict=True)
+                subspace.coordinates(self._storage, view, param, *sides)
+                for view, param, sides in zip(views, treedef.flatten_up_to(params), bases, strict=True)
             )
-        low_rank, inner_state = self.inner.update(
-            treedef.unflatten(p.low_rank for p in projected), state.inner_state, coordinates, **extra_args
-        )
-        good = [p.good for p in projected]
-        lifted = map(self._lift, views, treedef.flatten_up_to(low_rank), gradients, projected)
-        new_state = GaLoreState(
+        inner = self._inner_of(views)
+        replies, inner_state = inner.update(treedef.unflatten(low_rank), state.inner_state, coordinates, **extra_args)
+        good = [leaf.good for leaf in leaves]
+        updates, update_rms = [], []
+        for leaf, reply, sides in zip(leaves, treedef.flatten_up_to(replies), bases, strict=True):
+            update, rms = self._lift(leaf, reply, *sides)
+            updates.append(update)
+            update_rms.append(rms)
+        new_state = state._replace(
             count=state.count + _any(good).astype(jnp.int32),
-            skipped=state.skipped + _any([~p.finite for p in projected]).astype(jnp.int32),
-            left=treedef.unflatten(p.left for p in projected),
-            right=treedef.unflatten(p.right for p in projected),
-            inner_state=guards.hold_bad(self.inner, inner_state, state.inner_state, good, treedef),
+            skipped=state.skipped + _any([~leaf.finite for leaf in leaves]).astype(jnp.int32),
+            inner_state=guards.hold_bad(
+                owners(inner, inner_state, treedef), new=inner_state, old=state.inner_state, good=good
+            ),
         )
-        return treedef.unflatten(lifted), new_state
+        if self.diagnostics:
+            captured = treedef.flatten_up_to(state.diagnostics.captured_energy)
+            for i, leaf in enumerate(leaves):
+                if leaf.view is not None:
+                    share = diagnosis.captured_energy(low_rank[i], leaf.matrices, leaf.peak)
+                    captured[i] = jnp.where(leaf.good, share, captured[i])
+            new_state = new_state._replace(
+                diagnostics=state.diagnostics._replace(
+                    captured_energy=treedef.unflatten(captured), update_rms=treedef.unflatten(update_rms)
+                )
+            )
+        return treedef.unflatten(updates), new_state
 
     def _update_whole(
         self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None, **extra_args: Any
@@ -228,42 +346,32 @@ class _GaLore:
             count=state.count + good, skipped=state.skipped + 1 - good, inner_state=inner_state
         )
 
-    def _project_all(
-        self, views: list[MatrixView | None], gradients: list[jax.Array], treedef: Any, state: GaLoreState
-    ) -> list[_Projected]:
-        due = is_due(state.count, self.update_proj_gap)
-        key = jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), state.count)
-        bases = treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right)
-        return [self._project(key, due, *leaf) for leaf in zip(views, gradients, *bases, strict=True)]
+    def _lift(self, leaf: _Leaf, reply: jax.Array, left: Any, right: Any) -> tuple[jax.Array, Any]:
+        """The inner update as an update of the parameter, zero where the gradient is bad; and its RMS, matrix by matrix."""
+        if leaf.view is None:
+            return jnp.where(leaf.good, reply, 0).astype(leaf.gradient.dtype), optax.MaskedNode()
+        reply = jnp.where(leaf.good[..., None, None], reply, 0)
+        matrices = output.lifted(self._storage, leaf.view, reply, left, right, self.scale, leaf.gradient)
+        rms = diagnosis.root_mean_square(matrices) if self.diagnostics else optax.MaskedNode()
+        return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms
 
-    def _project(
-        self, key: jax.Array, due: jax.Array, view: MatrixView | None, gradient: jax.Array, left: Any, right: Any
-    ) -> _Projected:
-        """One leaf: its bases refreshed where that is due, and its gradient in their coordinates."""
-        if view is None:
-            finite = jnp.all(jnp.isfinite(gradient))
-            return _Projected(subspace.promoted(jnp.where(finite, gradient, 0)), left, right, finite, finite)
-        matrices = subspace.promoted(view.to_matrices(gradient))  # [*batch, m, n]
-        peak = jnp.max(jnp.abs(matrices), axis=(-2, -1))  # [*batch]
-        finite = jnp.all(
-            jnp.isfinite(matrices), axis=(-2, -1)
-        )  # not read off the peak: XLA's maximum on CPU drops a NaN
-        good = finite & (peak > 0)
-        if view.left:
-            left = refresh_basis(self.projector, key, matrices, left, "left", due=due, peak=peak, good=good)
-        if view.right:
-            right = refresh_basis(self.projector, key, matrices, right, "right", due=due, peak=peak, good=good)
-        low_rank = subspace.project(matrices, left if view.left else None, right if view.right else None)
-        return _Projected(jnp.where(good[..., None, None], low_rank, 0), left, right, good, jnp.all(finite))
 
-    def _lift(
-        self, view: MatrixView | None, low_rank: jax.Array, gradient: jax.Array, projected: _Projected
-    ) -> jax.Array:
-        """The inner update as an update of the parameter; zero where the gradient is bad."""
-        if view is None:
-            return jnp.where(projected.good, low_rank, 0).astype(gradient.dtype)
-        low_rank = jnp.where(projected.good[..., None, None], low_rank, 0)
-        return output.lifted(view, low_rank, projected.left, projected.right, self.scale, gradient)
+def _measured(view: MatrixView | None, gradient: jax.Array) -> _Leaf:
+    matrices = subspace.promoted(gradient if view is None else view.to_matrices(gradient))
+    axes = None if view is None else (-2, -1)
+    peak = jnp.max(jnp.abs(matrices), axis=axes, initial=0)
+    finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
+    return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
+
+
+def _slots(views: list[MatrixView | None]) -> list[policies.Slots | None]:
+    """The place of each parameter's matrices among all of them."""
+    sizes = [0 if view is None else math.prod(view.batch_shape) for view in views]
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        None if view is None else policies.Slots(start, view.batch_shape, sum(sizes))
+        for view, start in zip(views, first, strict=True)
+    ]
 
 
 def _check_seed(seed: Any) -> None:

@@ -21,7 +21,7 @@ from galore_jax.training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
-# Records every 4 steps, refreshes at updates 0, 4, 8, validation at 6 and 12.
+# Records every 4 steps, a refresh of each matrix in every 4 updates, validation at 6 and 12.
 FLAGS = [
     "--steps", "12", "--seq", "32", "--batch", "4", "--log-every", "4", "--eval-every", "6", "--save-every", "5",
     "--eval-tokens", "1000", "--update-proj-gap", "4", "--sample-tokens", "8", "--weight-decay", "0.1",
@@ -154,18 +154,38 @@ def test_a_run_leaves_everything_in_its_folder(whole):
     assert "Warning" not in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(path.name for path in folder.iterdir() if path.name != "tensorboard") == [
-        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "summary.json", "tokenizer.json",
+        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "subspace.png", "summary.json", "tokenizer.json",
     ]  # fmt: skip
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["10", "12"]
     training = [record for record in records(folder) if "loss" in record]
     assert [record["step"] for record in training] == [4, 8, 12]
     assert [record["tokens"] for record in training] == [512, 1024, 1536]
-    assert training[0].keys() == {"step", "loss", "learning_rate", "grad_norm", "tokens", "skipped"}
+    assert training[0].keys() == {
+        "step", "loss", "learning_rate", "grad_norm", "tokens", "skipped", "kept_bases", "rejected_bases",
+        "captured_energy", "basis_overlap", "update_rms", "subspace",
+    }  # fmt: skip
     assert training[-1]["loss"] < training[0]["loss"]
     validation = [record for record in records(folder) if "val_loss" in record]
     assert [record["step"] for record in validation] == [6, 12]
     config = json.loads((folder / "config.json").read_text())
     assert (config["rank"], config["warmup_steps"], config["model_config"]["vocab_size"]) == (0.25, 1, 257)
+
+
+def test_the_subspaces_of_a_run_are_staggered_and_measured_matrix_by_matrix(whole):
+    first, *_, last = (record for record in records(whole[0]) if "loss" in record)
+    for record in (first, last):
+        assert len(record["subspace"]) == 7
+        for quantities in record["subspace"].values():
+            assert {name: len(values) for name, values in quantities.items()} == {
+                "captured_energy": 4, "overlap": 4, "update_rms": 4,
+            }  # fmt: skip
+            assert all(0 < value <= 1 for value in quantities["captured_energy"])
+            assert all(value > 0 for value in quantities["update_rms"])
+    # Updates 0 to 3 replace no basis of the quarter that is due at 0, 4 and 8, and later ones replace them all.
+    nulls = [sum(q["overlap"].count(None) for q in r["subspace"].values()) for r in (first, last)]
+    assert nulls == [7, 0]
+    assert [(r["skipped"], r["kept_bases"], r["rejected_bases"]) for r in (first, last)] == [(0, 0, 0)] * 2
+    assert (whole[0] / "subspace.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_summary_is_complete_and_agrees_with_the_metrics(whole):
@@ -187,6 +207,7 @@ def test_a_run_ends_with_its_memory_its_loss_a_sample_and_its_folder(whole):
     assert "100.0%" in output
     assert f"validation loss {summary(whole[0])['final_val_loss']:.4f}" in output
     assert "whole/loss.png" in output
+    assert "whole/subspace.png" in output
     assert "sample" in output
 
 
@@ -195,7 +216,7 @@ def test_a_run_ends_with_its_memory_its_loss_a_sample_and_its_folder(whole):
     ("save_every", "saved", "batch"),
     [
         pytest.param(5, 5, 8, id="in the middle of an interval"),
-        pytest.param(4, 8, 12, id="before a refresh"),
+        pytest.param(4, 8, 12, id="at the end of an interval"),
     ],
 )
 def test_a_killed_run_resumes_bit_for_bit(shop, whole, tmp_path, save_every, saved, batch):
@@ -216,7 +237,8 @@ def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(sho
     result = pretrain(shop, out, script=INTERRUPTED.format(batch=7, action=TERMINATE))
     assert result.returncode == 0, result.stderr
     assert f"Stopped after step 7; continue with: galore-jax pretrain --resume --out {out}" in result.stdout
-    assert (summary(out)["steps"], (out / "loss.png").exists(), (out / "checkpoints/7").exists()) == (7, True, True)
+    assert summary(out)["steps"] == 7
+    assert all((out / name).exists() for name in ("loss.png", "subspace.png", "checkpoints/7"))
 
     before = contents(out / "checkpoints/7")
     result = galore(shop, "pretrain", "--resume", "--out", out, script=FULL_DISK)
@@ -266,7 +288,10 @@ def test_a_finished_run_can_be_made_longer(shop, copy):
         (["--seq", "4096"], "--seq 4096 is longer than the 1024 positions of --model demo."),
         (["--rank", "1.5"], "--rank 1.5 must be a positive whole number, or a fraction of the smaller side in (0, 1]."),
         (["--proj-type", "up"], "--proj-type 'up' is not known; choose one of std,"),
-        (["--projector", "magic"], "--projector 'magic' is not known; choose one of svd,"),
+        (["--projector", "magic"], "--projector 'magic' is not known; choose one of power,"),
+        (["--refresh", "now"], "--refresh 'now' is not known; choose one of together,"),
+        (["--transport", "fly"], "--transport 'fly' is not known; choose one of keep,"),
+        (["--diagnostics", "yes"], "Unrecognized options: yes"),
         (["--update-proj-gap", "0"], "--update-proj-gap 0 must be at least 1."),
         (["--clip", "inf"], "--clip inf must be a finite number of at least 0."),
         (["--out", "a/b", "--data", "no/such/text"], "no/such/text"),
@@ -334,7 +359,7 @@ def test_help_explains_every_flag(capsys):
         main(["pretrain", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in ("--model", "--rank", "--update-proj-gap", "--resume", "--sample-tokens"):
+    for flag in ("--model", "--rank", "--refresh", "--transport", "--no-diagnostics", "--resume"):
         assert flag in text
 
 
@@ -353,6 +378,10 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
         (["--seed", "1"], "--seed is 1, but the run in"),
         (["--data", "python"], "--data is 'python', but the run in"),
         (["--optimizer", "adamw"], "was started with 'galore_adamw'"),
+        (["--projector", "svd"], "--projector is 'svd', but the run in"),
+        (["--refresh", "together"], "--refresh is 'together', but the run in"),
+        (["--transport", "keep"], "--transport is 'keep', but the run in"),
+        (["--no-diagnostics"], "--diagnostics is False, but the run in"),
         (["--steps", "9"], "--steps 9 is less than the 12 steps"),
     ],
 )

@@ -170,5 +170,6 @@ def test_nothing_moves_when_every_gradient_is_bad():
     before = after_two_updates("adam", params)
     updates, after = update(jax.tree.map(lambda g: g * np.nan, params), before, params)
     assert_trees_equal(updates, jax.tree.map(jnp.zeros_like, params))
-    assert_trees_equal(after._replace(skipped=before.skipped), before)
+    assert_trees_equal(after._replace(skipped=before.skipped, kept=before.kept), before)
     assert int(after.skipped) == 1
+    assert int(after.kept) == 3  # the kernel's basis and the two of the stack

@@ -153,7 +153,7 @@ def test_optax_dimension_numbers_are_understood():
         ({"rank": "128"}, TypeError, r"rank is '128' of type str"),
         ({"rank": jnp.asarray(8)}, TypeError, r'static_args=\("rank", "update_proj_gap"\)'),
         ({"proj_type": "both"}, ValueError, r"proj_type is 'both': write one of std, reverse_std, left, right, full"),
-        ({"projector": "sdv"}, ValueError, r"projector is 'sdv': write one of svd, eigh, randomized"),
+        ({"projector": "sdv"}, ValueError, r"projector is 'sdv': write one of power, randomized, svd"),
         ({"scale": "root"}, ValueError, r"scale is 'root'"),
         ({"update_proj_gap": 0}, ValueError, r"update_proj_gap is 0: write a positive int"),
         ({"update_proj_gap": 2.5}, ValueError, r"update_proj_gap is 2.5"),

@@ -15,7 +15,7 @@ from galore_jax.models import Llama, LlamaConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 F32 = 4
-COUNTS = 3 * 4  # GaLoreState.count and .skipped, and Adam's count: int32
+COUNTS = 5 * 4  # GaLoreState.count, .skipped, .kept and .rejected, and Adam's count: int32
 
 
 def abstract_params(config):

@@ -74,11 +74,11 @@ def scale_by_adam_eps_first(eps, b1=0.9, b2=0.999):
     return optax.GradientTransformation(init, update)
 
 
-def _svd_with_fixed_signs(key, gradient, basis, side):
+def _svd_with_fixed_signs(seen):
     """The recording's convention: the largest entry of each column is positive."""
-    new = galore_jax.projectors.svd().refresh(key, gradient, basis, side)
-    largest = new[jnp.argmax(jnp.abs(new), axis=0), jnp.arange(new.shape[1])]
-    return new * jnp.sign(largest)[None, :]
+    basis, coordinates = galore_jax.projectors.svd().refresh(seen)
+    sign = jnp.sign(basis[jnp.argmax(jnp.abs(basis), axis=0), jnp.arange(basis.shape[1])])
+    return basis * sign[None, :], coordinates * sign[:, None]
 
 
 SVD_WITH_FIXED_SIGNS = galore_jax.projectors.Projector("svd with fixed signs", _svd_with_fixed_signs)
@@ -98,6 +98,8 @@ def test_equals_recorded_trajectories_of_galore_torch(case):
             scale=case["scale"],
             proj_type=proj_type,
             projector=SVD_WITH_FIXED_SIGNS,
+            refresh="together",
+            transport="keep",
             weight_dimension_numbers=everything,
         ),
         optax.scale_by_learning_rate(case["lr"]),

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from problems import leniency, quick_compilation  # noqa: F401
 
+from galore_jax import galore_adamw
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.training import checkpoint, metrics, report
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
@@ -31,8 +35,10 @@ from galore_jax.training.config import (
     new_folder,
     save_config,
 )
+from galore_jax.training.loop import run_pretrain
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer, make_schedule
-from galore_jax.training.step import make_eval_step, make_train_step, token_losses
+from galore_jax.training.step import galore_counts, make_eval_step, make_train_step, subspace_metrics, token_losses
+from galore_jax.training.subspace_plot import plot_subspace
 
 TINY = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=50)
 
@@ -140,9 +146,9 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch():
         assert float(cut_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
-def test_the_step_donates_its_state_learns_counts_skipped_updates_and_compiles_once():
+def test_the_step_donates_its_state_learns_counts_what_it_left_out_and_compiles_once():
     graphdef, params = tiny_model()
-    config = PretrainConfig(rank=4, update_proj_gap=2, steps=20, learning_rate=0.05, clip=0)
+    config = PretrainConfig(rank=4, update_proj_gap=2, refresh="staggered", steps=20, learning_rate=0.05, clip=0)
     tx = make_optimizer(config, make_schedule(config))
     step = make_train_step(graphdef, tx)
     state = tx.init(params)
@@ -153,11 +159,62 @@ def test_the_step_donates_its_state_learns_counts_skipped_updates_and_compiles_o
         losses.append(float(scalars["loss"]))
     assert first.is_deleted()
     assert losses[-1] < losses[0] - 0.5
-    assert int(scalars["skipped"]) == 0
+    assert [int(scalars[name]) for name in ("skipped", "kept_bases", "rejected_bases")] == [0, 0, 0]
     params["norm"]["scale"] = params["norm"]["scale"] * jnp.nan
     _, _, scalars = step(params, state, tokens())
-    assert int(scalars["skipped"]) == 1
+    # Of the 7 kernels of 2 layers one half is due at an update with an even number.
+    assert [int(scalars[name]) for name in ("skipped", "kept_bases", "rejected_bases")] == [1, 7, 0]
     assert step._cache_size() == 1
+
+
+def test_the_counts_of_all_galore_states_are_added_up():
+    _, _, first = state_of(0)
+    first = optax.tree.set(first, skipped=jnp.int32(2), kept=jnp.int32(3), rejected=jnp.int32(5))
+    second = optax.tree.set(first, skipped=jnp.int32(10), rejected=jnp.int32(0))
+    counts = {name: int(count) for name, count in galore_counts({"a": first, "b": second}).items()}
+    assert counts == {"skipped": 12, "kept_bases": 6, "rejected_bases": 5}
+
+
+def test_the_diagnostics_of_a_step_are_those_of_its_gradient_bases_and_update():
+    graphdef, params = tiny_model()
+    config = PretrainConfig(rank=4, refresh="every_step", clip=0)
+    tx = make_optimizer(config, optax.constant_schedule(0.5))
+    step, state = make_train_step(graphdef, tx), tx.init(params)
+    loss = jax.jit(jax.grad(lambda params: jnp.mean(token_losses(graphdef, params, tokens()))))
+
+    def up_proj(tree):  # [2, 16, 32], with its basis on the left
+        return np.array(tree["layers"]["mlp"]["up_proj"]["kernel"], np.float64)
+
+    gradients, weights, bases, found = [], [up_proj(params)], [], []
+    for _ in range(2):
+        gradients.append(up_proj(loss(params)))
+        params, state, scalars = step(params, state, tokens())
+        found.append(scalars["subspace"])
+        weights.append(up_proj(params))
+        bases.append(up_proj(optax.tree.get(state, "left")))
+    # Read when the next step has taken the buffers of the state, as in a run.
+    assert found[0].keys() == {
+        *(f"layers/attention/{name}_proj" for name in "qkvo"),
+        *(f"layers/mlp/{name}_proj" for name in ("gate", "up", "down")),
+    }
+    for number, leaves in enumerate(found):
+        inside = np.sum(np.square(bases[number].swapaxes(1, 2) @ gradients[number]), axis=(1, 2))
+        share = inside / np.sum(np.square(gradients[number]), axis=(1, 2))
+        np.testing.assert_allclose(leaves["layers/mlp/up_proj"]["captured_energy"], share, rtol=1e-4)
+        change = (weights[number + 1] - weights[number]) / 0.5
+        rms = np.sqrt(np.mean(np.square(change), axis=(1, 2)))
+        np.testing.assert_allclose(leaves["layers/mlp/up_proj"]["update_rms"], rms, rtol=1e-4)
+    assert all(np.all(np.isnan(leaf["overlap"])) for leaf in found[0].values())
+    overlap = np.sum(np.square(bases[1].swapaxes(1, 2) @ bases[0]), axis=(1, 2)) / 4
+    np.testing.assert_allclose(found[1]["layers/mlp/up_proj"]["overlap"], overlap, rtol=1e-4)
+
+
+def test_without_diagnostics_or_without_galore_there_is_no_subspace_to_report():
+    params = small_tree()
+    for config in (PretrainConfig(rank=4, diagnostics=False), PretrainConfig(optimizer="adamw")):
+        state = make_optimizer(config, optax.constant_schedule(1e-3)).init(params)
+        assert subspace_metrics(state) == {}
+        assert {int(count) for count in galore_counts(state).values()} == {0}
 
 
 def test_bfloat16_parameters_stay_bfloat16():
@@ -166,7 +223,7 @@ def test_bfloat16_parameters_stay_bfloat16():
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention mixes dtypes inside
         params, _, scalars = make_train_step(graphdef, tx)(params, tx.init(params), tokens())
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
-    assert {value.dtype.name for value in scalars.values()} == {"float32", "int32"}
+    assert {value.dtype.name for value in jax.tree.leaves(scalars)} == {"float32", "int32"}
 
 
 # Configuration
@@ -186,7 +243,16 @@ def test_bfloat16_parameters_stay_bfloat16():
         ({"rank": 0}, "--rank 0 must be a positive whole number"),
         ({"update_proj_gap": 0}, "--update-proj-gap 0 must be at least 1."),
         ({"proj_type": "up"}, "--proj-type 'up' is not known; choose one of std, reverse_std, left, right, full."),
-        ({"projector": "magic"}, "--projector 'magic' is not known; choose one of svd, eigh, randomized."),
+        (
+            {"projector": "magic"},
+            "--projector 'magic' is not known; choose one of power, randomized, svd, eigh, random, rows, sampled.",
+        ),
+        ({"refresh": "now"}, "--refresh 'now' is not known; choose one of together, staggered, lazy, every_step."),
+        (
+            {"refresh": "manual"},
+            "--refresh 'manual' is not known; choose one of together, staggered, lazy, every_step.",
+        ),
+        ({"transport": "fly"}, "--transport 'fly' is not known; choose one of keep, rotate, reset."),
         ({"learning_rate": float("inf")}, "--learning-rate inf must be a positive finite number."),
         ({"scale": 0.0}, "--scale 0.0 must be a positive finite number or rms."),
         ({"seed": 2**31}, "--seed 2147483648 must be less than 2**31."),
@@ -200,6 +266,29 @@ def test_bad_settings_are_named(changes, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("refresh", ["together", "staggered", "lazy", "every_step"]),
+        ("transport", ["keep", "rotate", "reset"]),
+        ("projector", ["svd", "eigh", "randomized", "power", "random", "rows", "sampled"]),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
+def test_every_value_of_a_setting_makes_an_optimizer(setting, values, optimizer):
+    for value in values:
+        config = PretrainConfig(rank=4, optimizer=optimizer, **{setting: value})
+        check(config)
+        params = jax.eval_shape(small_tree)
+        jax.eval_shape(make_optimizer(config, optax.constant_schedule(1e-3)).init, params)
+
+
+def test_the_settings_of_galore_default_to_those_of_the_library():
+    library = inspect.signature(galore_adamw).parameters
+    for name in ("update_proj_gap", "scale", "proj_type", "projector", "refresh", "transport"):
+        assert getattr(PretrainConfig(), name) == library[name].default
+
+
 def test_sequences_and_samples_must_fit_the_positions_of_the_model():
     model = dataclasses.replace(TINY, max_position_embeddings=64)
     check_lengths(PretrainConfig(seq=64, sample_tokens=32), model)
@@ -210,7 +299,7 @@ def test_sequences_and_samples_must_fit_the_positions_of_the_model():
 
 
 def test_config_json_round_trips(tmp_path):
-    config = PretrainConfig(rank=1.0, scale="rms", steps=40, learning_rate=1e-3, param_dtype="bf16")
+    config = PretrainConfig(rank=1.0, scale="rms", steps=40, param_dtype="bf16", refresh="lazy", diagnostics=False)
     (tmp_path / "tokenizer.json").write_text("abc")
     save_config(config, TINY, tmp_path, "3:00000000")
     loaded, model, fingerprints = load_config(tmp_path)
@@ -225,10 +314,25 @@ def test_config_json_round_trips(tmp_path):
     assert versions.keys() == {"jax", "optax", "flax", "orbax-checkpoint", "galore_jax"}
 
 
+def test_a_config_from_before_a_field_says_what_such_a_run_did(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(PretrainConfig(projector="randomized"), TINY, tmp_path, "3:00000000")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for name in ("refresh", "transport", "diagnostics"):
+        del fields[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = load_config(tmp_path)[0]
+    assert (config.projector, config.refresh, config.transport, config.diagnostics) == (
+        "randomized", "together", "keep", False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
         (["steps"], "abc"),
+        (["refresh"], 3),
+        (["diagnostics"], None),
         (["rank"], None),
         (["remat"], 1),
         (["seed"], True),
@@ -266,7 +370,17 @@ def test_a_folder_made_for_a_run_that_cannot_be_prepared_is_removed_again(tmp_pa
 def test_only_settings_that_leave_the_run_what_it_is_may_change(tmp_path):
     saved = PretrainConfig(out=tmp_path)
     check_same_run(dataclasses.replace(saved, steps=9, save_every=1, keep=9, eval_tokens=None, log_every=3), saved)
-    for change in ({"rank": 8}, {"seed": 1}, {"batch": 4}, {"optimizer": "adamw"}, {"dtype": "bf16"}, {"clip": 2.0}):
+    for change in (
+        {"rank": 8},
+        {"seed": 1},
+        {"batch": 4},
+        {"optimizer": "adamw"},
+        {"dtype": "bf16"},
+        {"clip": 2.0},
+        {"refresh": "lazy"},
+        {"transport": "keep"},
+        {"diagnostics": False},
+    ):
         ((name, value),) = change.items()
         with pytest.raises(ValueError, match=f"--{name} is {value!r}, but the run .* {getattr(saved, name)!r}"):
             check_same_run(dataclasses.replace(saved, **change), saved)
@@ -340,6 +454,36 @@ def test_another_model_or_optimizer_is_refused_by_the_first_parameter_that_diffe
         checkpoint.restore(folder, 3, params, optax.adamw(1e-3).init(params))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refresh": "staggered", "transport": "rotate"},
+        {"refresh": "lazy", "transport": "reset", "projector": "rows"},
+    ],
+)
+def test_an_optimizer_that_comes_back_from_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
+    params = small_tree()
+    tx = make_optimizer(PretrainConfig(rank=4, update_proj_gap=3, **settings), optax.constant_schedule(1e-2))
+
+    @jax.jit
+    def step(params, state, number):
+        gradient = optax.tree.random_like(jax.random.fold_in(jax.random.key(7), number), params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    for number in range(8):
+        if number == 4:
+            with CheckpointWriter(tmp_path, 1) as writer:
+                writer.save(Checkpoint(4, params, state, {}, []))
+        params, state = step(params, state, number)
+    restored = checkpoint.restore(tmp_path, 4, params, state)
+    other, other_state = restored.params, restored.opt_state
+    for number in range(4, 8):
+        other, other_state = step(other, other_state, number)
+    jax.tree.map(np.testing.assert_array_equal, (other, other_state), (params, state))
+
+
 def damage_flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -380,7 +524,8 @@ def test_the_meter_averages_an_interval_and_goes_on_where_a_checkpoint_left_it()
     def run(meter, steps):
         meter.start()
         records = [
-            meter.add(s, {"loss": jnp.float32(s), "grad_norm": jnp.float32(2), "skipped": jnp.int32(0)}) for s in steps
+            meter.add(s, {"loss": jnp.float32(s), "grad_norm": jnp.float32(2), **galore_counts(()), "subspace": {}})
+            for s in steps
         ]
         return [record for record in [*records, meter.finish()] if record is not None]
 
@@ -392,6 +537,24 @@ def test_the_meter_averages_an_interval_and_goes_on_where_a_checkpoint_left_it()
     run(first, range(1, 7))
     resumed = run(metrics.Meter(rates, 100, 4, first.losses), range(7, 11))
     assert [r["loss"] for r in resumed] == [6.5, 9.5]
+    assert [r["kept_bases"] for r in resumed] == [0, 0]
+    assert "subspace" not in resumed[0]
+
+
+def test_a_record_has_the_diagnostics_of_each_matrix_and_their_means():
+    leaves = {
+        "a": {"captured_energy": [0.5, 0.25], "overlap": [np.nan, 0.875], "update_rms": [0.1, np.inf]},
+        "b": {"captured_energy": [0.75], "overlap": [np.nan], "update_rms": [0.3]},
+    }
+    subspace = {leaf: {name: jnp.float32(x) for name, x in numbers.items()} for leaf, numbers in leaves.items()}
+    meter = metrics.Meter(np.ones(1), 100, 1, [])
+    meter.start()
+    meter.add(1, {"loss": jnp.float32(1), "grad_norm": jnp.float32(2), **galore_counts(()), "subspace": subspace})
+    record = meter.finish()
+    assert (record["captured_energy"], record["basis_overlap"], record["update_rms"]) == (0.5, 0.875, 0.2)
+    np.testing.assert_equal(record["subspace"], leaves)  # the decimals of float32, not those of its float64
+    undefined = metrics.subspace_fields({"b": {name: np.float32([np.nan]) for name in leaves["b"]}})
+    assert undefined["basis_overlap"] is None
 
 
 def test_metrics_after_the_checkpoint_and_a_line_cut_short_are_dropped_on_resume(tmp_path):
@@ -429,9 +592,13 @@ def test_tensorboard_itself_writes_the_scalars_where_tensorboardx_is_absent(tmp_
     monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "tensorboard.summary", types.SimpleNamespace(Writer=Writer))
     with metrics.MetricsLog(tmp_path, 0) as log:
-        log.write({"step": 3, "loss": 1.5, "skipped": 0})
+        overlaps = {"mlp/up_proj": {"overlap": [math.nan, 0.5, 1.0]}, "mlp/down_proj": {"overlap": [math.nan]}}
+        log.write({"step": 3, "loss": 1.5, "skipped": 0, "basis_overlap": None, "subspace": overlaps})
         board = log._board
-    assert board.scalars == [("loss", 1.5, 3), ("skipped", 0, 3)]
+    assert board.scalars == [("loss", 1.5, 3), ("skipped", 0, 3), ("subspace/overlap/mlp/up_proj", 0.75, 3)]
+    (record,) = metrics.read_metrics(tmp_path)
+    assert record["subspace"] == {"mlp/up_proj": {"overlap": [None, 0.5, 1.0]}, "mlp/down_proj": {"overlap": [None]}}
+    assert record["basis_overlap"] is None
     assert (board.folder, board.closed) == (str(tmp_path / "tensorboard"), True)
     monkeypatch.setitem(sys.modules, "tensorboard.summary", None)
     with metrics.MetricsLog(tmp_path, 3) as log:
@@ -463,6 +630,61 @@ def test_the_plot_is_drawn_from_any_metrics(tmp_path):
     report.plot_loss(tmp_path, "a run")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "loss.png").read_bytes() != empty
+
+
+def write_subspaces(folder, *numbers):
+    """One record for each dict of numbers: {quantity: [of each layer]}, the same for two parameters."""
+    folder.mkdir()
+    with metrics.MetricsLog(folder, 0) as log:
+        log.write({"step": 1, "loss": 3.0})  # as an older version wrote it
+        for step, quantities in enumerate(numbers, start=2):
+            log.write({"step": step, "subspace": dict.fromkeys(("mlp/up_proj", "mlp/down_proj"), quantities)})
+    plot_subspace(folder, "a run")
+    return (folder / "subspace.png").read_bytes() if (folder / "subspace.png").exists() else None
+
+
+def test_the_subspaces_are_drawn_from_any_metrics_that_have_them(tmp_path):
+    assert write_subspaces(tmp_path / "none") is None
+    nan = {name: [math.nan, math.nan] for name in ("captured_energy", "overlap", "update_rms")}
+    usual = {"captured_energy": [0.4, 0.6], "overlap": [math.nan, 0.5], "update_rms": [0.0, 0.01]}
+    zeros = {name: [0.0, 0.0] for name in nan}
+    large = {name: [3.0, 4.0] for name in nan}  # a Gaussian basis is not orthonormal
+    cases = {"nan": [nan], "one": [usual], "zeros": [zeros] * 2, "many": [nan, usual, large, zeros] * 20}
+    pictures = {name: write_subspaces(tmp_path / name, *numbers) for name, numbers in cases.items()}
+    assert {picture[:4] for picture in pictures.values()} == {b"\x89PNG"}
+    assert len(set(pictures.values())) == 4
+
+
+# Runs
+
+
+def test_a_run_of_adamw_has_no_subspaces_and_resumes_though_its_config_is_older_than_they_are(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the low rank gradient of a matrix\n\n" * 400)
+    folder = tmp_path / "run"
+    config = PretrainConfig(
+        optimizer="adamw", data=str(tmp_path / "text.txt"), steps=4, batch=2, seq=16, log_every=1, warmup_steps=1,
+        sample_tokens=0, out=folder,
+    )  # fmt: skip
+    with leniency():  # Optax's schedules mix dtypes
+        run_pretrain(dataclasses.replace(config, steps=2), dataclasses.replace(TINY, vocab_size=257))
+    assert (folder / "loss.png").exists()
+    assert not (folder / "subspace.png").exists()
+    assert "subspace" not in capsys.readouterr().out
+    first = metrics.read_metrics(folder)[0]
+    assert (first["skipped"], first["kept_bases"], first["rejected_bases"]) == (0, 0, 0)
+    assert not {"captured_energy", "basis_overlap", "update_rms", "subspace"} & first.keys()
+
+    fields = json.loads((folder / "config.json").read_text())
+    older = {name: value for name, value in fields.items() if name not in ("refresh", "transport", "diagnostics")}
+    (folder / "config.json").write_text(json.dumps(older))
+    lines = [
+        {k: v for k, v in r.items() if k not in ("kept_bases", "rejected_bases")} for r in metrics.read_metrics(folder)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with leniency():
+        summary = run_pretrain(dataclasses.replace(load_config(folder)[0], steps=4))
+    assert (summary["steps"], summary["resumed_from_step"]) == (4, 2)
+    assert [record["step"] for record in metrics.read_metrics(folder) if "loss" in record] == [1, 2, 3, 4]
 
 
 # Signals

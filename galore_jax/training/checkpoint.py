@@ -250,7 +250,7 @@ def _check_matches(folder: Path, step: int, kind: str, saved: Any, expected: Any
     for path in [*wanted, *found]:
         if found.get(path) != wanted.get(path):
             raise ValueError(
-                f"Checkpoint {folder / str(step)} is of another model or optimizer: {kind} {path} is "
+                f"Checkpoint {folder / str(step)} is of another model, optimizer or version of galore_jax: {kind} {path} is "
                 f"{found.get(path, 'absent')} there, and {wanted.get(path, 'absent')} in this run."
             )
 

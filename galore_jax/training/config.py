@@ -25,6 +25,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
 from galore_jax.projectors import PROJECTORS
+from galore_jax.refresh import REFRESHES
+from galore_jax.transport import TRANSPORTS
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -35,6 +37,11 @@ _MAY_CHANGE = {
     "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out", "resume",
 }  # fmt: skip
 """Fields that a resumed run may set anew; any other would make it a different run."""
+
+_BEFORE_THE_FIELD = {"refresh": "together", "transport": "keep", "diagnostics": False}
+"""What a run did whose ``config.json`` is older than these fields."""
+
+_REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +63,14 @@ class PretrainConfig:
     """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
     proj_type: str = "std"
     """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full."""
-    projector: str = "randomized"
-    """GaLore: how a subspace is found: randomized (fast), svd or eigh (exact)."""
+    projector: str = "power"
+    """GaLore: how subspaces are found: power or randomized (fast), svd or eigh (exact, slow), random, rows or sampled."""
+    refresh: str | None = None
+    """GaLore: refresh subspaces together, staggered (a few a step), lazy (rarer if stable) or every_step. None: automatic."""
+    transport: str | None = None
+    """GaLore: when a subspace changes, rotate the moments into it, keep them as they are, or reset them. None: automatic."""
+    diagnostics: bool = True
+    """GaLore: measure how well the subspaces do, matrix by matrix, for metrics.jsonl and subspace.png; costs little."""
     learning_rate: float = 0.01
     """Peak learning rate; it rises linearly from 0 and falls as a cosine to a tenth of this."""
     weight_decay: float = 0.0
@@ -171,10 +184,11 @@ def check(config: PretrainConfig) -> None:
         raise ValueError(
             f"--rank {config.rank} must be a positive whole number, or a fraction of the smaller side in (0, 1]."
         )
-    for name, known in (("proj_type", PROJ_TYPES), ("projector", PROJECTORS)):
+    known = {"proj_type": PROJ_TYPES, "projector": PROJECTORS, "refresh": _REFRESHES, "transport": TRANSPORTS}
+    for name, choices in known.items():
         value = getattr(config, name)
-        if value not in known:
-            raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(known)}.")
+        if value not in choices and not (value is None and name in ("refresh", "transport")):
+            raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
     if not isinstance(config.scale, str) and not (config.scale > 0 and math.isfinite(config.scale)):
@@ -307,7 +321,8 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         fields = read_json(path)
         model = _from_json(LlamaConfig, fields["model_config"])
         known = {field.name for field in dataclasses.fields(PretrainConfig)}
-        config = _from_json(PretrainConfig, {name: value for name, value in fields.items() if name in known})
+        settings = _BEFORE_THE_FIELD | {name: value for name, value in fields.items() if name in known}
+        config = _from_json(PretrainConfig, settings)
         fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error

@@ -31,6 +31,7 @@ from galore_jax.training.data import TextData, load_data
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import make_eval_step, make_train_step
+from galore_jax.training.subspace_plot import plot_subspace
 
 
 @dataclasses.dataclass
@@ -144,7 +145,9 @@ def train(run: Run) -> Record:
         "wall_seconds": time.perf_counter() - began,
     }
     settings.write_json(summary_file, summary)
-    report.plot_loss(folder, f"{config.model}, {config.optimizer}")
+    title = f"{config.model}, {config.optimizer}"
+    report.plot_loss(folder, title)
+    plot_subspace(folder, title)
     if run.step == config.steps:
         _say_goodbye(run, summary, sizes)
     else:

@@ -4,6 +4,13 @@
 
 A step's scalars are read while the device works on the step after it, so that logging never leaves the device idle; the
 time between two such reads is the duration of a step.
+
+A record of a GaLore run with diagnostics has ``captured_energy``, ``basis_overlap`` and ``update_rms``, means over all
+projected matrices, and each matrix's own in ``subspace``:
+
+    {"layers/attention/q_proj": {"captured_energy": [0.71, ...], "overlap": [null, ...], "update_rms": [...]}, ...}
+
+null, here and everywhere, is a number that is not finite or not defined yet; means leave it out.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +31,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from galore_jax.training.step import COUNTS, Metrics
+
 Record = dict[str, Any]
+
+_MEANS = {"captured_energy": "captured_energy", "basis_overlap": "overlap", "update_rms": "update_rms"}
+"""Field of a record -> the quantity in ``subspace`` whose mean it is."""
 
 
 class MetricsLog:
@@ -42,14 +55,12 @@ class MetricsLog:
         self._board = _open_board(str(folder / "tensorboard"), step)
 
     def write(self, record: Record) -> None:
-        """Append one record; a number that is not finite becomes null, which JSON has."""
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        """Append one record; a number that is not finite becomes null, which JSON has.  TensorBoard gets its scalars."""
+        self._file.write(json.dumps(_with_nulls(record)) + "\n")
         self._file.flush()
         if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["step"])
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -72,6 +83,60 @@ def read_metrics(folder: Path) -> list[Record]:
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [_parse(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def finite_mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the numbers that are finite; None if there is none.
+
+    >>> finite_mean([1.0, None, 3.0, math.nan]), finite_mean([None])
+    (2.0, None)
+    """
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(finite) / len(finite) if finite else None
+
+
+def subspace_fields(leaves: dict[str, dict[str, np.ndarray]]) -> Record:
+    """The fields of a record that come from the diagnostics of :func:`galore_jax.training.step.subspace_metrics`.
+
+    >>> q_proj = {"captured_energy": [0.5, 0.7], "overlap": [np.nan, 0.9], "update_rms": [0.1, 0.3]}
+    >>> fields = subspace_fields({"q_proj": {name: np.float32(values) for name, values in q_proj.items()}})
+    >>> fields["basis_overlap"], fields["subspace"]["q_proj"]["captured_energy"]
+    (0.9, [0.5, 0.7])
+    """
+    if not leaves:
+        return {}
+    # The shortest decimals that are these float32 numbers.
+    exact = {
+        leaf: {quantity: [float(str(value)) for value in values] for quantity, values in quantities.items()}
+        for leaf, quantities in leaves.items()
+    }
+    means = {
+        name: finite_mean(value for quantities in exact.values() for value in quantities[quantity])
+        for name, quantity in _MEANS.items()
+    }
+    return means | {"subspace": exact}
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nulls(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(part) for part in value]
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _scalars(record: Record) -> Iterator[tuple[str, float]]:
+    """Name and value of everything in a record that is one number, and the mean over each leaf's matrices."""
+    for name, value in record.items():
+        if name == "subspace":
+            means = {
+                f"subspace/{quantity}/{leaf}": finite_mean(values)
+                for leaf, quantities in value.items()
+                for quantity, values in quantities.items()
+            }
+            yield from ((tag, mean) for tag, mean in means.items() if mean is not None)
+        elif name != "step" and value is not None:
+            yield name, value
 
 
 def _parse(path: Path, number: int, line: bytes) -> Record:
@@ -103,7 +168,7 @@ def _keep_until(path: Path, step: int) -> None:
 
 @dataclasses.dataclass
 class Meter:
-    """Makes the records of training steps out of the scalars that the device returns, one step late.
+    """Makes the records of training steps out of the metrics that the device returns, one step late.
 
     Args:
       learning_rates: of each step, float [steps].
@@ -118,7 +183,7 @@ class Meter:
     losses: list[float]
     seconds: list[float] = dataclasses.field(default_factory=list)
     """Duration of every step that was read."""
-    _pending: tuple[int, dict[str, jax.Array]] | None = None
+    _pending: tuple[int, Metrics] | None = None
     _clock: float = 0.0
     _timed: int = 0
 
@@ -126,8 +191,8 @@ class Meter:
         """Start the clock, after work that is not a training step."""
         self._clock = time.perf_counter()
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> Record | None:
-        """Take the scalars of a step that was just dispatched; returns the record of the one before, if one is due."""
+    def add(self, step: int, metrics: Metrics) -> Record | None:
+        """Take the metrics of a step that was just dispatched; returns the record of the one before, if one is due."""
         record = self.finish()
         self._pending = (step, metrics)
         return record
@@ -138,14 +203,15 @@ class Meter:
             return None
         step, metrics = self._pending
         self._pending = None
-        metrics = jax.device_get(metrics)
+        loss = float(metrics["loss"])
         now = time.perf_counter()
         self.seconds.append(now - self._clock)
         self._clock = now
         self._timed += 1
-        self.losses.append(float(metrics["loss"]))
+        self.losses.append(loss)
         if step % self.every and step != len(self.learning_rates):
             return None
+        metrics = jax.device_get(metrics)
         record = {
             "step": step,
             "loss": math.fsum(self.losses) / len(self.losses),
@@ -153,7 +219,8 @@ class Meter:
             "tokens_per_second": self._timed * self.tokens / sum(self.seconds[-self._timed :]),
             "grad_norm": float(metrics["grad_norm"]),
             "tokens": step * self.tokens,
-            "skipped": int(metrics["skipped"]),
+            **{name: int(metrics[name]) for name in COUNTS},
+            **subspace_fields(metrics["subspace"]),
         }
         self.losses, self._timed = [], 0
         return record

@@ -81,6 +81,9 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
             scale=config.scale,
             proj_type=config.proj_type,
             projector=config.projector,
+            refresh=config.refresh,
+            transport=config.transport,
+            diagnostics=config.diagnostics,
             weight_decay=config.weight_decay,
             seed=config.seed,
         )

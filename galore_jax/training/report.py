@@ -26,7 +26,7 @@ def memory(config: PretrainConfig, params: Any) -> dict[str, int]:
 
     >>> params = {"layers": {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}}
     >>> memory(PretrainConfig(rank=8), params)
-    {'params_bytes': 32768, 'optimizer_state_bytes': 12304, 'adamw_state_bytes': 65544}
+    {'params_bytes': 32768, 'optimizer_state_bytes': 12336, 'adamw_state_bytes': 65544}
     """
 
     def state_bytes(optimizer: str) -> int:
@@ -92,7 +92,10 @@ def closing_words(config: PretrainConfig, folder: Path, summary: Record, sizes: 
     if summary["final_val_loss"] is not None:
         loss, perplexity = summary["final_val_loss"], summary["final_val_perplexity"]
         lines.append(f"validation loss {loss:.4f}, perplexity {perplexity:.2f} after {summary['steps']} steps")
-    lines += [f"loss curve: {folder / 'loss.png'}", f"run folder: {folder}"]
+    lines.append(f"loss curve: {folder / 'loss.png'}")
+    if (folder / "subspace.png").exists():
+        lines.append(f"subspaces: {folder / 'subspace.png'}")
+    lines.append(f"run folder: {folder}")
     return "\n".join(lines)
 
 

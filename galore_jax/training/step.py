@@ -16,7 +16,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-Metrics = dict[str, jax.Array]
+from galore_jax import GaLoreState
+
+Metrics = dict[str, Any]
+
+COUNTS = {"skipped": "skipped", "kept_bases": "kept", "rejected_bases": "rejected"}
+"""Metric -> field of GaLoreState."""
 
 
 def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1) -> Any:
@@ -28,9 +33,10 @@ def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ac
       accumulate: micro-batches that the batch is cut into; it divides the batch.
 
     Returns:
-      The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are scalars on the device: ``loss``,
-      ``grad_norm`` (before clipping), and ``skipped`` (updates GaLore left out so far because of a gradient that was
-      not finite).
+      The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are on the device.  Scalars: ``loss``, ``grad_norm``
+      (before clipping), and what GaLore has counted so far, ``skipped`` (updates in which a gradient was not finite),
+      ``kept_bases`` (refreshes left out because the gradient was zero or not finite) and ``rejected_bases`` (new bases
+      that were not orthonormal).  ``subspace``: see :func:`subspace_metrics`.
     """
 
     def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
@@ -56,8 +62,8 @@ def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ac
         updates, opt_state = tx.update(grads, opt_state, params)
         # Added in float32 and rounded once, which matters for bfloat16 parameters.
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "skipped": _skipped(opt_state)}
-        return params, opt_state, metrics
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **galore_counts(opt_state)}
+        return params, opt_state, metrics | {"subspace": subspace_metrics(opt_state)}
 
     return jax.jit(train_step, donate_argnums=(0, 1))
 
@@ -79,6 +85,39 @@ def token_losses(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> jax.
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
-def _skipped(opt_state: Any) -> jax.Array:
-    counts = [value for _, value in optax.tree.get_all_with_path(opt_state, "skipped")]
-    return sum(counts, start=jnp.zeros([], jnp.int32))
+def galore_counts(opt_state: Any) -> dict[str, jax.Array]:
+    """The :data:`COUNTS` of all GaLoreStates in an optimizer state together, int32 scalars; 0 without one.
+
+    >>> {name: int(count) for name, count in galore_counts(optax.adam(0.1).init({})).items()}
+    {'skipped': 0, 'kept_bases': 0, 'rejected_bases': 0}
+    """
+    states = _galore_states(opt_state)
+    zero = jnp.zeros([], jnp.int32)
+    return {name: sum((getattr(state, field) for state in states), start=zero) for name, field in COUNTS.items()}
+
+
+def subspace_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
+    """The diagnostics of every projected parameter by its path, float32 [matrices] each; {} without diagnostics.
+
+    ``captured_energy``, ``overlap`` and ``update_rms`` are those of :class:`galore_jax.diagnostics.Diagnostics`, but the
+    overlap of a basis that has replaced no other yet is NaN.
+
+    >>> params = {"up_proj": {"kernel": jnp.ones((2, 8, 16))}, "bias": jnp.ones((16,))}
+    >>> from galore_jax import galore
+    >>> tx = galore(optax.scale_by_adam(), rank=4, diagnostics=True)
+    >>> subspace_metrics(tx.init(params))["up_proj"]["overlap"].tolist()
+    [nan, nan]
+    """
+    leaves: dict[str, dict[str, jax.Array]] = {}
+    for state in _galore_states(opt_state):
+        for quantity, tree in state.diagnostics._asdict().items() if state.diagnostics else ():
+            for path, values in jax.tree.leaves_with_path(tree):
+                name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
+                if quantity == "overlap":
+                    values = jnp.where(values >= 0, values, jnp.nan)
+                leaves.setdefault(name, {})[quantity] = jnp.ravel(values)
+    return leaves
+
+
+def _galore_states(opt_state: Any) -> list[GaLoreState]:
+    return [state for _, state in optax.tree.get_all_with_path(opt_state, GaLoreState.__name__)]
