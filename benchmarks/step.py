@@ -1,0 +1,218 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What GaLore adds to a training step: a LLaMA with optax.adamw, with optax.contrib.galore and with galore_adamw.
+
+    python benchmarks/step.py OUT                 60m, 2,048 tokens, T = 64, 128 steps: about 20 minutes on two cores
+    python benchmarks/step.py OUT --tpu           also compiles galore_adamw's step for a TPU v5e (needs libtpu)
+    python benchmarks/step.py OUT --tpu --steps 0      nothing else
+
+A step is forward, backward and update in one program, float32, arguments donated.  The contestants take turns in one process,
+the first of a round changing; optax.contrib.galore, which knows no stacked layers, gets them one by one, and because all its
+steps but those at 0, T, 2T, ... are alike it runs at every eighth round and at its refreshes.  T is 64 so that 2 T steps end in
+reasonable time: with 56 matrices a refreshing step of galore_adamw refreshes one, as at its default of 200.
+Writes OUT/step.json and OUT/step.png, and prints a Markdown table.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from _common import compile_for_tpu, factorisations_in, language_model
+
+import galore_jax
+
+OURS, THEIRS, PLAIN = "galore_jax.galore_adamw", "optax.contrib.galore", "optax.adamw"
+
+
+def unstacked(params):
+    """Every (layers, m, n) leaf as a list of (m, n) ones."""
+    return jax.tree.map(lambda leaf: list(leaf) if leaf.ndim == 3 else leaf, params)
+
+
+def stacked(params):
+    return jax.tree.map(
+        lambda leaf: jnp.stack(leaf) if isinstance(leaf, list) else leaf, params, is_leaf=lambda x: isinstance(x, list)
+    )
+
+
+def is_layer_matrix(params):
+    """Which parameters optax.contrib.galore is to project: the same as ours."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            optax.contrib.GaLoreDimensionNumbers(0, 1)
+            if leaf.ndim == 2 and "layers" in jax.tree_util.keystr(path)
+            else None
+        ),
+        params,
+    )
+
+
+def optimizers(gap: int, rank: int) -> dict[str, optax.GradientTransformation]:
+    return {
+        PLAIN: optax.adamw(1e-3),
+        THEIRS: optax.contrib.galore(
+            1e-3, rank=rank, update_proj_gap=gap, scale=0.25, weight_dimension_numbers=is_layer_matrix
+        ),
+        OURS: galore_jax.galore_adamw(1e-3, rank=rank, update_proj_gap=gap),
+    }
+
+
+def training_step(loss, tx, unstack: bool):
+    def step(params, state, tokens):
+        value, gradient = jax.value_and_grad(lambda p: loss(stacked(p) if unstack else p, tokens))(params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def refreshing(step: int, matrices: int, gap: int) -> bool:
+    """Whether a staggered run refreshes some basis at this step: at one of the ⌊j T / N⌋, or at step 0 all."""
+    return step == 0 or step % gap in {j * gap // matrices for j in range(matrices)}
+
+
+def run(args: argparse.Namespace) -> dict:
+    loss, init, batches = language_model(args.model, args.batch, args.seq, data=args.data)
+    txs = optimizers(args.gap, args.rank)
+    programs, state = {}, {}
+    for name, tx in txs.items():
+        params = unstacked(init()) if name == THEIRS else init()
+        start = time.perf_counter()
+        abstract = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((args.batch, args.seq + 1), jnp.int32)
+        step = jax.jit(training_step(loss, tx, name == THEIRS), donate_argnums=(0, 1))
+        programs[name] = step.lower(*abstract).compile()
+        print(f"{name}: compiled in {time.perf_counter() - start:.1f} s", flush=True)
+        state[name] = (params, jax.jit(tx.init)(params))
+    [node] = [s for s in jax.tree.leaves(state[OURS][1], is_leaf=is_galore) if is_galore(s)]
+    matrices = sum(leaf.shape[0] for leaf in jax.tree.leaves((node.left, node.right)))
+    seconds = {name: [] for name in txs}
+    for number in range(args.steps):
+        tokens = jnp.asarray(next(batches))
+        names = list(txs)
+        for name in names[number % 3 :] + names[: number % 3]:
+            if name == THEIRS and number % args.gap and number % 8:
+                continue
+            due = number % args.gap == 0
+            if name == THEIRS:
+                params, inner = state[name]
+                state[name] = (params, with_count(inner, number))
+            start = time.perf_counter()
+            *state[name], value = jax.block_until_ready(programs[name](*state[name], tokens))
+            elapsed = time.perf_counter() - start
+            refreshes = {PLAIN: False, THEIRS: due, OURS: refreshing(number, matrices, args.gap)}[name]
+            seconds[name].append({"step": number, "seconds": elapsed, "refreshes": refreshes, "loss": float(value)})
+        if number % 16 == 0:
+            print(f"step {number} of {args.steps}", flush=True)
+    return {"settings": {k: str(v) for k, v in vars(args).items()}, "matrices": matrices, "steps": seconds}
+
+
+def is_galore(node) -> bool:
+    return isinstance(node, galore_jax.GaLoreState)
+
+
+def with_count(state, number: int):
+    """optax.contrib.galore's state at the step ``number``."""
+
+    def at(node):
+        is_node = isinstance(node, optax.contrib.GaLoreState)
+        return node._replace(count=jnp.full_like(node.count, number)) if is_node else node
+
+    return jax.tree.map(at, state, is_leaf=lambda node: isinstance(node, optax.contrib.GaLoreState))
+
+
+def summary(results: dict) -> dict:
+    """Medians in seconds, without step 0."""
+    out = {}
+    for name, records in results["steps"].items():
+        later = [r for r in records if r["step"]]
+        kinds = {kind: [r["seconds"] for r in later if r["refreshes"] == kind] for kind in (False, True)}
+        out[name] = {
+            "median": float(np.median([r["seconds"] for r in later])),
+            "maximum": max(r["seconds"] for r in later),
+            "first": records[0]["seconds"],
+            "plain_median": float(np.median(kinds[False])) if kinds[False] else None,
+            "refresh_median": float(np.median(kinds[True])) if kinds[True] else None,
+        }
+    return out
+
+
+def table(medians: dict) -> str:
+    lines = [
+        "| optimizer | median step, s | of optax.adamw's | steps without a refresh | steps with one | ratio | first step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, m in medians.items():
+        plain, refresh = (f"{m[k]:.2f}" if m[k] else "" for k in ("plain_median", "refresh_median"))
+        ratio = f"{m['refresh_median'] / m['plain_median']:.2f}" if plain and refresh else ""
+        share = m["median"] / medians[PLAIN]["median"]
+        lines.append(f"| {name} | {m['median']:.2f} | {share:.3f} | {plain} | {refresh} | {ratio} | {m['first']:.2f} |")
+    return "\n".join(lines)
+
+
+def plot(results: dict, path: pathlib.Path) -> None:
+    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    for (name, records), color in zip(results["steps"].items(), ("tab:gray", "tab:red", "tab:blue"), strict=True):
+        style = "." if name == THEIRS else "-"
+        axis.plot([r["step"] for r in records], [r["seconds"] for r in records], style, color=color, label=name)
+    axis.set(yscale="log", xlabel="step", ylabel="seconds", title="Duration of each training step")
+    axis.grid(alpha=0.25, which="both")
+    axis.legend()
+    figure.savefig(path, dpi=150)
+
+
+def on_tpu(args: argparse.Namespace) -> dict:
+    """The training step with galore_adamw's defaults but T, compiled for one TPU v5e core."""
+    loss, init, _ = language_model(args.model, args.batch, args.seq, data=args.data)
+    tx = optimizers(args.gap, args.rank)[OURS]
+    params = jax.eval_shape(init)
+    tokens = jax.ShapeDtypeStruct((args.batch, args.seq + 1), jnp.int32)
+    step = training_step(loss, tx, unstack=False)
+    seconds, compiled, text = compile_for_tpu(step, params, jax.eval_shape(tx.init, params), tokens)
+    memory = compiled.memory_analysis()
+    return {
+        "tpu_compile_seconds": seconds,
+        "tpu_code_bytes": memory.generated_code_size_in_bytes,
+        "tpu_temporary_bytes": memory.temp_size_in_bytes,
+        "tpu_factorisations": factorisations_in(text),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path, help="folder for the results")
+    parser.add_argument("--model", default="60m")
+    parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--gap", type=int, default=64, help="T, update_proj_gap")
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e too")
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.steps:
+        results = run(args)
+        results["medians"] = summary(results)
+        (args.out / "step.json").write_text(json.dumps(results, indent=2) + "\n")
+        plot(results, args.out / "step.png")
+        print(table(results["medians"]))
+    if args.tpu:
+        record = on_tpu(args)
+        (args.out / "step-tpu.json").write_text(json.dumps(record, indent=2) + "\n")
+        found = ", ".join(record["tpu_factorisations"]) or "none"
+        print(
+            f"TPU v5e: compiled in {record['tpu_compile_seconds']:.0f} s, {record['tpu_code_bytes'] / 2**20:.1f} MiB of code, "
+            f"factorisations in the HLO: {found}"
+        )
+
+
+if __name__ == "__main__":
+    main()
