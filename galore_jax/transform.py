@@ -206,7 +206,10 @@ class _GaLore:
         if request is not None:
             request.answered = True
         if not any(views):
-            return self._update_whole(updates, state, params, **extra_args) if request is None else (updates, state)
+            inner = self._inner_of(views)
+            return (
+                self._update_whole(inner, updates, state, params, **extra_args) if request is None else (updates, state)
+            )
         leaves = [_measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
         state, low_rank = self._turn_all(leaves, treedef, state, everything=request is not None)
         if request is not None:
@@ -325,7 +328,12 @@ class _GaLore:
         return treedef.unflatten(updates), new_state
 
     def _update_whole(
-        self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None, **extra_args: Any
+        self,
+        inner: optax.GradientTransformationExtraArgs,
+        updates: optax.Updates,
+        state: GaLoreState,
+        params: optax.Params | None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
         gradients = jax.tree.map(subspace.promoted, updates)
@@ -333,7 +341,7 @@ class _GaLore:
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
 
         def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
-            return self.inner.update(gradients, state.inner_state, params, **extra_args)
+            return inner.update(gradients, state.inner_state, params, **extra_args)
 
         def skip(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
             replies, _ = step(jax.tree.map(jnp.zeros_like, gradients))

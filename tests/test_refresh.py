@@ -407,3 +407,14 @@ def test_pairs_of_policies_compare_by_value():
     assert all(
         a != b for a, b in itertools.combinations([refresh.together(5), refresh.staggered(5), refresh.lazy(5)], 2)
     )
+
+
+def test_reset_with_nothing_projected_is_the_inner_optimizer():
+    params = {"b": normal(0, (20,))}
+    tx, inner = galore(optax.adam(0.1), rank=4, transport="reset"), optax.adam(0.1)
+    state, expected_state = tx.init(params), inner.init(params)
+    for step in range(3):
+        gradient = {"b": normal(step, (20,))}
+        updates, state = tx.update(gradient, state, params)
+        expected, expected_state = inner.update(gradient, expected_state, params)
+        np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
