@@ -76,6 +76,11 @@ def turn(
     batch = view.batch_shape
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
 
+    def recompute_one() -> Turned:
+        fixed = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, peak, current)))
+        turned = _turn_one(projector, view, key, step, *fixed, carriers)
+        return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
+
     def recompute() -> Turned:
         def flat(array: jax.Array) -> jax.Array:
             array = jax.lax.stop_gradient(sharding.gather(array))
@@ -94,7 +99,7 @@ def turn(
         turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
         return jax.tree.map(lambda new, old: sharding.like(new.reshape(old.shape), old), turned, nothing)
 
-    return jax.lax.cond(jnp.any(wanted), recompute, lambda: nothing)
+    return jax.lax.cond(jnp.any(wanted), recompute if batch else recompute_one, lambda: nothing)
 
 
 def coordinates_in_constant_bases(
