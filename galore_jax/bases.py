@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a basis P in R^(m x r) is stored, and what is done with it.
 
-    Dense     P itself, m r numbers
+    Dense     P itself, m r numbers in float32
+    Coded     P in bfloat16, or in 4 bits (galore_jax.basis_codecs)
     Rows      P = E D: r of the m rows with a factor each; project and lift are a gather and a scatter (Grass, 2406.17660)
     Seeded    the seed of a random P, 4 bytes; P is drawn anew wherever it is used
 
@@ -62,9 +63,27 @@ class Storage(Protocol):
         """(r, r)"""
         ...
 
+    def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
+        """The basis as projectors see it."""
+        ...
+
+    def encode(self, basis: Basis) -> Basis:
+        """The inverse of decode, up to rounding; (m, r), without batch axes."""
+        ...
+
+
+class _AsItIs:
+    """A storage whose bases projectors make as they are stored."""
+
+    def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
+        return basis
+
+    def encode(self, basis: Basis) -> Basis:
+        return basis
+
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(_AsItIs):
     """P itself."""
 
     orthonormal: bool = True
@@ -95,7 +114,7 @@ class RowBasis(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(_AsItIs):
     """A :class:`RowBasis`; a row may be there more than once."""
 
     orthonormal: bool = False
@@ -128,7 +147,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seeded:
+class Seeded(_AsItIs):
     """The seed, uint32 [*batch], of ``draw(key, (m, r), dtype)``; 0 stands for no basis, which is all zeros."""
 
     draw: Callable[[jax.Array, tuple[int, int], Any], jax.Array]

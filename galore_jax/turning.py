@@ -32,7 +32,7 @@ class Subspace(NamedTuple):
     left: Basis  # MaskedNode where there is none
     right: Basis
     low_rank: jax.Array  # the gradient in these bases
-    moments: tuple[jax.Array, ...]  # leaves of the inner state that turn with the bases
+    moments: tuple[Any, ...]  # leaves of the inner state that turn with the bases, arrays or coded arrays
 
 
 class Turned(NamedTuple):
@@ -135,10 +135,14 @@ def _turn_one(
     one_sided = jnp.ldexp(old.low_rank, -exponent)
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
-        new, coordinates = projector.refresh(Observation(key, matrix, basis, coordinates, step, transposed))
-        new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, basis)
+        old = storage.decode(basis, rank, matrix.dtype)
+        made, coordinates = projector.refresh(Observation(key, matrix, old, coordinates, step, transposed))
+        made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
+        new = storage.encode(made)
+        if new is not made:  # coded: the coordinates are those in the decoded basis, which is also what lifts
+            coordinates = storage.project(new, matrix, rank)
         overlap = storage.overlap(new, basis, matrix.shape[0], rank)
-        return new, coordinates, overlap, _usable(storage, new)
+        return new, coordinates, overlap, _usable(storage, made)
 
     left, right, q_left, q_right = old.left, old.right, None, None
     usable = jnp.array(True)
