@@ -38,6 +38,7 @@ from galore_jax import (
     subspace,
 )
 from galore_jax.bare import BareGaLore, warned_once
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.per_matrix import owners, per_matrix
 from galore_jax.state import GaLoreState
@@ -152,7 +153,7 @@ class _Leaf(NamedTuple):
 
     view: MatrixView | None
     gradient: jax.Array
-    matrices: jax.Array  # (*batch, m, n) in the dtype of the state; a leaf without a view as it is
+    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
     peak: jax.Array  # [*batch] largest magnitude
     finite: jax.Array  # [*batch]
     good: jax.Array  # [*batch] finite and, where it is projected, not zero
@@ -335,8 +336,8 @@ class _GaLore:
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
-        gradients = jax.tree.map(subspace.promoted, updates)
-        params = jax.tree.map(subspace.promoted, params)
+        gradients = jax.tree.map(promoted, updates)
+        params = jax.tree.map(promoted, params)
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
 
         def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
@@ -364,9 +365,9 @@ class _GaLore:
 
 
 def _measured(view: MatrixView | None, gradient: jax.Array) -> _Leaf:
-    matrices = subspace.promoted(gradient if view is None else view.to_matrices(gradient))
+    matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
     axes = None if view is None else (-2, -1)
-    peak = jnp.max(jnp.abs(matrices), axis=axes, initial=0)
+    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
     return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
 

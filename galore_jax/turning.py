@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from galore_jax import sharding, subspace
 from galore_jax.bases import Basis, Storage
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 from galore_jax.orthonormal import defect
 from galore_jax.projectors import Observation, Projector
@@ -63,7 +64,7 @@ def turn(
       view: of the parameter.
       key: the PRNG key of this update, the same for every matrix, so that a stacked leaf equals separate leaves.
       step: the number of this update.
-      matrices: the gradient, (*batch, m, n).
+      matrices: the gradient, (*batch, m, n), in its own dtype.
       current: the subspaces, with ``low_rank`` of this gradient.
       carriers: one for each array of ``current.moments``.
       wanted: [*batch] bool, the matrices to refresh: finite and not zero.
@@ -131,7 +132,7 @@ def _turn_one(
 ) -> Turned:
     storage, rank = projector.storage, view.rank
     exponent = jnp.frexp(peak)[1]
-    matrix = jnp.ldexp(matrix, -exponent)  # a power of two: nothing is rounded
+    matrix = jnp.ldexp(promoted(matrix), -exponent)  # a power of two: nothing is rounded
     one_sided = jnp.ldexp(old.low_rank, -exponent)
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
