@@ -335,19 +335,17 @@ class _GaLore:
         params: optax.Params | None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
-        """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
-        gradients = jax.tree.map(promoted, updates)
-        params = jax.tree.map(promoted, params)
+        """Nothing is projected: the inner transformation itself.
+
+        The barrier keeps the select out of its arithmetic, whose roundings stay as they are.  (A branch would do so too, but hold
+        a copy of the whole state.)
+        """
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
-
-        def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
-            return inner.update(gradients, state.inner_state, params, **extra_args)
-
-        def skip(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
-            replies, _ = step(jax.tree.map(jnp.zeros_like, gradients))
-            return jax.tree.map(jnp.zeros_like, replies), state.inner_state
-
-        replies, inner_state = jax.lax.cond(finite, step, skip, gradients)
+        clean = jax.lax.optimization_barrier(jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), updates))
+        gradients, params = (jax.tree.map(promoted, tree) for tree in (clean, params))
+        replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+        replies = jax.tree.map(lambda reply: jnp.where(finite, reply, 0), replies)
+        inner_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)
         good = finite.astype(jnp.int32)
         replies = jax.tree.map(lambda reply, gradient: reply.astype(gradient.dtype), replies, updates)
         return replies, state._replace(
