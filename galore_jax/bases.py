@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
+from galore_jax.dtypes import state_dtype
 
 Basis = Any  # a pytree of arrays, each with the batch axes in front
 
@@ -97,7 +98,11 @@ class Dense(_AsItIs):
     def project(self, basis: jax.Array, matrices: jax.Array, rank: int) -> jax.Array:
         spec = sharding.spec_of(matrices)
         spec = spec and (*spec[:-2], None, spec[-1])
-        return jnp.einsum("...mr,...mn->...rn", basis, matrices, out_sharding=sharding.named(spec, basis))
+        wide = state_dtype(matrices)
+        if basis.dtype != matrices.dtype:
+            basis, matrices = basis.astype(wide), matrices.astype(wide)
+        out = {"preferred_element_type": wide, "out_sharding": sharding.named(spec, basis)}
+        return jnp.einsum("...mr,...mn->...rn", basis, matrices, **out)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
         return jnp.einsum("...mr,...rn->...mn", basis, low_rank)
@@ -128,7 +133,8 @@ class Rows(_AsItIs):
 
     def project(self, basis: RowBasis, matrices: jax.Array, rank: int) -> jax.Array:
         matrices = sharding.gather(matrices, [matrices.ndim - 2])
-        return jnp.take_along_axis(matrices, basis.index[..., None], axis=-2) * basis.factor[..., None]
+        chosen = jnp.take_along_axis(matrices, basis.index[..., None], axis=-2)
+        return chosen.astype(basis.factor.dtype) * basis.factor[..., None]
 
     def lift(self, basis: RowBasis, low_rank: jax.Array, m: int) -> jax.Array:
         def scatter(basis: RowBasis, low_rank: jax.Array) -> jax.Array:
@@ -160,7 +166,8 @@ class Seeded(_AsItIs):
         return basis != 0
 
     def project(self, basis: jax.Array, matrices: jax.Array, rank: int) -> jax.Array:
-        return Dense().project(self._drawn(basis, (matrices.shape[-2], rank), matrices.dtype), matrices, rank)
+        drawn = self._drawn(basis, (matrices.shape[-2], rank), state_dtype(matrices))
+        return Dense().project(drawn, matrices, rank)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
         return Dense().lift(self._drawn(basis, (m, low_rank.shape[-2]), low_rank.dtype), low_rank, m)

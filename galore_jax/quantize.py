@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import codecs, seeds, subspace
+from galore_jax.dtypes import promoted
 from galore_jax.kinds import Kind, labelled
 
 CODECS = ("int8", "bf16")
@@ -87,7 +88,7 @@ def quantize_state(
     ) -> tuple[optax.Updates, QuantizeState]:
         stored, structure = codecs.flatten(state.inner_state)
         wide = structure.unflatten(map(codecs.decoded, stored))
-        gradients, params = (jax.tree.map(subspace.promoted, tree) for tree in (updates, params))
+        gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, new = inner.update(gradients, wide, params, **extra_args)
         key = seeds.key_of(seed, state.count)
         new = [

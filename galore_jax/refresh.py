@@ -31,12 +31,28 @@ from galore_jax.state import GaLoreState
 Gap = int | jax.Array | None
 
 
+class Layer(NamedTuple):
+    """Tells every galore in a transformation, through an extra argument of ``update``, which layer of a stack it is shown."""
+
+    ARGUMENT = "galore_layer"
+
+    index: int | jax.Array
+    number: int  # of layers
+
+
 class Slots(NamedTuple):
     """The matrices of one parameter among all of them."""
 
-    first: int  # number of the first
+    first: int | jax.Array  # number of the first
     batch_shape: tuple[int, ...]
     total: int  # matrices in the whole tree
+
+    def of(self, layer: Layer | None) -> Slots:
+        """These slots of one layer, numbered as they are when all layers are one leaf."""
+        if layer is None:
+            return self
+        first = self.first * layer.number + layer.index * math.prod(self.batch_shape)
+        return Slots(first, self.batch_shape, self.total * layer.number)
 
     def offsets(self, gap: Gap) -> jax.Array:
         """⌊j T / N⌋, int32 [*batch]"""
@@ -60,7 +76,7 @@ class Together:
         """[*batch] which matrices the update number ``count`` refreshes."""
         return jnp.full(slots.batch_shape, count % _as_int32(self.update_proj_gap) == 0)
 
-    def advance(self, count: jax.Array, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
+    def advance(self, count: jax.Array, slots: Slots, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
         """What it remembers once the matrices ``turned`` [*batch] have new bases; ``overlap`` [*batch] is -1 for a first one."""
         return schedule
 
@@ -77,7 +93,7 @@ class LazySchedule(NamedTuple):
     """What ``lazy`` remembers of each matrix."""
 
     gap: jax.Array  # (*batch,), int32; T_j
-    next: jax.Array  # (*batch,), int32; the update at which it is due
+    next: jax.Array  # (*batch,), int32; the update at which it is due, -1 before the first: as if staggered
     overlaps: jax.Array  # (*batch, K), float32; the last ones, newest last; -K where there were none yet
 
 
@@ -93,20 +109,25 @@ class Lazy(Together):
         gap = jnp.broadcast_to(_as_int32(self.update_proj_gap), slots.batch_shape)
         # Less than -1 a place: a window that is not full stays below any threshold.
         overlaps = jnp.full((*slots.batch_shape, self.window), -self.window, jnp.float32)
-        return LazySchedule(gap, slots.offsets(self.update_proj_gap), overlaps)
+        return LazySchedule(gap, jnp.full(slots.batch_shape, -1, jnp.int32), overlaps)
 
     def due(self, count: jax.Array, slots: Slots, schedule: LazySchedule) -> jax.Array:
-        return count >= schedule.next
+        return count >= self._next(slots, schedule)
 
-    def advance(self, count: jax.Array, schedule: LazySchedule, turned: jax.Array, overlap: jax.Array) -> LazySchedule:
+    def _next(self, slots: Slots, schedule: LazySchedule) -> jax.Array:
+        return jnp.where(schedule.next < 0, slots.offsets(self.update_proj_gap), schedule.next)
+
+    def advance(
+        self, count: jax.Array, slots: Slots, schedule: LazySchedule, turned: jax.Array, overlap: jax.Array
+    ) -> LazySchedule:
         had_basis = overlap >= 0
         pushed = jnp.concatenate([schedule.overlaps[..., 1:], overlap[..., None]], axis=-1)
         overlaps = jnp.where((turned & had_basis)[..., None], pushed, schedule.overlaps)
         steady = jnp.mean(overlaps, axis=-1) >= self.threshold
         longer = jnp.minimum(jnp.floor(schedule.gap.astype(jnp.float32) * self.factor), 2**30).astype(jnp.int32)
         gap = jnp.where(turned & had_basis & steady, longer, schedule.gap)
-        moved = turned & (count >= schedule.next)
-        return LazySchedule(gap, jnp.where(moved, count + gap, schedule.next), overlaps)
+        due_at = self._next(slots, schedule)
+        return LazySchedule(gap, jnp.where(turned & (count >= due_at), count + gap, due_at), overlaps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ from galore_jax import (
     subspace,
 )
 from galore_jax.bare import BareGaLore, warned_once
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.per_matrix import owners, per_matrix
 from galore_jax.state import GaLoreState
@@ -152,7 +153,7 @@ class _Leaf(NamedTuple):
 
     view: MatrixView | None
     gradient: jax.Array
-    matrices: jax.Array  # (*batch, m, n) in the dtype of the state; a leaf without a view as it is
+    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
     peak: jax.Array  # [*batch] largest magnitude
     finite: jax.Array  # [*batch]
     good: jax.Array  # [*batch] finite and, where it is projected, not zero
@@ -199,6 +200,7 @@ class _GaLore:
         self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
         request = extra_args.pop(policies.Request.ARGUMENT, None)
+        layer = extra_args.pop(policies.Layer.ARGUMENT, None)
         views = self.views_of(updates)
         gradients, treedef = jax.tree.flatten(updates)
         if request is not None:
@@ -209,7 +211,7 @@ class _GaLore:
                 self._update_whole(inner, updates, state, params, **extra_args) if request is None else (updates, state)
             )
         leaves = [_measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
-        state, low_rank = self._turn_all(leaves, treedef, state, everything=request is not None)
+        state, low_rank = self._turn_all(leaves, treedef, state, layer, everything=request is not None)
         if request is not None:
             return updates, state
         return self._step(leaves, treedef, low_rank, state, params, **extra_args)
@@ -223,7 +225,7 @@ class _GaLore:
         return per_matrix(self.inner, lambda _: views) if self.transport == "reset" else self.inner
 
     def _turn_all(
-        self, leaves: list[_Leaf], treedef: Any, state: GaLoreState, everything: bool
+        self, leaves: list[_Leaf], treedef: Any, state: GaLoreState, layer: policies.Layer | None, everything: bool
     ) -> tuple[GaLoreState, list[jax.Array]]:
         """The state with the bases refreshed that are due (or all), and the gradients in these bases."""
         views = [leaf.view for leaf in leaves]
@@ -233,7 +235,7 @@ class _GaLore:
         lefts, rights, schedules = map(treedef.flatten_up_to, (state.left, state.right, state.schedule))
         overlaps = treedef.flatten_up_to(state.diagnostics.overlap) if self.diagnostics else []
         kept, rejected, low_rank = state.kept, state.rejected, []
-        for i, (leaf, slots) in enumerate(zip(leaves, _slots(views), strict=True)):
+        for i, (leaf, slots) in enumerate(zip(leaves, _slots(views, layer), strict=True)):
             if leaf.view is None or slots is None:
                 low_rank.append(jnp.where(leaf.good, leaf.matrices, 0))
                 continue
@@ -255,7 +257,7 @@ class _GaLore:
                     wanted,
                     leaf.peak,
                 )
-                schedules[i] = self.refresh.advance(state.count, schedules[i], turned, overlap)
+                schedules[i] = self.refresh.advance(state.count, slots, schedules[i], turned, overlap)
                 kept += jnp.sum(due & ~leaf.good, dtype=jnp.int32)
                 rejected += jnp.sum(wanted & ~turned, dtype=jnp.int32)
                 if self.diagnostics:
@@ -334,8 +336,8 @@ class _GaLore:
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
-        gradients = jax.tree.map(subspace.promoted, updates)
-        params = jax.tree.map(subspace.promoted, params)
+        gradients = jax.tree.map(promoted, updates)
+        params = jax.tree.map(promoted, params)
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
 
         def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
@@ -363,19 +365,19 @@ class _GaLore:
 
 
 def _measured(view: MatrixView | None, gradient: jax.Array) -> _Leaf:
-    matrices = subspace.promoted(gradient if view is None else view.to_matrices(gradient))
+    matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
     axes = None if view is None else (-2, -1)
-    peak = jnp.max(jnp.abs(matrices), axis=axes, initial=0)
+    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
     return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
 
 
-def _slots(views: list[MatrixView | None]) -> list[policies.Slots | None]:
-    """The place of each parameter's matrices among all of them."""
+def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) -> list[policies.Slots | None]:
+    """The place of each parameter's matrices among all of them, those of the other layers included."""
     sizes = [0 if view is None else math.prod(view.batch_shape) for view in views]
     first = [sum(sizes[:i]) for i in range(len(sizes))]
     return [
-        None if view is None else policies.Slots(start, view.batch_shape, sum(sizes))
+        None if view is None else policies.Slots(start, view.batch_shape, sum(sizes)).of(layer)
         for view, start in zip(views, first, strict=True)
     ]
 

@@ -29,11 +29,11 @@ import numpy as np
 import optax
 
 from galore_jax import codecs
+from galore_jax.dtypes import promoted, state_dtype
 from galore_jax.guards import parameter_index
 from galore_jax.kinds import Kind, labelled
 from galore_jax.matrix_view import MatrixView
 from galore_jax.per_matrix import PerMatrix, alone, owners
-from galore_jax.subspace import promoted, state_dtype
 
 TRANSPORTS = ("keep", "rotate", "reset")
 

@@ -25,9 +25,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
+from galore_jax.layerwise import BlockStack
 from galore_jax.models.config import LlamaConfig
+from galore_jax.weights import dequantize
+
+_LOGITS_BYTES = 64 * 2**20
 
 
 class Llama(nnx.Module):
@@ -83,12 +88,31 @@ class Llama(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def run_block(hidden, layer):
-            return nnx.merge(graphdef, layer)(hidden), None
+            return nnx.merge(graphdef, dequantize(layer))(
+                hidden
+            ), None  # weights in 8 bits are widened here, block by block
 
         if self.config.remat:
             # The loop itself keeps XLA from merging the recomputation with the forward pass.
             run_block = jax.checkpoint(run_block, prevent_cse=False)
         return jax.lax.scan(run_block, hidden, stacked)[0]
+
+    def losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        """Cross-entropy of each target, float32 [batch, sequence], from the residual stream after all blocks.
+
+        The sequence is taken in pieces, so that no more than 64 MiB of logits exist at a time.
+        """
+
+        def piece(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+            return optax.softmax_cross_entropy_with_integer_labels(self.head(hidden), targets)
+
+        batch, length = targets.shape
+        pieces = _divisor(length, at_least=4 * batch * length * self.config.vocab_size / _LOGITS_BYTES)
+        if pieces == 1:
+            return piece(hidden, targets)
+        cut = [jnp.moveaxis(x.reshape(batch, pieces, -1, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
+        losses = jax.lax.map(lambda pair: jax.checkpoint(piece)(*pair), tuple(cut))  # [pieces, B, T / pieces]
+        return jnp.moveaxis(losses, 0, 1).reshape(batch, length)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """The residual stream, [batch, sequence, hidden], to float32 logits [batch, sequence, vocab_size]."""
@@ -165,6 +189,28 @@ class RMSNorm(nnx.Module):
         return (x * self.scale[None, None].astype(jnp.float32)).astype(self.dtype)
 
 
+def block_stack(config: LlamaConfig) -> BlockStack:
+    """The model for a layer-wise step, on the tree of ``nnx.to_pure_dict`` and batches int32 [batch, sequence + 1].
+
+    >>> stack = block_stack(LlamaConfig.preset("demo"))
+    >>> layers, rest = stack.split({"embed_tokens": 1, "layers": 2, "norm": 3, "lm_head": 4})
+    >>> layers, sorted(rest)
+    ({'layers': 2}, ['embed_tokens', 'lm_head', 'norm'])
+    """
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    block = nnx.graphdef(model.layers)
+    del model.layers
+    ends = nnx.graphdef(model)
+
+    return BlockStack(
+        split=lambda params: ({"layers": params["layers"]}, {k: v for k, v in params.items() if k != "layers"}),
+        join=lambda layers, rest: layers | rest,
+        embed=lambda rest, batch: nnx.merge(ends, rest).embed(batch[:, :-1]),
+        block=lambda layer, hidden: nnx.merge(block, layer["layers"])(hidden),
+        loss=lambda rest, hidden, batch: jnp.mean(nnx.merge(ends, rest).losses(hidden, batch[:, 1:])),
+    )
+
+
 def rotate(x: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions 0, 1, ...
 
@@ -176,6 +222,11 @@ def rotate(x: jax.Array, theta: float) -> jax.Array:
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _divisor(length: int, at_least: float) -> int:
+    """The smallest divisor of ``length`` that is at least so large; ``length`` itself if none is."""
+    return next((d for d in range(1, length) if length % d == 0 and d >= at_least), length)
 
 
 def _linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:

@@ -41,6 +41,9 @@ _MAY_CHANGE = {
 _BEFORE_THE_FIELD = {"refresh": "together", "transport": "keep", "diagnostics": False}
 """What a run did whose ``config.json`` is older than these fields."""
 
+_ONCE_CALLED = {"param_dtype": "weights"}
+"""Fields that an older ``config.json`` has under another name."""
+
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
@@ -94,9 +97,11 @@ class PretrainConfig:
     vocab_size: int = 4096
     """Vocabulary of a trained bpe tokenizer."""
     dtype: Literal["f32", "bf16"] = "f32"
-    """Precision of the computation and, unless --param-dtype says otherwise, of the parameters."""
-    param_dtype: Literal["f32", "bf16"] | None = None
-    """Precision of the parameters. None: the same as --dtype. Optimizer state is f32, or 8-bit where its name says so."""
+    """Precision of the computation and, unless --weights says otherwise, of the parameters."""
+    weights: Literal["f32", "bf16", "int8"] | None = None
+    """Precision of the parameters. None: as --dtype. int8 (needs --layerwise): 8 bits for the matrices of the blocks."""
+    layerwise: bool = False
+    """Update layer by layer during the backward pass: no more than one layer's gradient exists at a time."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
     seed: int = 0
@@ -137,7 +142,7 @@ class PretrainConfig:
             self.model,
             vocab_size=vocab_size,
             dtype=DTYPES[self.dtype],
-            param_dtype=DTYPES[self.param_dtype or self.dtype],
+            param_dtype=DTYPES[self.weights if self.weights in DTYPES else self.dtype],
             remat=self.remat,
         )
 
@@ -195,6 +200,10 @@ def check(config: PretrainConfig) -> None:
         raise ValueError(f"--scale {config.scale} must be a positive finite number or rms.")
     if config.seed >= 2**31:
         raise ValueError(f"--seed {config.seed} must be less than 2**31.")
+    if config.weights == "int8" and not config.layerwise:
+        raise ValueError(
+            "--weights int8 needs --layerwise: a step on the whole model would widen all of its weights at once."
+        )
     if config.batch % config.accumulate:
         raise ValueError(
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
@@ -321,7 +330,8 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         fields = read_json(path)
         model = _from_json(LlamaConfig, fields["model_config"])
         known = {field.name for field in dataclasses.fields(PretrainConfig)}
-        settings = _BEFORE_THE_FIELD | {name: value for name, value in fields.items() if name in known}
+        renamed = {_ONCE_CALLED.get(name, name): value for name, value in fields.items()}
+        settings = _BEFORE_THE_FIELD | {name: value for name, value in renamed.items() if name in known}
         config = _from_json(PretrainConfig, settings)
         fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
     except (ValueError, KeyError, TypeError) as error:

@@ -23,14 +23,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from galore_jax.models import Llama, LlamaConfig, generate
+from galore_jax.models import LlamaConfig, generate
 from galore_jax.training import checkpoint, config as settings, report
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
-from galore_jax.training.optimizers import make_optimizer, make_schedule
-from galore_jax.training.step import make_eval_step, make_train_step
+from galore_jax.training.optimizers import check_optimizer, make_schedule
+from galore_jax.training.program import Program, program
+from galore_jax.training.step import make_eval_step
 from galore_jax.training.subspace_plot import plot_subspace
 
 
@@ -41,10 +42,9 @@ class Run:
     config: PretrainConfig
     folder: Path
     model_config: LlamaConfig
-    graphdef: nnx.GraphDef
     data: TextData
     batches: Any  # training batches, with get_state and set_state
-    optimizer: Any
+    program: Program
     params: Any
     opt_state: Any
     step: int
@@ -83,7 +83,7 @@ def _load(
     """The data, the model and the optimizer; ``fingerprints`` are those of the run to resume."""
     # An unknown name is found before the text is read.
     settings.check_lengths(config, model_config or config.model_config(1))
-    optimizer = make_optimizer(config, make_schedule(config))
+    check_optimizer(config)
     data = load_data(
         config.data,
         tokenizer=config.tokenizer,
@@ -101,14 +101,14 @@ def _load(
             f"The tokenizer has {data.tokenizer.vocab_size} ids, but the model's vocabulary has "
             f"{model_config.vocab_size}; use the tokenizer that the model was trained with."
         )
-    return _with_state(config, folder, model_config, data, optimizer)
+    return _with_state(config, folder, model_config, data)
 
 
 def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
     config, folder = run.config, run.folder
     began = time.perf_counter()
-    sizes = report.memory(config, run.params)
+    sizes = report.memory(config, run.params, run.opt_state)
     summary_file = folder / "summary.json"
     finished = report.read_summary(summary_file) if run.resumed_from == config.steps else None
     if finished is not None and finished["steps"] == config.steps:
@@ -167,7 +167,7 @@ def _take_steps(
         every=config.log_every,
         losses=run.losses,
     )
-    eval_step = make_eval_step(run.graphdef)
+    eval_step = make_eval_step(run.program.graphdef)
 
     def note(record: Record | None) -> None:
         if record is not None:
@@ -205,9 +205,7 @@ def _take_steps(
 
 def _compiled_step(run: Run) -> Any:
     """The training step, compiled ahead: no step can compile again, and the first is as fast as the others."""
-    batch = jax.ShapeDtypeStruct((run.config.batch, run.config.seq + 1), np.int32)
-    step = make_train_step(run.graphdef, run.optimizer, run.config.accumulate)
-    return step.lower(run.params, run.opt_state, batch).compile()
+    return run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
 
 
 def evaluate(run: Run, eval_step: Any) -> Record:
@@ -272,27 +270,19 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
     return config, folder, model_config, fingerprints
 
 
-def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData, optimizer: Any) -> Run:
-    def init() -> Any:
-        return nnx.split(Llama(model_config, rngs=nnx.Rngs(config.seed)), nnx.Param)
-
-    graphdef, abstract = nnx.eval_shape(init)
-    abstract = nnx.to_pure_dict(abstract)
-    abstract_state = jax.eval_shape(optimizer.init, abstract)
+def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData) -> Run:
+    run = program(config, model_config)
     batches = data.train_iterator()
     if config.resume:
         checkpoints = folder / "checkpoints"
         step = checkpoint.last_step(checkpoints)
-        restored = checkpoint.restore(checkpoints, step, abstract, abstract_state)
+        restored = checkpoint.restore(checkpoints, step, *run.state)
         batches.set_state(restored.data)
         params, opt_state, losses, resumed_from = restored.params, restored.opt_state, restored.losses, step
     else:
-        params = jax.jit(lambda: nnx.to_pure_dict(init()[1]))()
-        opt_state = jax.jit(optimizer.init)(params)
+        params, opt_state = jax.jit(run.init)(jax.random.key(config.seed))
         step, losses, resumed_from = 0, [], None
-    return Run(
-        config, folder, model_config, graphdef, data, batches, optimizer, params, opt_state, step, losses, resumed_from
-    )
+    return Run(config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from)
 
 
 def _is_validated(run: Run) -> bool:
@@ -304,7 +294,7 @@ def _say_goodbye(run: Run, summary: Record, sizes: dict[str, int]) -> None:
     if run.config.sample_tokens:
         prompt = next(iter(run.data.validation_batches(1)))[0, :PROMPT_TOKENS]
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.step)
-        model = nnx.merge(run.graphdef, run.params)
+        model = nnx.merge(run.program.graphdef, run.params)
         sample = generate(model, prompt, run.config.sample_tokens, key=key, temperature=0.8)
         text = run.data.tokenizer.decode(np.concatenate([prompt, sample]))
         print(f"\nsample, from the first {PROMPT_TOKENS} tokens of the validation text:\n{text}")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
+from galore_jax.matrix_view import is_matrix_name
 from galore_jax.training.config import PretrainConfig
 
 
@@ -35,8 +36,12 @@ def make_schedule(config: PretrainConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """The optimizer called ``config.optimizer``; its updates are float32 and so is its state.
+def make_optimizer(
+    config: PretrainConfig, schedule: optax.Schedule, *, clip: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer called ``config.optimizer``; its state is float32, or coded, whatever the dtype of the parameters.
+
+    Without ``clip`` it leaves out the bound on the global norm, which a layer-wise step has to put on by itself.
 
     Raises:
       ValueError: no optimizer has that name, or one of its settings is out of range.
@@ -46,12 +51,17 @@ def make_optimizer(config: PretrainConfig, schedule: optax.Schedule) -> optax.Gr
     >>> optax.tree.get(state, "nu")["kernel"].dtype
     dtype('float32')
     """
+    check_optimizer(config)
+    tx = OPTIMIZERS[config.optimizer](config, schedule)
+    if clip and config.clip > 0:
+        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
+    return optax.with_extra_args_support(tx)
+
+
+def check_optimizer(config: PretrainConfig) -> None:
+    """Raises a ValueError if no optimizer has that name."""
     if config.optimizer not in OPTIMIZERS:
         raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
-    tx = OPTIMIZERS[config.optimizer](config, schedule)
-    if config.clip > 0:
-        tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
-    return in_float32(tx)
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -92,29 +102,31 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
 
 
 def _adamw(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay))
 
 
 def _adamw_8bit(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.chain(
+    adamw = optax.chain(
         galore_jax.quantize_state(optax.scale_by_adam()),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
+    return in_float32(adamw)
 
 
 def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # optax.adafactor does not multiply its weight decay by the learning rate, and by default scales updates by the
     # size of the parameters, which galore_adafactor does not.
-    return optax.adafactor(
+    adafactor = optax.adafactor(
         schedule,
         multiply_by_parameter_scale=False,
         weight_decay_rate=lambda count: config.weight_decay * schedule(count),
     )
+    return in_float32(adafactor)
 
 
 def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
         adam_weight_decay=config.weight_decay,
@@ -122,12 +134,18 @@ def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTra
         # The usual size of AdamW's updates, so that its learning rate carries over (arXiv 2502.16982, section 2.2).
         consistent_rms=0.2,
     )
+    return in_float32(muon)
 
 
 def _muon_dimension_numbers(params: optax.Params) -> Any:
-    """The two last axes of every stacked kernel (layer, in, out); None, which is Adam, for all other parameters."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return jax.tree.map(lambda leaf: matrix if leaf.ndim == 3 else None, params)
+    """The two last axes of every kernel of the blocks, stacked or not; None, which is Adam, for all other parameters."""
+    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def numbers(path: tuple, leaf: jax.Array) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return matrix if leaf.ndim >= 2 and is_matrix_name(name) else None
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {

@@ -13,30 +13,29 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from galore_jax import tree_bytes
+from galore_jax import state_bytes, tree_bytes
 from galore_jax.training.config import PretrainConfig, read_json
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
+from galore_jax.weights import dequantize
 
 _TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
 
 
-def memory(config: PretrainConfig, params: Any) -> dict[str, int]:
-    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; ``params`` may be abstract.
+def memory(config: PretrainConfig, params: Any, opt_state: Any) -> dict[str, int]:
+    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; both trees may be abstract.
 
-    >>> params = {"layers": {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}}
-    >>> memory(PretrainConfig(rank=8), params)
-    {'params_bytes': 32768, 'optimizer_state_bytes': 12336, 'adamw_state_bytes': 65544}
+    >>> params = {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}
+    >>> memory(PretrainConfig(), params, params)
+    {'params_bytes': 32768, 'optimizer_state_bytes': 32768, 'adamw_state_bytes': 65544}
     """
-
-    def state_bytes(optimizer: str) -> int:
-        chosen = dataclasses.replace(config, optimizer=optimizer)
-        return tree_bytes(jax.eval_shape(make_optimizer(chosen, make_schedule(chosen)).init, params))
-
+    adamw = dataclasses.replace(config, optimizer="adamw")
     return {
         "params_bytes": tree_bytes(params),
-        "optimizer_state_bytes": state_bytes(config.optimizer),
-        "adamw_state_bytes": state_bytes("adamw"),
+        "optimizer_state_bytes": tree_bytes(opt_state),
+        "adamw_state_bytes": state_bytes(
+            make_optimizer(adamw, make_schedule(adamw)), jax.eval_shape(dequantize, params)
+        ),
     }
 
 

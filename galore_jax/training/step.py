@@ -62,8 +62,7 @@ def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ac
         updates, opt_state = tx.update(grads, opt_state, params)
         # Added in float32 and rounded once, which matters for bfloat16 parameters.
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), **galore_counts(opt_state)}
-        return params, opt_state, metrics | {"subspace": subspace_metrics(opt_state)}
+        return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
 
     return jax.jit(train_step, donate_argnums=(0, 1))
 
@@ -81,19 +80,30 @@ def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, jax.Array], tuple[j
 
 def token_losses(graphdef: nnx.GraphDef, params: Any, tokens: jax.Array) -> jax.Array:
     """Cross-entropy of each next token, float32 [batch, sequence], for int32 [batch, sequence + 1]."""
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])  # [B, S, V]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    model = nnx.merge(graphdef, params)
+    return model.losses(model.run_layers(model.embed(tokens[:, :-1])), tokens[:, 1:])
+
+
+def optimizer_metrics(opt_state: Any) -> Metrics:
+    """What the optimizer has counted and measured, for the metrics of a step."""
+    return {**galore_counts(opt_state), "subspace": subspace_metrics(opt_state)}
 
 
 def galore_counts(opt_state: Any) -> dict[str, jax.Array]:
     """The :data:`COUNTS` of all GaLoreStates in an optimizer state together, int32 scalars; 0 without one.
+
+    The states of a stack of layers (fields of one entry a layer) have skipped an update when one of them has.
 
     >>> {name: int(count) for name, count in galore_counts(optax.adam(0.1).init({})).items()}
     {'skipped': 0, 'kept_bases': 0, 'rejected_bases': 0}
     """
     states = _galore_states(opt_state)
     zero = jnp.zeros([], jnp.int32)
-    return {name: sum((getattr(state, field) for state in states), start=zero) for name, field in COUNTS.items()}
+    over_layers = {"skipped": jnp.max, "kept_bases": jnp.sum, "rejected_bases": jnp.sum}
+    return {
+        name: sum((over_layers[name](getattr(state, field)) for state in states), start=zero)
+        for name, field in COUNTS.items()
+    }
 
 
 def subspace_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
