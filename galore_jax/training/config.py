@@ -57,7 +57,7 @@ class PretrainConfig:
     model: str = "demo"
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
-    """galore_adamw or galore_adafactor; for comparison, full-rank adamw, adafactor or muon."""
+    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor; full-rank: adamw, adamw_8bit, adafactor, muon."""
     rank: int | float = 0.25
     """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
     update_proj_gap: int = 200

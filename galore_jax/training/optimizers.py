@@ -84,6 +84,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+        chosen = {"refresh": config.refresh, "transport": config.transport}
         return make(
             schedule,
             rank=config.rank,
@@ -91,11 +92,10 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
             scale=config.scale,
             proj_type=config.proj_type,
             projector=config.projector,
-            refresh=config.refresh,
-            transport=config.transport,
             diagnostics=config.diagnostics,
             weight_decay=config.weight_decay,
             seed=config.seed,
+            **{name: value for name, value in chosen.items() if value is not None},  # else as the preset has it
         )
 
     return build
@@ -103,6 +103,15 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
 
 def _adamw(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+def _adamw_8bit(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    adamw = optax.chain(
+        galore_jax.quantize_state(optax.scale_by_adam()),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return in_float32(adamw)
 
 
 def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -142,7 +151,10 @@ def _muon_dimension_numbers(params: optax.Params) -> Any:
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
     "galore_adamw": _galore(galore_jax.galore_adamw),
     "galore_adafactor": _galore(galore_jax.galore_adafactor),
+    "galore_adamw_8bit": _galore(galore_jax.galore_adamw_8bit),
+    "q_galore_adamw_8bit": _galore(galore_jax.q_galore_adamw_8bit),
     "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "muon": _muon,
 }
