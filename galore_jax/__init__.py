@@ -4,11 +4,18 @@
 
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh
 from galore_jax._chain import chain as chain
+from galore_jax.bare import GaLoreMemoryWarning as GaLoreMemoryWarning
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
-from galore_jax.presets import galore_adafactor as galore_adafactor, galore_adamw as galore_adamw
+from galore_jax.presets import (
+    galore_adafactor as galore_adafactor,
+    galore_adamw as galore_adamw,
+    galore_adamw_8bit as galore_adamw_8bit,
+    q_galore_adamw_8bit as q_galore_adamw_8bit,
+)
+from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.state import GaLoreState as GaLoreState
-from galore_jax.transform import GaLoreMemoryWarning as GaLoreMemoryWarning, galore as galore
+from galore_jax.transform import galore as galore
 
 __version__ = "0.1.0"

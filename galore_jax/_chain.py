@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import optax
 
-from galore_jax.transform import BareGaLore
+from galore_jax.bare import BareGaLore
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a basis P in R^(m x r) is stored, and what is done with it.
 
-    Dense     P itself, m r numbers
+    Dense     P itself, m r numbers in float32
+    Coded     P in bfloat16, or in 4 bits (galore_jax.basis_codecs)
     Rows      P = E D: r of the m rows with a factor each; project and lift are a gather and a scatter (Grass, 2406.17660)
     Seeded    the seed of a random P, 4 bytes; P is drawn anew wherever it is used
 
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
+from galore_jax.dtypes import state_dtype
 
 Basis = Any  # a pytree of arrays, each with the batch axes in front
 
@@ -62,9 +64,27 @@ class Storage(Protocol):
         """(r, r)"""
         ...
 
+    def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
+        """The basis as projectors see it."""
+        ...
+
+    def encode(self, basis: Basis) -> Basis:
+        """The inverse of decode, up to rounding; (m, r), without batch axes."""
+        ...
+
+
+class _AsItIs:
+    """A storage whose bases projectors make as they are stored."""
+
+    def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
+        return basis
+
+    def encode(self, basis: Basis) -> Basis:
+        return basis
+
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(_AsItIs):
     """P itself."""
 
     orthonormal: bool = True
@@ -78,7 +98,11 @@ class Dense:
     def project(self, basis: jax.Array, matrices: jax.Array, rank: int) -> jax.Array:
         spec = sharding.spec_of(matrices)
         spec = spec and (*spec[:-2], None, spec[-1])
-        return jnp.einsum("...mr,...mn->...rn", basis, matrices, out_sharding=sharding.named(spec, basis))
+        wide = state_dtype(matrices)
+        if basis.dtype != matrices.dtype:
+            basis, matrices = basis.astype(wide), matrices.astype(wide)
+        out = {"preferred_element_type": wide, "out_sharding": sharding.named(spec, basis)}
+        return jnp.einsum("...mr,...mn->...rn", basis, matrices, **out)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
         return jnp.einsum("...mr,...rn->...mn", basis, low_rank)
@@ -95,7 +119,7 @@ class RowBasis(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class Rows(_AsItIs):
     """A :class:`RowBasis`; a row may be there more than once."""
 
     orthonormal: bool = False
@@ -109,7 +133,8 @@ class Rows:
 
     def project(self, basis: RowBasis, matrices: jax.Array, rank: int) -> jax.Array:
         matrices = sharding.gather(matrices, [matrices.ndim - 2])
-        return jnp.take_along_axis(matrices, basis.index[..., None], axis=-2) * basis.factor[..., None]
+        chosen = jnp.take_along_axis(matrices, basis.index[..., None], axis=-2)
+        return chosen.astype(basis.factor.dtype) * basis.factor[..., None]
 
     def lift(self, basis: RowBasis, low_rank: jax.Array, m: int) -> jax.Array:
         def scatter(basis: RowBasis, low_rank: jax.Array) -> jax.Array:
@@ -128,7 +153,7 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seeded:
+class Seeded(_AsItIs):
     """The seed, uint32 [*batch], of ``draw(key, (m, r), dtype)``; 0 stands for no basis, which is all zeros."""
 
     draw: Callable[[jax.Array, tuple[int, int], Any], jax.Array]
@@ -141,7 +166,8 @@ class Seeded:
         return basis != 0
 
     def project(self, basis: jax.Array, matrices: jax.Array, rank: int) -> jax.Array:
-        return Dense().project(self._drawn(basis, (matrices.shape[-2], rank), matrices.dtype), matrices, rank)
+        drawn = self._drawn(basis, (matrices.shape[-2], rank), state_dtype(matrices))
+        return Dense().project(drawn, matrices, rank)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
         return Dense().lift(self._drawn(basis, (m, low_rank.shape[-2]), low_rank.dtype), low_rank, m)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 
 
@@ -41,7 +42,7 @@ def initial(views: list[MatrixView | None], treedef: Any) -> Diagnostics:
 def captured_energy(low_rank: jax.Array, matrices: jax.Array, peak: jax.Array) -> jax.Array:
     """[*batch] float32; ``peak`` [*batch] is the largest magnitude in each matrix."""
     scale = jnp.where(peak > 0, peak, 1)[..., None, None]
-    whole = jnp.sum(jnp.square(matrices / scale), axis=(-2, -1))
+    whole = jnp.sum(jnp.square(promoted(matrices) / scale), axis=(-2, -1))
     inside = jnp.sum(jnp.square(low_rank / scale), axis=(-2, -1))
     return (inside / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)
 

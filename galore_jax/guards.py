@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax import codecs
+
 _REST = -1  # marks a leaf that belongs to no parameter
 
 
-def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: Any) -> Any:
-    """A tree like ``state`` that holds, for each leaf, the index of the parameter it belongs to, or -1."""
+def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: Any) -> list[int]:
+    """For each leaf of ``state`` the index of the parameter it belongs to, or -1; a coded array is one leaf."""
     indices = jax.tree.unflatten(treedef, range(treedef.num_leaves))
-    return optax.tree.map_params(
+    tree = optax.tree.map_params(
         inner.init,
         lambda copy, indices: jax.tree.map(lambda i, leaves: jax.tree.map(lambda _: i, leaves), indices, copy),
         state,
@@ -29,13 +31,14 @@ def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: An
         # A whole copy of the tree at once: in it a parameter may have several leaves (SM3) or none (masked).
         is_leaf=lambda _: True,
     )
+    return [jax.tree.leaves(leaf)[0] for leaf in codecs.flatten(tree)[0]]
 
 
 def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
     """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
 
     Args:
-      owners: for each leaf of the state the index of its parameter, or -1.
+      owners: for each leaf of the state, a coded array being one, the index of its parameter, or -1.
       new: the inner state after the update.
       old: the inner state before.
       good: for each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
@@ -46,11 +49,15 @@ def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) ->
     """
     any_good = jnp.any(jnp.stack([jnp.any(g) for g in good]))
 
-    def choose(owner: int, new_leaf: jax.Array, old_leaf: jax.Array) -> jax.Array:
+    def choose(owner: int, new_leaf: Any, old_leaf: Any) -> Any:
         flag = any_good if owner == _REST else good[owner]
-        if jnp.shape(new_leaf)[: flag.ndim] != flag.shape:
+        if any(jnp.shape(array)[: flag.ndim] != flag.shape for array in jax.tree.leaves(new_leaf)):
             flag = jnp.all(flag)
-        return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new_leaf) - flag.ndim)), new_leaf, old_leaf)
 
-    leaves, treedef = jax.tree.flatten(new)
-    return treedef.unflatten(map(choose, owners, leaves, jax.tree.leaves(old)))
+        def hold(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new) - flag.ndim)), new, old)
+
+        return jax.tree.map(hold, new_leaf, old_leaf)
+
+    leaves, treedef = codecs.flatten(new)
+    return treedef.unflatten(map(choose, owners, leaves, treedef.flatten_up_to(old)))

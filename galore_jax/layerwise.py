@@ -18,6 +18,7 @@ on the global norm takes the backward pass twice, the first time for the norm al
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,22 +142,23 @@ def layerwise(
         def squares_of(i: jax.Array, layer: Params, grads: Params, squares: jax.Array) -> jax.Array:
             return squares + _squares(grads)
 
-        norm = jnp.zeros([])
+        stack, norm = _Stack.of((layers, state.layers)), jnp.zeros([])
         if max_norm is not None:
-            squares, first = run.backward(inputs, cotangent, lambda _: layers, squares_of, norm)
+            squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), squares_of, norm)
             norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first)))
 
         def update(i: jax.Array, layer: Params, grads: Params, carry: tuple) -> tuple:
-            layers, states, squares = carry
+            stack, squares = carry
             own = _squares(grads)
             grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
             place = {Layer.ARGUMENT: Layer(i, run.number)}
-            updates, new_state = tx.update(grads, _at(states, i), dequantize(layer), **place)
+            updates, new_state = tx.update(grads, stack.at(i)[1], dequantize(layer), **place)
             layer = apply_updates(layer, updates, key, layer=i)
-            return _put(layers, layer, i), _put(states, new_state, i), squares + own
+            return stack.put(i, (layer, new_state)), squares + own
 
-        carry = layers, state.layers, jnp.zeros([])
-        (layers, states, squares), first = run.backward(inputs, cotangent, lambda carry: carry[0], update, carry)
+        carry = stack, jnp.zeros([])
+        (stack, squares), first = run.backward(inputs, cotangent, lambda carry, i: carry[0].at(i)[0], update, carry)
+        layers, states = stack.whole()
         grads = run.rest_gradient(last, first)
         own = _squares(grads)
         grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
@@ -188,6 +190,44 @@ def check_stack(layers: Params) -> int:
             f"but the first axes are {found}: let split() return the stacked blocks, and keep everything else in the rest."
         )
     return next(iter(sizes.values()))[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Stack:
+    """What a loop overwrites layer by layer, each leaf (L, ...) as (L, elements).
+
+    With their axes, XLA would lay whole stacks out as the work on one layer likes it best, and copy them for it.
+    """
+
+    tree: Any
+    shapes: Any = dataclasses.field(metadata={"static": True})  # of one layer, in the order of the leaves
+
+    @classmethod
+    def of(cls, tree: Any) -> _Stack:
+        shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(tree))
+        return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), tree), shapes)
+
+    def at(self, i: jax.Array) -> Any:
+        """Layer i."""
+        return self._shaped(_at(self.tree, i), ())
+
+    def put(self, i: jax.Array, layer: Any) -> _Stack:
+        """With another layer i."""
+
+        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype).reshape(-1), i, 0)
+
+        return _Stack(jax.tree.map(put, self.tree, layer), self.shapes)
+
+    def whole(self) -> Any:
+        """The leaves as they were, (L, ...)."""
+        number = jax.tree.leaves(self.tree)[0].shape[0]
+        return self._shaped(self.tree, (number,))
+
+    def _shaped(self, tree: Any, lead: tuple[int, ...]) -> Any:
+        leaves, treedef = jax.tree.flatten(tree)
+        return treedef.unflatten(leaf.reshape(*lead, *shape) for leaf, shape in zip(leaves, self.shapes, strict=True))
 
 
 class _Run(NamedTuple):
@@ -223,19 +263,19 @@ class _Run(NamedTuple):
         self,
         inputs: Activations,
         cotangent: Activations,
-        layers_of: Callable[[Any], Params],
+        layer_of: Callable[[Any, jax.Array], Params],
         visit: Callable[[jax.Array, Params, Params, Any], Any],
         carry: Any,
     ) -> tuple[Any, Activations]:
         """``carry <- visit(l, layer l, its mean gradient, carry)`` from the last layer to the first.
 
-        Returns the last carry, and the cotangent of the first block's input.  ``layers_of(carry)`` are the layers.
+        Returns the last carry, and the cotangent of the first block's input.  ``layer_of(carry, l)`` is layer l.
         """
 
         def body(n: jax.Array, both: tuple) -> tuple:
             carry, cotangent = both
             i = self.number - 1 - n
-            layer = _at(layers_of(carry), i)
+            layer = layer_of(carry, i)
             weights = dequantize(layer)
 
             def one(pair: tuple) -> tuple[Params, Activations]:
@@ -310,9 +350,3 @@ def _one_layer(layers: Params) -> Params:
 
 def _at(tree: Any, i: int | jax.Array) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), tree)
-
-
-def _put(tree: Any, slices: Any, i: jax.Array) -> Any:
-    return jax.tree.map(
-        lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype), i, 0), tree, slices
-    )

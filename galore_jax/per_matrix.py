@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from galore_jax import sharding
+from galore_jax import codecs, sharding
 from galore_jax.guards import parameter_index
 from galore_jax.matrix_view import MatrixView
 
@@ -119,7 +119,7 @@ def owners(inner: optax.GradientTransformation, state: Any, treedef: Any) -> lis
       treedef: of the tree that ``inner`` was given.
 
     Returns:
-      One index for each of ``jax.tree.leaves(state)``.
+      One index for each leaf of the state as :func:`galore_jax.codecs.flatten` counts them.
 
     >>> import jax.numpy as jnp
     >>> params = {"bias": jnp.ones((16,)), "kernel": jnp.ones((8, 16))}
@@ -128,9 +128,9 @@ def owners(inner: optax.GradientTransformation, state: Any, treedef: Any) -> lis
     [-1, 0, 1, 0, 1]
     """
     if not isinstance(inner, PerMatrix):
-        return jax.tree.leaves(parameter_index(inner, state, treedef))
-    matrices = [index for index, own in enumerate(state.matrices) for _ in jax.tree.leaves(own)]
-    return matrices + jax.tree.leaves(parameter_index(inner.inner, state.rest, treedef))
+        return parameter_index(inner, state, treedef)
+    matrices = [index for index, own in enumerate(state.matrices) for _ in codecs.flatten(own)[0]]
+    return matrices + parameter_index(inner.inner, state.rest, treedef)
 
 
 def alone(treedef: Any, index: int, leaf: Any) -> Any:

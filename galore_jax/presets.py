@@ -5,12 +5,17 @@
 Each is ``chain(galore(inner), add_decayed_weights, scale_by_learning_rate)``.  Embeddings, the LM head, norms and other
 leaves that are not projected go through the same inner transformation whole, so they are on the plain optimizer at the same
 learning rate; weight decay is decoupled and acts on the full weight, before the update (Loshchilov and Hutter 2019).
+
+A preset that differs from another in its defaults and its inner transformation takes the same arguments
+(:func:`_with_arguments_of`), which ``help``, type checkers and ``optax.inject_hyperparams`` see.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +23,10 @@ import optax
 
 from galore_jax import projectors, refresh as policies
 from galore_jax.matrix_view import Rank
+from galore_jax.quantize import quantize_state
 from galore_jax.transform import galore
+
+_Preset = TypeVar("_Preset", bound=Callable[..., optax.GradientTransformationExtraArgs])
 
 
 def galore_adamw(
@@ -36,6 +44,7 @@ def galore_adamw(
     projector: str | projectors.Projector = "power",
     refresh: str | policies.Together | None = None,
     transport: str | None = None,
+    basis_codec: str = "float32",
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -50,8 +59,8 @@ def galore_adamw(
       b1, b2, eps: of Adam.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, diagnostics, mask, weight_dimension_numbers,
-        seed: of :func:`galore`.
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
+        weight_dimension_numbers, seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> tx = galore_adamw(optax.cosine_decay_schedule(0.01, 1000), rank=8, weight_decay=0.1)
@@ -66,12 +75,88 @@ def galore_adamw(
         projector=projector,
         refresh=refresh,
         transport=transport,
+        basis_codec=basis_codec,
         diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,
         seed=seed,
     )
     return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+
+
+def _with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable], _Preset]:
+    """Decorates a preset that takes the arguments of another, some with other defaults, and is called with all of them."""
+    parameters = inspect.signature(preset).parameters
+    signature = inspect.Signature([p.replace(default=defaults.get(name, p.default)) for name, p in parameters.items()])
+
+    def decorate(function: Callable) -> Any:
+        @functools.wraps(function)
+        def decorated(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(*bound.args, **bound.kwargs)
+
+        decorated.__signature__ = signature  # type: ignore[attr-defined]
+        return decorated
+
+    return decorate
+
+
+def _adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: float | jax.Array,
+    b2: float | jax.Array,
+    eps: float | jax.Array,
+    weight_decay: float | jax.Array,
+    weight_decay_mask: Any,
+    **galore_arguments: Any,
+) -> optax.GradientTransformationExtraArgs:
+    low_rank = galore(quantize_state(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)), **galore_arguments)
+    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+
+
+@_with_arguments_of(galore_adamw)
+def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """:func:`galore_adamw` with its moments in 8 bits (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
+
+    The moments of embeddings, LM head and other parameters that are not projected are in 8 bits too, if they are large: see
+    :func:`galore_jax.quantize_state`.  State of a projected m x n matrix with k = min(m, n) and K = max(m, n), basis on the
+    smaller side: 4 r k bytes of basis and 2 r K of moments, and 4 bytes for each block of 256 of these.  Blocks lie along the
+    last axis of a moment: it is r x K for a basis on the left, and K x r on the right.
+
+    Args:
+      learning_rate: a number or a schedule.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
+    >>> state = galore_adamw_8bit(0.01, rank=32).init(params)
+    >>> optax.tree.get(state, "nu")["kernel"].codes.dtype
+    dtype('uint8')
+    """
+    return _adamw_8bit(learning_rate, **arguments)
+
+
+@_with_arguments_of(galore_adamw, refresh="lazy", basis_codec="int4")
+def q_galore_adamw_8bit(
+    learning_rate: optax.ScalarOrSchedule, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Q-GaLore (Zhang et al. 2024, arXiv 2407.08296): 8-bit moments, bases in 4 bits, refreshed less often while they stay put.
+
+    :func:`galore_adamw_8bit` with other defaults: ``basis_codec="int4"`` and ``refresh="lazy"``, with the paper's threshold,
+    factor and window (see :func:`galore_jax.refresh.lazy` for what is compared).  The paper's fourth part, weights in int8 with
+    stochastic rounding, is up to the training step: an optimizer sees parameters and returns updates, and does not round them.
+
+    Args:
+      learning_rate: a number or a schedule.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
+    >>> state = q_galore_adamw_8bit(0.01, rank=32).init(params)
+    >>> optax.tree.get(state, "left")["kernel"].packed.shape
+    (64, 16)
+    """
+    return _adamw_8bit(learning_rate, **arguments)
 
 
 def galore_adafactor(
@@ -92,6 +177,7 @@ def galore_adafactor(
     projector: str | projectors.Projector = "power",
     refresh: str | policies.Together | None = None,
     transport: str | None = None,
+    basis_codec: str = "float32",
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -113,8 +199,8 @@ def galore_adafactor(
       multiply_by_parameter_scale: multiply each update by the root mean square of the full weight.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, diagnostics, mask, weight_dimension_numbers,
-        seed: of :func:`galore`.
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
+        weight_dimension_numbers, seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((256, 512))}
     >>> state = galore_adafactor(0.01, rank=128).init(params)
@@ -137,6 +223,7 @@ def galore_adafactor(
         projector=projector,
         refresh=refresh,
         transport=transport,
+        basis_codec=basis_codec,
         diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,

@@ -9,6 +9,7 @@ Factorisations accept no sharded matrix dimension, so the refresh gathers its ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -48,3 +49,39 @@ def gather(array: jax.Array, dimensions: Collection[int] | None = None) -> jax.A
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple | None, array: Any) -> jax.Array:
     """Zeros sharded by ``spec`` on the mesh of ``array``."""
     return jnp.zeros(shape, dtype, device=named(spec, array))
+
+
+def blocked(array: jax.Array, width: int) -> jax.Array:
+    """(*lead, n) -> (*lead, ⌈n / w⌉, w) with zeros at the end, w = ``width`` but no more than n.
+
+    The blocks are sharded as the last axis was; it is gathered first where that would cut one.
+    """
+    *lead, n = array.shape
+    width = max(min(n, width), 1)
+    count = -(-n // width)
+    spec = spec_of(array)
+    if spec is not None and (n % width or count % _parts(array, spec[-1])):
+        array, spec = gather(array, [array.ndim - 1]), (*spec[:-1], None)
+    if n % width:
+        array = jnp.pad(array, [(0, 0)] * len(lead) + [(0, count * width - n)])
+    return jax.lax.reshape(array, (*lead, count, width), out_sharding=named(spec and (*spec, None), array))
+
+
+def merged(blocks: jax.Array) -> jax.Array:
+    """(*lead, blocks, w) -> (*lead, blocks w), sharded as the blocks were."""
+    *lead, count, width = blocks.shape
+    spec = spec_of(blocks)
+    return jax.lax.reshape(blocks, (*lead, count * width), out_sharding=named(spec and spec[:-1], blocks))
+
+
+def spread(values: jax.Array, array: jax.Array, width: int) -> jax.Array:
+    """(*lead, blocks) -> (*lead, n), each value all over its block of ``array``, and sharded like it."""
+    n = array.shape[-1]
+    whole = merged(jnp.broadcast_to(values[..., None], (*values.shape, max(min(n, width), 1))))
+    return like(jax.lax.slice_in_dim(whole, 0, n, axis=-1), array)
+
+
+def _parts(array: Any, entry: Any) -> int:
+    """Into how many parts an entry of a partition spec cuts its dimension."""
+    names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+    return math.prod(jax.typeof(array).sharding.mesh.shape[name] for name in names)

@@ -23,8 +23,8 @@ class GaLoreState(NamedTuple):
     rejected: (
         jax.Array
     )  # shape=(), dtype=jnp.int32; new bases that were not orthonormal, for which the old one was kept
-    left: Any  # (*batch, m, r), at least float32, for a dense basis; see galore_jax.bases
-    right: Any  # (*batch, n, r), at least float32, for a dense basis
+    left: Any  # (*batch, m, r), at least float32, for a dense basis that no codec stores; see galore_jax.bases
+    right: Any  # (*batch, n, r), the same
     schedule: Any  # what the refresh policy remembers of each parameter, () for most policies
     diagnostics: Any  # galore_jax.diagnostics.Diagnostics, or () without them
     inner_state: Any

@@ -2,10 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Between a parameter's space and its low-rank coordinates: projection, its adjoint, and the zeros that state starts from.
 
-    project   R = PᵀX,  X Q  or  PᵀX Q         X in R^(m x n)
-    lift      X = P R,  R Qᵀ or  P R Qᵀ        the adjoint of project
-
-State is at least float32, whatever the dtype of the parameters: a bfloat16 second moment stops moving.
+project   R = PᵀX,  X Q  or  PᵀX Q         X in R^(m x n)
+lift      X = P R,  R Qᵀ or  P R Qᵀ        the adjoint of project
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import optax
 
 from galore_jax import sharding
 from galore_jax.bases import Basis, Storage
+from galore_jax.dtypes import promoted, state_dtype
 from galore_jax.matrix_view import MatrixView
 
 
@@ -51,18 +50,6 @@ def coordinates(storage: Storage, view: MatrixView | None, param: jax.Array, lef
 def sides(view: MatrixView, left: Any, right: Any) -> tuple[Basis | None, Basis | None]:
     """The bases of a parameter, None on a side that has none."""
     return left if view.left else None, right if view.right else None
-
-
-def promoted(leaf: jax.Array) -> jax.Array:
-    """``leaf`` in the dtype of its state."""
-    return jnp.asarray(leaf).astype(state_dtype(leaf))
-
-
-def state_dtype(leaf: Any) -> jnp.dtype:
-    """The dtype of a leaf's basis and moments."""
-    dtype = jnp.dtype(jnp.result_type(leaf))
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.dtype(jnp.float32) if narrow else dtype
 
 
 def zero_bases(storage: Storage, view: MatrixView | None, leaf: Any) -> tuple[Any, Any]:

@@ -18,36 +18,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from galore_jax import diagnostics as diagnosis, guards, output, projectors, refresh as policies, sharding, subspace
+from galore_jax import (
+    basis_codecs,
+    codecs,
+    diagnostics as diagnosis,
+    guards,
+    output,
+    projectors,
+    refresh as policies,
+    seeds,
+    sharding,
+    subspace,
+)
+from galore_jax.bare import BareGaLore, warned_once
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.per_matrix import owners, per_matrix
 from galore_jax.state import GaLoreState
 from galore_jax.transport import carriers, check_transport
 from galore_jax.turning import Subspace, coordinates_in_constant_bases, turn
-
-
-class GaLoreMemoryWarning(UserWarning):
-    """A bare ``galore(rank=...)`` stands in a plain ``optax.chain``, where what follows it keeps full-size state."""
-
-
-class BareGaLore(optax.GradientTransformationExtraArgs):
-    """``galore(rank=...)`` without an inner transformation; ``bind(inner)`` gives it one (see :func:`galore_jax.chain`)."""
-
-    bind: Callable[[optax.GradientTransformation], optax.GradientTransformationExtraArgs]
-
-    def __new__(cls, init, update, bind):
-        self = super().__new__(cls, init, update)
-        self.bind = bind
-        return self
 
 
 def galore(
@@ -60,6 +56,7 @@ def galore(
     projector: str | projectors.Projector = "power",
     refresh: str | policies.Together | None = None,
     transport: str | None = None,
+    basis_codec: str = "float32",
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -90,6 +87,7 @@ def galore(
         published.
       transport: what becomes of the inner state when a basis turns: ``"rotate"``, ``"keep"`` or ``"reset"``; see
         :mod:`galore_jax.transport`.  None is rotate, but keep for the projector ``"svd"``.
+      basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; see :mod:`galore_jax.basis_codecs`.
       diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
       mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
       weight_dimension_numbers: tree of :class:`GaLoreDimensionNumbers` or None (or a prefix, or a callable): which axes are
@@ -114,8 +112,9 @@ def galore(
     check_rank(rank)
     check_proj_type(proj_type)
     output.check_scale(scale)
-    _check_seed(seed)
+    seeds.check_seed(seed)
     projector = projectors.get(projector)
+    projector = projector._replace(storage=basis_codecs.stored(projector.storage, basis_codec, projector.name))
     as_published = projector.name == "svd"
     refresh = policies.get(
         ("together" if as_published else "staggered") if refresh is None else refresh, update_proj_gap
@@ -144,7 +143,7 @@ def galore(
     if inner is None:
         bare = bind(optax.identity())
         return BareGaLore(
-            _warn_once(bare.init), bare.update, lambda inner: optax.GradientTransformationExtraArgs(*bind(inner).pair)
+            warned_once(bare.init), bare.update, lambda inner: optax.GradientTransformationExtraArgs(*bind(inner).pair)
         )
     return optax.GradientTransformationExtraArgs(*bind(inner).pair)
 
@@ -154,7 +153,7 @@ class _Leaf(NamedTuple):
 
     view: MatrixView | None
     gradient: jax.Array
-    matrices: jax.Array  # (*batch, m, n) in the dtype of the state; a leaf without a view as it is
+    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
     peak: jax.Array  # [*batch] largest magnitude
     finite: jax.Array  # [*batch]
     good: jax.Array  # [*batch] finite and, where it is projected, not zero
@@ -230,8 +229,8 @@ class _GaLore:
     ) -> tuple[GaLoreState, list[jax.Array]]:
         """The state with the bases refreshed that are due (or all), and the gradients in these bases."""
         views = [leaf.view for leaf in leaves]
-        key = jax.random.fold_in(jax.random.key(jnp.asarray(self.seed).astype(jnp.uint32)), state.count)
-        inner_leaves, inner_def = jax.tree.flatten(state.inner_state)
+        key = seeds.key_of(self.seed, state.count)
+        inner_leaves, inner_def = codecs.flatten(state.inner_state)
         carried = carriers(self.transport, self._inner_of(views), state.inner_state, treedef, views)
         lefts, rights, schedules = map(treedef.flatten_up_to, (state.left, state.right, state.schedule))
         overlaps = treedef.flatten_up_to(state.diagnostics.overlap) if self.diagnostics else []
@@ -337,8 +336,8 @@ class _GaLore:
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
-        gradients = jax.tree.map(subspace.promoted, updates)
-        params = jax.tree.map(subspace.promoted, params)
+        gradients = jax.tree.map(promoted, updates)
+        params = jax.tree.map(promoted, params)
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
 
         def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
@@ -366,9 +365,9 @@ class _GaLore:
 
 
 def _measured(view: MatrixView | None, gradient: jax.Array) -> _Leaf:
-    matrices = subspace.promoted(gradient if view is None else view.to_matrices(gradient))
+    matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
     axes = None if view is None else (-2, -1)
-    peak = jnp.max(jnp.abs(matrices), axis=axes, initial=0)
+    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
     return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
 
@@ -383,31 +382,5 @@ def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) 
     ]
 
 
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, jax.Array):
-        return  # an injected hyperparameter
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed!r}: write an int in [0, 2**32).")
-
-
 def _any(flags: list[jax.Array]) -> jax.Array:
     return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.array(False)
-
-
-def _warn_once(init_fn: Callable) -> Callable:
-    """Says, at the first ``init`` on real parameters, that a bare galore saves no memory."""
-    warned = False
-
-    def init(params: optax.Params) -> GaLoreState:
-        nonlocal warned
-        if not warned and jax.tree.leaves(params):
-            warned = True
-            warnings.warn(
-                "galore(rank=...) without an inner transformation saves no memory: what follows it in a plain optax.chain keeps "
-                "full-size state; write galore_jax.chain(galore(rank=...), inner) or galore(inner, rank=...).",
-                GaLoreMemoryWarning,
-                stacklevel=2,
-            )
-        return init_fn(params)
-
-    return init

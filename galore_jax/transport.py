@@ -14,12 +14,12 @@ independent coordinates; a direction that the old basis held only in part is giv
 mass.  (Q v would let coordinates cancel.)  m is (r, n) for a basis on the left.  On the right m is (m, r) and the same holds
 for its columns, m' = m Qᵀ; with both bases one side turns after the other.
 
-Which arrays of a state are linear and which quadratic is known by the name of the state's class and of its fields.
+Which arrays of a state are linear and which quadratic, :mod:`galore_jax.kinds` knows.  An array that is stored by a codec is
+decoded, turned and stored again, rounded to nearest, one matrix at a time.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,10 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_jax import codecs
+from galore_jax.dtypes import promoted, state_dtype
 from galore_jax.guards import parameter_index
+from galore_jax.kinds import Kind, labelled
 from galore_jax.matrix_view import MatrixView
 from galore_jax.per_matrix import PerMatrix, alone, owners
-from galore_jax.subspace import promoted, state_dtype
 
 TRANSPORTS = ("keep", "rotate", "reset")
 
@@ -41,7 +43,7 @@ class Carrier(NamedTuple):
 
     parameter: int  # in the order of jax.tree.leaves
     # (one matrix's slice of the leaf, Q of the left basis or None, Q of the right basis or None) -> its new value
-    turn: Callable[[jax.Array, jax.Array | None, jax.Array | None], jax.Array]
+    turn: Callable[[Any, jax.Array | None, jax.Array | None], Any]
 
 
 def check_transport(transport: Any) -> None:
@@ -68,8 +70,8 @@ def carriers(
       views: of its leaves, None where it is not projected.
 
     Returns:
-      One entry for each of ``jax.tree.leaves(state)``; None for a leaf that stays as it is.  A leaf with an entry is
-      (*batch, ...), and ``turn`` takes and returns the part behind the batch axes, in the leaf's dtype.
+      One entry for each leaf of the state as :func:`galore_jax.codecs.flatten` counts them; None for a leaf that stays as it
+      is.  A leaf with an entry is (*batch, ...), and ``turn`` takes and returns the part behind the batch axes, stored alike.
 
     Raises:
       ValueError: unless ``transport`` is keep, for an array that belongs to a projected parameter and is not known, or that
@@ -85,77 +87,18 @@ def carriers(
     """
     check_transport(transport)
     if transport == "keep" or not any(views):
-        return [None] * len(jax.tree.leaves(state))
+        return [None] * len(codecs.flatten(state)[0])
     return [
         None if view is None else _carrier(transport, inner, leaf, view, treedef)
         for leaf, view in _leaves(inner, state, treedef, views)
     ]
 
 
-class _Kind(enum.Enum):
-    """What a field of a state is."""
-
-    LINEAR = enum.auto()  # in the gradient
-    QUADRATIC = enum.auto()
-    CENTRED = enum.auto()  # a mean and a mean square whose difference is a variance: only together could they turn
-    ROW = enum.auto()  # a factored second moment, see _axes_of
-    COLUMN = enum.auto()
-    UNFACTORED = enum.auto()  # a second moment, or (1,) where that one is factored
-    NORM = enum.auto()  # a scalar a parameter, which no rotation changes
-    COUNT = enum.auto()  # of bias correction, or what else says that a state is new
-    KEPT = enum.auto()  # left as it is, whatever it holds
-    NESTED = enum.auto()  # another state
-
-
-def _kinds(names: str, **others: _Kind) -> dict[str, _Kind]:
-    """Kinds by the usual names, and others."""
-    usual = {"count": _Kind.COUNT, "mu": _Kind.LINEAR, "nu": _Kind.QUADRATIC}
-    return {name: usual[name] for name in names.split()} | others
-
-
-# Optax's classes by name.  What is not here is unknown on purpose: SM3's maxima over an axis, Rprop's step sizes and the
-# parameters of some steps ago (Prodigy, schedule-free, ...) do not go over to another basis.  Adamax keeps max |g| in the nu of
-# ScaleByAdamState: it turns as if it were a second moment.
-_STATES: dict[str, dict[str, _Kind]] = {
-    "ScaleByAdamState": _kinds("count mu nu"),
-    "ScaleByAmsgradState": _kinds("count mu nu", nu_max=_Kind.QUADRATIC),
-    "ScaleByBeliefState": _kinds("count mu nu"),
-    "ScaleByLionState": _kinds("count mu"),
-    "ScaleByNovogradState": _kinds("count mu", nu=_Kind.NORM),
-    "ScaleByRmsState": _kinds("nu"),
-    "ScaleByRmsWithCountState": _kinds("count nu"),
-    "ScaleByRStdDevState": _kinds("", mu=_Kind.CENTRED, nu=_Kind.CENTRED),
-    "ScaleByRStdDevWithCountState": _kinds("count", mu=_Kind.CENTRED, nu=_Kind.CENTRED),
-    "ScaleByRssState": _kinds("", sum_of_squares=_Kind.QUADRATIC),
-    "ScaleByAdaDeltaState": _kinds("", e_g=_Kind.QUADRATIC, e_x=_Kind.QUADRATIC),
-    # v is a mean of differences of gradients, g the last gradient.
-    "ScaleByAdanState": _kinds("", m=_Kind.LINEAR, v=_Kind.LINEAR, n=_Kind.QUADRATIC, g=_Kind.LINEAR, t=_Kind.COUNT),
-    # count_m2 is the argument of the schedules of b3 and alpha.
-    "ScaleByAdemamixState": _kinds("count nu", count_m2=_Kind.KEPT, m1=_Kind.LINEAR, m2=_Kind.LINEAR),
-    "ScaleBySimplifiedAdEMAMixState": _kinds("", t=_Kind.COUNT, m=_Kind.LINEAR, n=_Kind.QUADRATIC),
-    "ScaleByOptimisticGradientState": _kinds("", is_initial_step=_Kind.COUNT, previous_gradient=_Kind.LINEAR),
-    "FactoredState": _kinds("count", v_row=_Kind.ROW, v_col=_Kind.COLUMN, v=_Kind.UNFACTORED),
-    "MuonState": _kinds("count mu", ns_coeffs=_Kind.KEPT),
-    "TraceState": _kinds("", trace=_Kind.LINEAR),
-    "EmaState": _kinds("count", ema=_Kind.LINEAR),
-    "ApplyEvery": _kinds("count", grad_acc=_Kind.LINEAR),
-    "MultiStepsState": _kinds(
-        "",
-        mini_step=_Kind.COUNT,
-        gradient_step=_Kind.KEPT,
-        inner_opt_state=_Kind.NESTED,
-        acc_grads=_Kind.LINEAR,
-        skip_state=_Kind.KEPT,
-    ),
-    "ZeroNansState": _kinds("", found_nan=_Kind.KEPT),
-}
-
-
 class _Leaf(NamedTuple):
     """One leaf of an inner state."""
 
     shape: tuple[int, ...]
-    kind: _Kind | None  # None: in no known field
+    kind: Kind | None  # None: in no known field
     name: str  # the class and the field that hold it
     path: str
     place: int  # among the leaves of the inner state of its matrix, in a PerMatrixState
@@ -172,33 +115,12 @@ def _leaves(
     if each:
         states = [own for own, view in zip(state.matrices, views, strict=True) if view is not None] + [state.rest]
     one = inner.inner if each else inner
-    copies = [index for part in states for index in jax.tree.leaves(parameter_index(one, part, treedef))]
-    labelled = [(*label, place) for part in states for place, label in enumerate(_labelled(part))]
+    copies = [index for part in states for index in parameter_index(one, part, treedef)]
+    labels = [(label, place) for part in states for place, label in enumerate(labelled(part))]
     return [
-        (_Leaf(*label, parameter, copy >= 0), views[parameter] if parameter >= 0 else None)
-        for label, parameter, copy in zip(labelled, owners(inner, state, treedef), copies, strict=True)
+        (_Leaf(*label, place, parameter, copy >= 0), views[parameter] if parameter >= 0 else None)
+        for (label, place), parameter, copy in zip(labels, owners(inner, state, treedef), copies, strict=True)
     ]
-
-
-def _labelled(
-    node: Any, kind: _Kind | None = None, name: str = "an array", path: tuple = ()
-) -> list[tuple[tuple[int, ...], _Kind | None, str, str]]:
-    """The leaves of a state in order: (shape, kind, name, path) of each."""
-    children = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)[0]
-    if len(children) == 1 and children[0][1] is node:
-        return [(jnp.shape(node), kind, name, jax.tree_util.keystr(path))]
-    fields = getattr(node, "_fields", None)
-    known = _STATES.get(type(node).__name__, {}) if fields else {}
-    known = known if fields and set(fields) <= set(known) else {}
-    found = []
-    for keys, child in children:
-        field = getattr(keys[0], "name", None)
-        if kind is None and field is not None:  # a field of a known state holds parameters, whatever their classes
-            inside = None if known.get(field) is _Kind.NESTED else known.get(field)
-            found += _labelled(child, inside, f"{type(node).__name__}.{field}", path + keys)
-        else:
-            found += _labelled(child, kind, name, path + keys)
-    return found
 
 
 def _carrier(
@@ -209,7 +131,7 @@ def _carrier(
     if place is None or (transport == "rotate" and place == (None, None)):
         return None
     if transport == "rotate":
-        return Carrier(leaf.parameter, _rotation(_linear if leaf.kind is _Kind.LINEAR else _quadratic, place))
+        return Carrier(leaf.parameter, _rotation(_linear if leaf.kind is Kind.LINEAR else _quadratic, place))
     if not each:
         raise ValueError(
             f'transport="reset" cannot start {_described(leaf, view)} again, because all matrices share the counts of this '
@@ -230,11 +152,11 @@ def _placed(transport: str, leaf: _Leaf, view: MatrixView, each: bool) -> _Place
 
     ``each`` says that the inner transformation runs on each matrix alone.
     """
-    if leaf.kind is _Kind.KEPT or not (leaf.is_copy or leaf.kind is _Kind.COUNT):
+    if leaf.kind is Kind.KEPT or not (leaf.is_copy or leaf.kind is Kind.COUNT):
         return None
-    if leaf.kind is _Kind.COUNT:
+    if leaf.kind is Kind.COUNT:
         return _Place(None, None) if transport == "reset" else None
-    if leaf.kind is _Kind.CENTRED and transport == "rotate":
+    if leaf.kind is Kind.CENTRED and transport == "rotate":
         raise ValueError(
             f'transport="rotate" cannot turn {_described(leaf, view)}, because the variance that a mean and a mean square '
             'make up turns negative when they turn apart: write transport="reset" or transport="keep".'
@@ -243,7 +165,7 @@ def _placed(transport: str, leaf: _Leaf, view: MatrixView, each: bool) -> _Place
     seen = view.low_rank_shape[batch:] if each else view.low_rank_shape  # by the inner transformation
     lead = view.batch_shape if each else ()
     axes = _axes_of(leaf.kind, seen)
-    factored = leaf.kind in (_Kind.ROW, _Kind.COLUMN, _Kind.UNFACTORED)
+    factored = leaf.kind in (Kind.ROW, Kind.COLUMN, Kind.UNFACTORED)
     if factored and leaf.shape == (*lead, 1) and [seen[axis] for axis in axes] != [1]:
         return None  # not in use
     if leaf.kind is None or leaf.shape != (*lead, *(seen[axis] for axis in axes)):
@@ -262,26 +184,27 @@ def _described(leaf: _Leaf, view: MatrixView) -> str:
     return f"{leaf.name} of {view.path!r} (inner state{leaf.path}, shape {leaf.shape})"
 
 
-def _axes_of(kind: _Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _axes_of(kind: Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes of the gradient that a field keeps.
 
     Optax factors over the two largest axes, the later one of equals being the larger: a row statistic lacks the largest, a
     column statistic the second.
     """
-    if kind is _Kind.NORM:
+    if kind is Kind.NORM:
         return ()
     second, largest = (int(axis) for axis in np.argsort(shape)[-2:])
-    lacking = largest if kind is _Kind.ROW else second if kind is _Kind.COLUMN else None
+    lacking = largest if kind is Kind.ROW else second if kind is Kind.COLUMN else None
     return tuple(axis for axis in range(len(shape)) if axis != lacking)
 
 
 def _rotation(rule: Callable[[jax.Array, jax.Array], jax.Array], place: _Place) -> Callable:
-    def turn(array: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    def turn(leaf: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+        array = codecs.decoded(leaf)
         turned = promoted(array)
         for axis, q in zip(place, (left, right), strict=True):
             if axis is not None and q is not None:
                 turned = jnp.swapaxes(rule(q.astype(turned.dtype), jnp.swapaxes(turned, 0, axis)), 0, axis)
-        return turned.astype(array.dtype)
+        return codecs.encoded_like(turned.astype(array.dtype), leaf)
 
     return turn
 
@@ -300,10 +223,12 @@ def _quadratic(q: jax.Array, moment: jax.Array) -> jax.Array:
 
 
 def _fresh_start(inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, treedef: Any) -> Callable:
-    def turn(array: jax.Array, left: jax.Array | None, right: jax.Array | None) -> jax.Array:
+    def turn(old: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+        array = codecs.decoded(old)
         floating = jnp.issubdtype(array.dtype, jnp.floating)
         dtype = state_dtype(array) if floating else jnp.float32
         fresh = inner.init(alone(treedef, leaf.parameter, jnp.zeros(view.low_rank_shape[-2:], dtype)))
-        return jnp.asarray(jax.tree.leaves(fresh)[leaf.place]).astype(array.dtype)
+        start = codecs.decoded(codecs.flatten(fresh)[0][leaf.place])
+        return codecs.encoded_like(jnp.asarray(start).astype(array.dtype), old)
 
     return turn

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from galore_jax import sharding, subspace
 from galore_jax.bases import Basis, Storage
+from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 from galore_jax.orthonormal import defect
 from galore_jax.projectors import Observation, Projector
@@ -32,7 +33,7 @@ class Subspace(NamedTuple):
     left: Basis  # MaskedNode where there is none
     right: Basis
     low_rank: jax.Array  # the gradient in these bases
-    moments: tuple[jax.Array, ...]  # leaves of the inner state that turn with the bases
+    moments: tuple[Any, ...]  # leaves of the inner state that turn with the bases, arrays or coded arrays
 
 
 class Turned(NamedTuple):
@@ -63,7 +64,7 @@ def turn(
       view: of the parameter.
       key: the PRNG key of this update, the same for every matrix, so that a stacked leaf equals separate leaves.
       step: the number of this update.
-      matrices: the gradient, (*batch, m, n).
+      matrices: the gradient, (*batch, m, n), in its own dtype.
       current: the subspaces, with ``low_rank`` of this gradient.
       carriers: one for each array of ``current.moments``.
       wanted: [*batch] bool, the matrices to refresh: finite and not zero.
@@ -75,6 +76,11 @@ def turn(
     """
     batch = view.batch_shape
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
+
+    def recompute_one() -> Turned:
+        fixed = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, peak, current)))
+        turned = _turn_one(projector, view, key, step, *fixed, carriers)
+        return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
 
     def recompute() -> Turned:
         def flat(array: jax.Array) -> jax.Array:
@@ -94,7 +100,7 @@ def turn(
         turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
         return jax.tree.map(lambda new, old: sharding.like(new.reshape(old.shape), old), turned, nothing)
 
-    return jax.lax.cond(jnp.any(wanted), recompute, lambda: nothing)
+    return jax.lax.cond(jnp.any(wanted), recompute if batch else recompute_one, lambda: nothing)
 
 
 def coordinates_in_constant_bases(
@@ -126,14 +132,18 @@ def _turn_one(
 ) -> Turned:
     storage, rank = projector.storage, view.rank
     exponent = jnp.frexp(peak)[1]
-    matrix = jnp.ldexp(matrix, -exponent)  # a power of two: nothing is rounded
+    matrix = jnp.ldexp(promoted(matrix), -exponent)  # a power of two: nothing is rounded
     one_sided = jnp.ldexp(old.low_rank, -exponent)
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
-        new, coordinates = projector.refresh(Observation(key, matrix, basis, coordinates, step, transposed))
-        new = jax.tree.map(lambda x, like: x.astype(like.dtype), new, basis)
+        old = storage.decode(basis, rank, matrix.dtype)
+        made, coordinates = projector.refresh(Observation(key, matrix, old, coordinates, step, transposed))
+        made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
+        new = storage.encode(made)
+        if new is not made:  # coded: the coordinates are those in the decoded basis, which is also what lifts
+            coordinates = storage.project(new, matrix, rank)
         overlap = storage.overlap(new, basis, matrix.shape[0], rank)
-        return new, coordinates, overlap, _usable(storage, new)
+        return new, coordinates, overlap, _usable(storage, made)
 
     left, right, q_left, q_right = old.left, old.right, None, None
     usable = jnp.array(True)

@@ -39,7 +39,7 @@ def make_schedule(config: PretrainConfig) -> optax.Schedule:
 def make_optimizer(
     config: PretrainConfig, schedule: optax.Schedule, *, clip: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer called ``config.optimizer``; its updates are float32 and so is its state.
+    """The optimizer called ``config.optimizer``; its state is float32, or coded, whatever the dtype of the parameters.
 
     Without ``clip`` it leaves out the bound on the global norm, which a layer-wise step has to put on by itself.
 
@@ -55,7 +55,7 @@ def make_optimizer(
     tx = OPTIMIZERS[config.optimizer](config, schedule)
     if clip and config.clip > 0:
         tx = optax.chain(optax.clip_by_global_norm(config.clip), tx)
-    return in_float32(tx)
+    return optax.with_extra_args_support(tx)
 
 
 def check_optimizer(config: PretrainConfig) -> None:
@@ -102,21 +102,22 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
 
 
 def _adamw(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay))
 
 
 def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     # optax.adafactor does not multiply its weight decay by the learning rate, and by default scales updates by the
     # size of the parameters, which galore_adafactor does not.
-    return optax.adafactor(
+    adafactor = optax.adafactor(
         schedule,
         multiply_by_parameter_scale=False,
         weight_decay_rate=lambda count: config.weight_decay * schedule(count),
     )
+    return in_float32(adafactor)
 
 
 def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return optax.contrib.muon(
+    muon = optax.contrib.muon(
         schedule,
         weight_decay=config.weight_decay,
         adam_weight_decay=config.weight_decay,
@@ -124,6 +125,7 @@ def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTra
         # The usual size of AdamW's updates, so that its learning rate carries over (arXiv 2502.16982, section 2.2).
         consistent_rms=0.2,
     )
+    return in_float32(muon)
 
 
 def _muon_dimension_numbers(params: optax.Params) -> Any:

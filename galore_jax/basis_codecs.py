@@ -1,0 +1,157 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Dense bases in bfloat16 or in 4 bits; Q-GaLore keeps its bases in 4 bits (Zhang et al. 2024, arXiv 2407.08296, section 3.3).
+
+    bfloat16   P rounded to nearest
+    int4       P_ij = s_ib q_ij c_j      q_ij = round(p_ij / s_ib) in -8 .. 7,  b the block of up to 256 columns that j is in,
+                                         s_ib = -(the entry of row i in block b of largest magnitude) / 8,
+                                         c_j so that the columns are as long as those of P
+
+A row has scales of its own because the rows of a basis differ in size, and because the rank axis is never sharded, so that a
+shard of P is coded alone.  Two columns share a byte: j in its low and j + ⌈r / 2⌉ in its high half.
+
+Projection and lift use the decoded basis, and so do the coordinates of the gradient that a new basis is made from.  It is near
+to orthonormal, not quite: with r/m = 1/4 the singular values of a random basis in 4 bits lie in SINGULAR_VALUES.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import sharding
+from galore_jax.bases import Basis, Dense, Storage
+
+_BLOCK = 256
+
+
+class Int4Basis(NamedTuple):
+    """P in 4 bits: two numbers a byte."""
+
+    packed: jax.Array  # (*batch, m, ⌈r / 2⌉), uint8; each half a byte is q + 8
+    scales: jax.Array  # (*batch, m, ⌈r / 256⌉), float32
+    columns: jax.Array  # (*batch, r), float32; 0 where there is no basis
+
+
+class BasisCodec(NamedTuple):
+    """How a dense basis is coded."""
+
+    zeros: Callable[
+        [tuple[int, ...], tuple | None, Any], Basis
+    ]  # shape (*batch, m, r), its explicit sharding, a parameter
+    exists: Callable[[Basis], jax.Array]  # -> [*batch]
+    encode: Callable[[jax.Array], Basis]  # (m, r) ->
+    decode: Callable[[Basis, int], jax.Array]  # a basis and r -> (*batch, m, r), float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """What :class:`galore_jax.bases.Dense` does, with the decoded basis.
+
+    >>> p = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (64, 5)))[0]
+    >>> storage = stored(Dense(), "int4", "power")
+    >>> decoded = storage.decode(storage.encode(p), 5, jnp.float32)
+    >>> bool(jnp.allclose(jnp.sum(decoded**2, axis=0), 1)), bool(jnp.allclose(decoded.T @ p, jnp.eye(5), atol=0.1))
+    (True, True)
+    """
+
+    codec: BasisCodec
+    orthonormal: bool
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, spec: tuple | None, leaf: Any) -> Basis:
+        return self.codec.zeros(shape, spec, leaf)
+
+    def exists(self, basis: Basis) -> jax.Array:
+        return self.codec.exists(basis)
+
+    def project(self, basis: Basis, matrices: jax.Array, rank: int) -> jax.Array:
+        return Dense().project(self.decode(basis, rank, matrices.dtype), matrices, rank)
+
+    def lift(self, basis: Basis, low_rank: jax.Array, m: int) -> jax.Array:
+        return Dense().lift(self.decode(basis, low_rank.shape[-2], low_rank.dtype), low_rank, m)
+
+    def overlap(self, new: Basis, old: Basis, m: int, rank: int) -> jax.Array:
+        return Dense().overlap(self.codec.decode(new, rank), self.codec.decode(old, rank), m, rank)
+
+    def decode(self, basis: Basis, rank: int, dtype: Any) -> jax.Array:
+        return self.codec.decode(basis, rank).astype(dtype)
+
+    def encode(self, basis: jax.Array) -> Basis:
+        return self.codec.encode(basis)
+
+
+def stored(storage: Storage, basis_codec: str, projector: str) -> Storage:
+    """The storage of a projector, with its bases coded.
+
+    >>> stored(Dense(), "int4", "power").zeros((64, 5), jnp.float32, None, None).packed.shape
+    (64, 3)
+    """
+    if basis_codec not in BASIS_CODECS:
+        raise ValueError(f"basis_codec is {basis_codec!r}: write one of {', '.join(BASIS_CODECS)}.")
+    codec = BASIS_CODECS[basis_codec]
+    if codec is None:
+        return storage
+    if not isinstance(storage, Dense):
+        raise ValueError(
+            f'basis_codec is {basis_codec!r}, but the projector {projector!r} stores no dense basis: write "float32", or '
+            "another projector."
+        )
+    return Coded(codec, storage.orthonormal)
+
+
+def _zeros_in_bfloat16(shape: tuple[int, ...], spec: tuple | None, leaf: Any) -> jax.Array:
+    return sharding.zeros(shape, jnp.bfloat16, spec, leaf)
+
+
+def _zeros_in_int4(shape: tuple[int, ...], spec: tuple | None, leaf: Any) -> Int4Basis:
+    *batch, m, r = shape
+    return Int4Basis(
+        sharding.zeros((*batch, m, -(-r // 2)), jnp.uint8, spec, leaf),
+        sharding.zeros((*batch, m, -(-r // _BLOCK)), jnp.float32, spec, leaf),
+        sharding.zeros((*batch, r), jnp.float32, spec and (*spec[:-2], None), leaf),
+    )
+
+
+def _to_int4(basis: jax.Array) -> Int4Basis:
+    rank = basis.shape[1]
+    basis = basis.astype(jnp.float32)
+    blocks = sharding.blocked(basis, _BLOCK)  # (m, blocks, 256)
+    low, high = jnp.min(blocks, axis=-1), jnp.max(blocks, axis=-1)
+    scales = jnp.where(high > -low, -high, -low) / 8
+    numbers = jnp.round(blocks / jnp.where(scales != 0, scales, 1)[..., None])
+    numbers = sharding.merged(jnp.clip(numbers, -8, 7).astype(jnp.int32) + 8)[:, :rank]
+    numbers = jnp.pad(numbers, ((0, 0), (0, rank % 2)))
+    half = numbers.shape[1] // 2
+    packed = (numbers[:, :half] + 16 * numbers[:, half:]).astype(jnp.uint8)
+    coded = Int4Basis(packed, scales, jnp.ones((rank,), jnp.float32))
+    lengths = _lengths(_from_int4(coded, rank))
+    return coded._replace(columns=_lengths(basis) / jnp.where(lengths > 0, lengths, 1))
+
+
+def _from_int4(basis: Int4Basis, rank: int) -> jax.Array:
+    packed = basis.packed.astype(jnp.int32)
+    numbers = jnp.concatenate([packed & 15, packed >> 4], axis=-1)
+    numbers = jax.lax.slice_in_dim(numbers, 0, rank, axis=-1) - 8  # (*batch, m, r)
+    scaled = numbers.astype(jnp.float32) * sharding.spread(basis.scales, numbers, _BLOCK)
+    return scaled * basis.columns[..., None, :]
+
+
+def _lengths(basis: jax.Array) -> jax.Array:
+    """(m, r) -> (r,)"""
+    return jnp.sqrt(jnp.sum(jnp.square(basis), axis=0))
+
+
+BASIS_CODECS = {
+    "float32": None,
+    "bfloat16": BasisCodec(
+        _zeros_in_bfloat16,
+        Dense().exists,
+        lambda basis: basis.astype(jnp.bfloat16),
+        lambda basis, rank: basis.astype(jnp.float32),
+    ),
+    "int4": BasisCodec(_zeros_in_int4, lambda basis: basis.columns[..., 0] != 0, _to_int4, _from_int4),
+}
