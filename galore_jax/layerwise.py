@@ -139,26 +139,32 @@ def layerwise(
             factor = jnp.where(norm < bound, 1, bound / norm)
             return jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
 
-        def squares_of(i: jax.Array, layer: Params, grads: Params, squares: jax.Array) -> jax.Array:
+        def squares_of(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
             return squares + _squares(grads)
 
-        stack, norm = _Stack.of((layers, state.layers)), jnp.zeros([])
+        norm = jnp.zeros([])
         if max_norm is not None:
             squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), squares_of, norm)
             norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first)))
 
-        def update(i: jax.Array, layer: Params, grads: Params, carry: tuple) -> tuple:
-            stack, squares = carry
+        def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
+            weights, states, squares = carry
             own = _squares(grads)
+            # The weights are read once more when their gradient is there: the copies that made it are not kept for that.
+            read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
+            grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
+            layer = weights.at(places)
             grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
             place = {Layer.ARGUMENT: Layer(i, run.number)}
-            updates, new_state = tx.update(grads, stack.at(i)[1], dequantize(layer), **place)
+            updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **place)
             layer = apply_updates(layer, updates, key, layer=i)
-            return stack.put(i, (layer, new_state)), squares + own
+            return weights.put(places, layer), states.put(i, new_state), squares + own
 
-        carry = stack, jnp.zeros([])
-        (stack, squares), first = run.backward(inputs, cotangent, lambda carry, i: carry[0].at(i)[0], update, carry)
-        layers, states = stack.whole()
+        carry = _Stack.of(layers), _Stack.of(state.layers), jnp.zeros([])
+        (weights, states, squares), first = run.backward(
+            inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
+        )
+        layers = weights.whole()
         grads = run.rest_gradient(last, first)
         own = _squares(grads)
         grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
@@ -166,7 +172,7 @@ def layerwise(
         params = model.join(layers, apply_updates(rest, updates, key))
         return (
             params,
-            LayerwiseState(state.count + 1, states, rest_state),
+            LayerwiseState(state.count + 1, states.whole(), rest_state),
             LayerwiseMetrics(loss, jnp.sqrt(squares + own)),
         )
 
@@ -208,17 +214,19 @@ class _Stack:
         shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(tree))
         return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), tree), shapes)
 
-    def at(self, i: jax.Array) -> Any:
-        """Layer i."""
-        return self._shaped(_at(self.tree, i), ())
+    def at(self, i: Any) -> Any:
+        """Layer i; ``i`` may be a tree of equal indices, one for each part of the tree."""
+        return self._shaped(jax.tree.map(lambda i, part: _at(part, i), i, self.tree), ())
 
-    def put(self, i: jax.Array, layer: Any) -> _Stack:
+    def put(self, i: Any, layer: Any) -> _Stack:
         """With another layer i."""
 
-        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype).reshape(-1), i, 0)
+        def put(i: jax.Array, whole: Any, one: Any) -> Any:
+            return jax.tree.map(
+                lambda w, x: jax.lax.dynamic_update_index_in_dim(w, x.astype(w.dtype).reshape(-1), i, 0), whole, one
+            )
 
-        return _Stack(jax.tree.map(put, self.tree, layer), self.shapes)
+        return _Stack(jax.tree.map(put, i, self.tree, layer), self.shapes)
 
     def whole(self) -> Any:
         """The leaves as they were, (L, ...)."""
@@ -264,10 +272,10 @@ class _Run(NamedTuple):
         inputs: Activations,
         cotangent: Activations,
         layer_of: Callable[[Any, jax.Array], Params],
-        visit: Callable[[jax.Array, Params, Params, Any], Any],
+        visit: Callable[[jax.Array, Params, Any], Any],
         carry: Any,
     ) -> tuple[Any, Activations]:
-        """``carry <- visit(l, layer l, its mean gradient, carry)`` from the last layer to the first.
+        """``carry <- visit(l, the mean gradient of layer l, carry)`` from the last layer to the first.
 
         Returns the last carry, and the cotangent of the first block's input.  ``layer_of(carry, l)`` is layer l.
         """
@@ -275,15 +283,14 @@ class _Run(NamedTuple):
         def body(n: jax.Array, both: tuple) -> tuple:
             carry, cotangent = both
             i = self.number - 1 - n
-            layer = layer_of(carry, i)
-            weights = dequantize(layer)
+            weights = dequantize(layer_of(carry, i))
 
             def one(pair: tuple) -> tuple[Params, Activations]:
                 x, back = pair
                 return jax.vjp(self.model.block, weights, x)[1](back)
 
             grads, cotangent = _mean_gradient(one, (_at(inputs, i), cotangent))
-            return visit(i, layer, grads, carry), cotangent
+            return visit(i, grads, carry), cotangent
 
         return jax.lax.fori_loop(0, self.number, body, (carry, cotangent))
 
