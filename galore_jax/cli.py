@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
+
+from galore_jax import targets
 
 Settings = TypeVar("Settings")
 
@@ -43,7 +46,26 @@ def pretrain(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain}
+def plan(arguments: Sequence[str]) -> int:
+    """Say whether a training step fits a GPU or TPU that need not be there."""
+    with needed_packages("plan", extra="train"):
+        from galore_jax.training import plan as planner, plan_report
+
+        settings = parse(planner.PlanConfig, arguments, "plan")
+    if settings.target != targets.HERE:
+        targets.compile_only()
+    with usage_errors():
+        rows = planner.plan_all(settings, lambda message: print(message, file=sys.stderr))
+        if settings.plot is not None:
+            plan_report.plot(settings, rows, settings.plot)
+    if settings.json:
+        print(json.dumps(rows if settings.compare else rows[0], indent=2))
+    else:
+        print(plan_report.table(settings, rows))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage: galore-jax COMMAND [flags]
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
+      plan        Say whether a training step fits a GPU or TPU that need not be there.
     <BLANKLINE>
     galore-jax COMMAND --help lists the flags of a command.
     0
@@ -63,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     restore = _quiet_orbax()
+    targets.hush_idle_compilers()
     try:
         if name not in COMMANDS:
             raise UsageError(f"{name!r} is not a command; choose one of {', '.join(COMMANDS)}.")

@@ -60,7 +60,7 @@ def check_independent(tx: optax.GradientTransformation, params: Any) -> None:
     with jax.ensure_compile_time_eval():  # also when all of this is traced
         results = [second_update(grads)]
         for culprit in range(len(leaves)):
-            larger = [g * _FACTOR if i == culprit else g for i, g in enumerate(grads)]
+            larger = [(g * _FACTOR).astype(g.dtype) if i == culprit else g for i, g in enumerate(grads)]
             results.append(second_update(larger))
     before, *after = jax.device_get(results)
     for culprit, updates in enumerate(after):

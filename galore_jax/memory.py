@@ -27,3 +27,30 @@ def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     804
     """
     return tree_bytes(jax.eval_shape(tx.init, params))
+
+
+def state_bytes_by_kind(state: Any) -> dict[str, int]:
+    """Bytes of an optimizer state, which may be abstract, by what they are for; together they are ``tree_bytes(state)``.
+
+    ``bases``: of the subspaces.  ``scales``: the factors beside values that are stored in few bits.  ``moments``: every
+    other array.  ``other``: counters, diagnostics, and what a refresh policy remembers.
+
+    >>> from galore_jax import galore_adamw
+    >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}
+    >>> state_bytes_by_kind(jax.eval_shape(galore_adamw(0.01, rank=8).init, params))
+    {'bases': 2048, 'moments': 16384, 'scales': 0, 'other': 20}
+    """
+    sizes = dict.fromkeys(("bases", "moments", "scales", "other"), 0)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        # Attributes are fields of states; dictionary keys, such as the "scale" of a norm, are names of parameters.
+        fields = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
+        if fields & {"schedule", "diagnostics"}:
+            kind = "other"
+        elif fields & {"scale", "scales"}:
+            kind = "scales"
+        elif fields & {"left", "right"}:
+            kind = "bases"
+        else:  # a counter has as many axes as layers are stacked in front of it
+            kind = "other" if leaf.ndim == 0 or leaf.dtype == "int32" else "moments"
+        sizes[kind] += tree_bytes(leaf)
+    return sizes

@@ -9,6 +9,10 @@ import os
 # wait for one another can starve.  Read once, when the first backend starts.
 os.environ.setdefault("NPROC", "32")
 
+# The fake devices are CPUs, and the compilers for other hardware (extra plan) are not to look for any; also in subprocesses.
+if not os.environ.get("JAX_PLATFORMS"):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
 import jax
 import optax
 

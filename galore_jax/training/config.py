@@ -138,13 +138,20 @@ class PretrainConfig:
         >>> PretrainConfig(dtype="bf16").model_config(257).param_dtype
         'bfloat16'
         """
-        return LlamaConfig.preset(
-            self.model,
-            vocab_size=vocab_size,
-            dtype=DTYPES[self.dtype],
-            param_dtype=DTYPES[self.weights if self.weights in DTYPES else self.dtype],
-            remat=self.remat,
-        )
+        return LlamaConfig.preset(self.model, vocab_size=vocab_size, **self.numerics)
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What the settings say of a model apart from its shape: fields of LlamaConfig.
+
+        >>> PretrainConfig(dtype="bf16", weights="f32").numerics
+        {'dtype': 'bfloat16', 'param_dtype': 'float32', 'remat': False}
+        """
+        return {
+            "dtype": DTYPES[self.dtype],
+            "param_dtype": DTYPES[self.weights if self.weights in DTYPES else self.dtype],
+            "remat": self.remat,
+        }
 
 
 def flag(field: str) -> str:

@@ -1,0 +1,354 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Compile a program for a GPU or TPU that is not attached, and read the memory plan that its compiler made.
+
+    peak = arguments + outputs - aliased + temporaries
+
+in bytes, by XLA's buffer assignment; an output that takes the place of a donated argument is aliased.  It is what the
+program itself allocates.  What it leaves out: the driver's context, what a library takes for itself, fragmentation, and the
+scratch of autotuning, which happens on the hardware.
+
+XLA knows a GPU by its figures alone, which :class:`Gpu` holds.  Sources: NVIDIA's architecture whitepapers and product
+pages; per multiprocessor, the table "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+The memory of a GPU is the total that CUDA reports on Linux, which is less than the card's name says; that of a TPU is what
+its compiler lets a program have.
+
+Needs the extra ``plan``: libtpu for a TPU; JAX's CUDA plugin, ptxas and libdevice for a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import importlib
+import importlib.util
+import os
+import re
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+_MIB, _GIB = 2**20, 2**30
+
+
+class MissingPackagesError(ImportError):
+    """The compiler for a target is not installed; the message is one sentence with the remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """The published figures of an NVIDIA card that XLA's compiler asks for."""
+
+    description: str
+    capability: str  # "8.9"
+    multiprocessors: int
+    bandwidth: int  # of the memory, 10^9 bytes a second
+    l2_cache: int  # MiB
+    clock: float  # boost, GHz
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """The smallest slice that has a device of its own, as libtpu names it."""
+
+    topology: str
+    chip_config: str = "default"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Hardware to compile for, which ``hardware`` describes unless it is attached.
+
+    ``memory`` is in bytes, of one device.
+    """
+
+    name: str
+    platform: str  # cuda, tpu or cpu
+    memory: int
+    hardware: Gpu | Tpu | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the compiler says of a program; all sizes in bytes.
+
+    If it refuses the program because it does not fit, ``refusal`` is the first sentence of its message, ``peak_bytes`` is
+    the figure in it, and the parts are None.
+    """
+
+    argument_bytes: int | None
+    output_bytes: int | None
+    alias_bytes: int | None
+    temporary_bytes: int | None
+    code_bytes: int | None
+    peak_bytes: int | None
+    fits: bool
+    compile_seconds: float
+    refusal: str | None = None
+
+
+def _gpu(memory: float, *figures: Any) -> Target:
+    """A target without a name yet; ``memory`` in GiB."""
+    return Target("", "cuda", int(memory * _GIB), Gpu(*figures))
+
+
+def _tpu(memory: float, *slice_: str) -> Target:
+    return Target("", "tpu", int(memory * _GIB), Tpu(*slice_))
+
+
+_TARGETS = {
+    "rtx5090": _gpu(31.36, "NVIDIA GeForce RTX 5090", "12.0", 170, 1792, 96, 2.407),
+    "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52),
+    "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695),
+    "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535),
+    "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777),
+    "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59),
+    "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04),
+    "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41),
+    "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41),
+    "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98),
+    "tpu-v4": _tpu(30.75, "v4:2x2x1", "megacore"),
+    "tpu-v5e": _tpu(15.75, "v5e:2x2"),
+    "tpu-v5p": _tpu(95.74, "v5p:2x2x1"),
+    "tpu-v6e": _tpu(31.25, "v6e:2x2"),
+}
+
+TARGETS: dict[str, Target] = {name: dataclasses.replace(target, name=name) for name, target in _TARGETS.items()}
+"""Hardware that need not be there, by name."""
+
+HERE = "here"
+"""The name of the target that is the machine's own default device."""
+
+# Compute capability -> float32 lanes, threads and KiB of shared memory of one multiprocessor, and KiB that a block may have.
+_MULTIPROCESSORS = {
+    "7.5": (64, 1024, 64, 64),
+    "8.0": (64, 2048, 164, 163),
+    "8.6": (128, 1536, 100, 99),
+    "8.9": (128, 1536, 100, 99),
+    "9.0": (128, 2048, 228, 227),
+    "12.0": (128, 1536, 100, 99),
+}
+
+_CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+_PTXAS = ("nvidia.cu13", "nvidia.cuda_nvcc")  # where JAX looks for ptxas and libdevice, by CUDA's major version
+
+_NO_CUDA_CHECK = ("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+"""An environment variable: JAX's CUDA plugin loads without looking for a driver and CUDA's libraries."""
+
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # nobody asks Google's metadata server what machine this is
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # of the machine; without one libtpu warns that it finds none
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu lets one process in, to whom the TPU belongs; here there is none
+}
+
+
+def target(name: str) -> Target:
+    """The target called ``name``: one of :data:`TARGETS`, or "here", the first device of this machine.
+
+    Raises:
+      ValueError: no target has that name.
+
+    >>> target("tpu-v5e").memory / 2**30
+    15.75
+    >>> target("rtx9999")
+    Traceback (most recent call last):
+    ValueError: Target 'rtx9999' is not known; choose one of rtx5090, rtx4090, ..., tpu-v6e, here.
+    """
+    if name == HERE:
+        return _attached()
+    if name not in TARGETS:
+        raise ValueError(f"Target {name!r} is not known; choose one of {', '.join([*TARGETS, HERE])}.")
+    return TARGETS[name]
+
+
+def compile_for(
+    target: Target, function: Callable[..., Any], *arguments: Any, donate_argnums: int | Sequence[int] = ()
+) -> Plan:
+    """Compile ``function`` for one device of ``target``, run nothing, and return the compiler's memory plan.
+
+    Args:
+      target: from :func:`target`.
+      function: what ``jax.jit`` takes, or what it has returned; then ``donate_argnums`` has been decided before.
+      arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
+      donate_argnums: of ``jax.jit``.
+
+    Raises:
+      MissingPackagesError: the target's compiler is not installed.
+
+    >>> add = lambda x, y: x + y
+    >>> x = jax.ShapeDtypeStruct((256, 256), "float32")
+    >>> plan = compile_for(target("here"), add, x, x, donate_argnums=0)
+    >>> plan.argument_bytes, plan.output_bytes, plan.alias_bytes, plan.peak_bytes, plan.fits
+    (524288, 262144, 262144, 524288, True)
+    """
+    placed = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array([_device(target)]), ("one",)), jax.P())
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed, weak_type=leaf.weak_type)
+
+    abstract = jax.tree.map(place, jax.eval_shape(lambda *leaves: leaves, *arguments))
+    jitted: Any = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate_argnums)
+    lowered = jitted.lower(*abstract)
+    start = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not re.match("RESOURCE_EXHAUSTED.*hbm", str(error), re.DOTALL | re.IGNORECASE):
+            raise
+        return _refused(str(error), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    sizes = compiled.memory_analysis()
+    peak = (
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes
+    )
+    return Plan(
+        argument_bytes=sizes.argument_size_in_bytes,
+        output_bytes=sizes.output_size_in_bytes,
+        alias_bytes=sizes.alias_size_in_bytes,
+        temporary_bytes=sizes.temp_size_in_bytes,
+        code_bytes=sizes.generated_code_size_in_bytes,
+        peak_bytes=peak,
+        fits=peak <= target.memory,
+        compile_seconds=seconds,
+    )
+
+
+def hush_idle_compilers() -> None:
+    """Keeps the compilers of the extra ``plan`` from complaining, in any process that uses JAX, that they find no hardware.
+
+    Call it before JAX starts, that is, before the first device is used.
+    """
+    if not any(os.path.exists(device) for device in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")):
+        os.environ.setdefault(*_NO_CUDA_CHECK)
+    if not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*"):
+        _describe_no_tpu()
+
+
+def compile_only() -> None:
+    """Sets up a process, before JAX starts, that compiles for absent hardware and leaves this machine's own alone."""
+    jax.config.update("jax_platforms", "cpu")
+    if (
+        os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "1"
+    ):  # what JAX sets, and under which XLA warns of all that does not fit
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+
+def gpu_target_config(gpu: Gpu, memory: int) -> str:
+    """The text of XLA's ``stream_executor.GpuTargetConfigProto`` for a card with ``memory`` bytes.
+
+    >>> print(gpu_target_config(TARGETS["rtx4090"].hardware, 2**34))
+    gpu_device_info {
+      cuda_compute_capability { major: 8 minor: 9 }
+      core_count: 128
+    ...
+    """
+    major, minor = gpu.capability.split(".")
+    lanes, threads, shared, shared_of_a_block = _MULTIPROCESSORS[gpu.capability]
+    # 9.0 has instructions that its successors lack, and XLA's kernels for it use them.
+    extension = " feature_extension: ACCELERATED_FEATURES" if gpu.capability == "9.0" else ""
+    return textwrap.dedent(f"""\
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor}{extension} }}
+          core_count: {gpu.multiprocessors}
+          fpus_per_core: {lanes}
+          clock_rate_ghz: {gpu.clock}
+          device_memory_size: {memory}
+          memory_bandwidth: {gpu.bandwidth * 10**9}
+          l2_cache_size: {gpu.l2_cache * _MIB}
+          threads_per_core_limit: {threads}
+          shared_memory_per_core: {shared * 1024}
+          shared_memory_per_block: {48 * 1024}
+          shared_memory_per_block_optin: {shared_of_a_block * 1024}
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+          block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+          driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
+        }}
+        platform_name: "CUDA"
+        dnn_version_info {{ major: 9 minor: 12 }}
+        runtime_version {{ major: 13 }}
+        device_description_str: "{gpu.description}"
+        """)
+
+
+def _attached() -> Target:
+    device = jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # a CPU
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return Target(HERE, "cuda" if device.platform == "gpu" else device.platform, limit, None)
+
+
+def _device(target: Target) -> Any:
+    """A device of ``target`` that programs can be compiled for."""
+    if target.hardware is None:
+        return jax.devices()[0]
+    os.environ.setdefault(*_NO_CUDA_CHECK)
+    if isinstance(target.hardware, Gpu):
+        return _cuda_device(gpu_target_config(target.hardware, target.memory))
+    return _tpu_device(target.hardware)
+
+
+def _tpu_device(tpu: Tpu) -> Any:
+    from jax.experimental import topologies
+
+    if not _installed("libtpu"):
+        raise MissingPackagesError("To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'.")
+    _describe_no_tpu()
+    topology = {"topology_name": tpu.topology, "chip_config_name": tpu.chip_config}
+    return topologies.get_topology_desc(platform="tpu", **topology).devices[0]
+
+
+def _describe_no_tpu() -> None:
+    for name, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def _cuda_device(config: str) -> Any:
+    from jax.experimental import topologies
+
+    plugin = next((name for name in _CUDA_PLUGINS if _installed(name)), None)
+    if plugin is None or not any(_installed(package) for package in _PTXAS):
+        raise MissingPackagesError(
+            "To compile for a GPU, install JAX's CUDA plugin and ptxas: pip install 'galore-jax[plan]'."
+        )
+
+    def describe() -> Any:
+        topology = {"platform": "cuda", "topology_name": "", "topology": "1x1x1", "target_config": config}
+        return topologies.get_topology_desc(**topology).devices[0]
+
+    try:
+        return describe()
+    except NotImplementedError:  # JAX looked for plugins before, when this one refused to load without a driver
+        importlib.import_module(plugin).initialize()
+        return describe()
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
+
+
+def _refused(message: str, seconds: float) -> Plan:
+    """The plan of a program that the compiler refused with a message like "RESOURCE_EXHAUSTED: Used 20G of 15G hbm."
+
+    >>> message = "RESOURCE_EXHAUSTED: Ran out of memory in hbm. Used 1.5G of 1G hbm. Exceeded hbm capacity by 0.5G."
+    >>> plan = _refused(message, 1.0)
+    >>> plan.peak_bytes / 2**30, plan.fits, plan.refusal
+    (1.5, False, 'Ran out of memory in hbm.')
+    """
+    text = " ".join(message.partition(": ")[2].split())
+    figure = re.search(r"([\d.]+)([KMGT])", text)
+    peak = None if figure is None else int(float(figure[1]) * 1024 ** (1 + "KMGT".index(figure[2])))
+    refusal = re.match(r".*?\.(?!\S)|.*", text)
+    return Plan(None, None, None, None, None, peak, False, seconds, refusal and refusal[0])

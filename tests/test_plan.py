@@ -1,0 +1,256 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""``galore-jax plan``: what it counts is what a run holds, what it compiles is what a run compiles, and every answer it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_targets import needs_extra
+
+from galore_jax.cli import main
+from galore_jax.memory import state_bytes_by_kind, tree_bytes
+from galore_jax.models import LlamaConfig
+from galore_jax.models.huggingface import config_from_huggingface
+from galore_jax.targets import TARGETS
+from galore_jax.training import loop, plan_report
+from galore_jax.training.optimizers import OPTIMIZERS
+from galore_jax.training.plan import PlanConfig, plan, prepare
+
+SHAPE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 3, "vocab_size": 257, "max_position_embeddings": 64,
+}  # fmt: skip
+SMALL = {"seq": 16, "rank": 4}
+PROMISED = [
+    "model", "optimizer", "target", "params_bytes", "optimizer_state_bytes", "argument_bytes", "temporary_bytes",
+    "peak_bytes", "fits", "compile_seconds",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The path of a config.json as Hugging Face's repositories hold it."""
+    path = tmp_path_factory.mktemp("tiny") / "config.json"
+    path.write_text(json.dumps(SHAPE | {"model_type": "llama", "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "\n\n".join(f"The {n}th paragraph of a text that is long enough for a few batches." for n in range(200))
+    )
+    return str(path)
+
+
+def flags(tiny, *others):
+    return ["plan", "--model", tiny, "--seq", "16", "--rank", "4", "--target", "here", *others]
+
+
+def live_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+LAYERWISE = [(name, {"layerwise": True}) for name in ("galore_adamw", "adamw")]
+LAYERWISE += [(name, {"layerwise": True, "weights": "int8"}) for name in ("galore_adamw", "adafactor")]
+
+
+@pytest.mark.parametrize(("optimizer", "options"), [*((name, {}) for name in OPTIMIZERS), *LAYERWISE])
+def test_the_exact_bytes_are_those_of_the_live_arrays_of_a_run(tiny, text, tmp_path, optimizer, options):
+    config = PlanConfig(model=tiny, optimizer=optimizer, target="here", **SMALL, **options)
+    row = prepare(config).exact_bytes()
+    run = loop.prepare(
+        dataclasses.replace(config.pretrain_config(), data=text, out=tmp_path / "run", sample_tokens=0),
+        config.model_config(),
+    )
+    assert row["params_bytes"] == live_bytes(run.params)
+    assert row["optimizer_state_bytes"] == live_bytes(run.opt_state)
+    assert row["optimizer_state"] == state_bytes_by_kind(run.opt_state)
+    assert sum(row["optimizer_state"].values()) == row["optimizer_state_bytes"]
+
+
+@pytest.mark.slow
+def test_a_plan_of_the_demo_has_the_bytes_that_its_run_sums_up(text, tmp_path, capsys):
+    run_flags = ["--model", "demo", "--batch", "2", "--seq", "16", "--rank", "8"]
+    out = tmp_path / "run"
+    steps = ["--data", text, "--steps", "2", "--eval-tokens", "100", "--sample-tokens", "0", "--out", str(out)]
+    assert main(["pretrain", *run_flags, *steps]) == 0
+    capsys.readouterr()
+    assert main(["plan", *run_flags, "--vocab-size", "257", "--dtype", "f32", "--target", "here", "--json"]) == 0
+    row, summary = json.loads(capsys.readouterr().out), json.loads((out / "summary.json").read_text())
+    sizes = ("params_bytes", "optimizer_state_bytes")
+    assert [row[size] for size in sizes] == [summary[size] for size in sizes]
+    assert row["fits"]
+
+
+def test_the_arguments_of_the_compiled_step_are_parameters_state_and_batch(tiny):
+    row = plan(PlanConfig(model=tiny, optimizer="adamw", batch=2, accumulate=2, target="here", **SMALL))
+    batch = 2 * 17 * 4
+    assert row["argument_bytes"] == row["params_bytes"] + row["optimizer_state_bytes"] + batch
+    assert row["alias_bytes"] == row["params_bytes"] + row["optimizer_state_bytes"]
+    assert row["peak_bytes"] == (
+        row["argument_bytes"] + row["output_bytes"] - row["alias_bytes"] + row["temporary_bytes"]
+    )
+    assert row.keys() >= set(PROMISED)
+
+
+@pytest.mark.slow
+@needs_extra
+@pytest.mark.parametrize("target", ["rtx4090", "tpu-v5e"])
+@pytest.mark.parametrize("options", [{}, {"layerwise": True, "weights": "int8"}], ids=["plain", "layer-wise int8"])
+def test_the_step_of_a_run_is_compiled_for_hardware_that_is_not_there(tiny, target, options):
+    row = plan(PlanConfig(model=tiny, target=target, **SMALL, **options))
+    state = row["params_bytes"] + row["optimizer_state_bytes"]
+    assert row["fits"]
+    assert row["alias_bytes"] >= state
+    assert row["peak_bytes"] >= row["argument_bytes"] >= state
+    assert row["compile_seconds"] > 0
+    assert row["missing"] is None is row["refusal"]
+
+
+@needs_extra
+def test_a_model_that_the_compiler_refuses_has_a_plan(capsys):
+    assert main(["plan", "--model", "13b", "--optimizer", "adamw", "--target", "tpu-v5e"]) == 0
+    printed = capsys.readouterr().out
+    assert "no, " in printed
+    assert "adamw: Ran out of memory" in printed
+
+
+def test_one_gradient_of_everything_or_of_a_layer(tiny):
+    count = LlamaConfig(**SHAPE).num_params
+    rest = 2 * 257 * 32 + 32
+    size = lambda **options: prepare(PlanConfig(model=tiny, target="here", **SMALL, **options)).exact_bytes()  # noqa: E731
+    assert size()["gradient_bytes"] == 2 * count
+    assert size(dtype="f32")["gradient_bytes"] == 4 * count
+    assert size(batch=4, accumulate=2)["gradient_bytes"] == 4 * count  # micro-batches are summed in float32
+    assert size(layerwise=True)["gradient_bytes"] == 2 * rest
+    assert size(layerwise=True, vocab_size=4)["gradient_bytes"] == 2 * (count - rest) // 3
+
+
+def test_kinds_of_state():
+
+    from galore_jax import galore_adamw
+
+    params = {"kernel": jnp.ones((3, 64, 256)), "norm": {"scale": jnp.ones((3, 64))}}
+    tx = galore_adamw(0.01, rank=8, diagnostics=True)
+    stacked = state_bytes_by_kind(jax.vmap(tx.init)(params))  # as a layer-wise step holds it: counters are arrays too
+    assert stacked["bases"] == 4 * 3 * 64 * 8
+    assert stacked["moments"] == 2 * 4 * (3 * 8 * 256 + 3 * 64)
+    assert stacked["scales"] == 0
+    assert sum(stacked.values()) == tree_bytes(jax.vmap(tx.init)(params))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "9b"], "Unknown model preset '9b'; choose one of demo, "),
+        (["--model", "9b.json"], "9b.json does not exist; name the config.json of a Hugging Face model."),
+        (["--optimizer", "sgd"], "--optimizer 'sgd' is not known; choose one of galore_adamw, "),
+        (["--compare", "adamw,sgd"], "--optimizer 'sgd' is not known; choose one of galore_adamw, "),
+        (["--target", "rtx9"], "Target 'rtx9' is not known; choose one of "),
+        (["--seq", "5000"], "--seq 5000 is longer than the 2048 positions of --model 7b."),
+        (["--batch", "3", "--accumulate", "2"], "--batch 3 is not a multiple of --accumulate 2; "),
+        (["--weights", "int8"], "--weights int8 needs --layerwise: "),
+        (["--weights", "int4"], "invalid choice 'int4' for argument '--weights'. "),
+        (["--plot", "chart.pdf"], "--plot chart.pdf must be a .png in a folder that exists."),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: " + message)
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama' is supported"),
+        ({"attention_bias": True}, "has attention_bias=true; a LLaMA with biases is not supported"),
+        ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ],
+)
+def test_a_config_json_of_another_model_is_refused(change, message, tiny, tmp_path):
+    path = tmp_path / "config.json"
+    fields = json.loads(Path(tiny).read_text()) | change
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    with pytest.raises(ValueError, match=message):
+        config_from_huggingface(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        config_from_huggingface(path)
+
+
+def test_a_config_json_has_the_shape_of_the_model(tiny):
+    assert config_from_huggingface(Path(tiny), dtype="bfloat16") == LlamaConfig(
+        **SHAPE, rms_norm_eps=1e-5, dtype="bfloat16"
+    )
+
+
+def test_several_optimizers_make_a_list_a_table_and_a_chart(tiny, tmp_path, capsys):
+    chart = tmp_path / "chart.png"
+    compare = flags(tiny, "--compare", "adamw,adafactor")
+    assert main([*compare, "--json", "--plot", str(chart)]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["optimizer"] for row in rows] == ["adamw", "adafactor"]
+    assert rows[0]["optimizer_state_bytes"] > rows[1]["optimizer_state_bytes"]
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    table = plan_report.table(PlanConfig(model=tiny, compare="adamw,adafactor"), rows).splitlines()
+    assert [line.split()[0] for line in table[2:5]] == ["parameters", "adamw", "adafactor"]
+    assert [line.split()[-3] for line in table[3:5]] == ["yes", "yes"]
+
+
+def test_a_plan_says_what_it_leaves_out_and_how_to_let_a_gpu_be_filled(tiny):
+    row = plan(PlanConfig(model=tiny, optimizer="adamw", target="here", **SMALL))
+    roomy = plan_report.table(PlanConfig(), [row | {"platform": "cuda"}])
+    assert plan_report.LEFT_OUT in roomy
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in roomy
+    almost_full = row | {"platform": "cuda", "target_bytes": row["peak_bytes"] + 1}
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in plan_report.table(PlanConfig(), [almost_full])
+    assert "no, 1 B too much" in plan_report.table(
+        PlanConfig(), [row | {"target_bytes": row["peak_bytes"] - 1, "fits": False}]
+    )
+
+
+def test_without_the_extra_the_exact_bytes_remain(tiny):
+    script = """
+import sys
+sys.modules["jax_plugins.xla_cuda13"] = sys.modules["libtpu"] = None  # as if the extra were not installed
+from galore_jax.cli import main
+sys.exit(main())
+"""
+
+    def said(*arguments):
+        command = [sys.executable, "-W", "error", "-c", script, "plan", "--model", tiny, "--seq", "16", *arguments]
+        done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    row = json.loads(said("--target", "rtx4090", "--json"))
+    exact = prepare(PlanConfig(model=tiny, seq=16)).exact_bytes()
+    assert {name: row[name] for name in exact} == exact
+    assert all(
+        row[name] is None for name in ("argument_bytes", "temporary_bytes", "peak_bytes", "fits", "compile_seconds")
+    )
+    table = said("--target", "tpu-v5e").splitlines()
+    assert table[-1] == "To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'."
+    assert not any(line.startswith(("peak", "fits", "temporaries")) for line in table)
+
+
+def test_the_help_names_every_target(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    words = capsys.readouterr().out.replace("│", " ").replace(",", " ").split()
+    assert {*TARGETS, "here:"} <= set(words)
