@@ -7,12 +7,13 @@ import inspect
 import json
 
 import jax
+import numpy as np
 import optax
 import pytest
 from problems import quick_compilation  # noqa: F401
 from runs import TINY, small_tree
 
-from galore_jax import galore_adamw
+import galore_jax
 from galore_jax.training.config import (
     PretrainConfig,
     check,
@@ -81,7 +82,7 @@ def test_every_value_of_a_setting_makes_an_optimizer(setting, values, optimizer)
 
 
 def test_the_settings_of_galore_default_to_those_of_the_library():
-    library = inspect.signature(galore_adamw).parameters
+    library = inspect.signature(galore_jax.galore_adamw).parameters
     for name in ("update_proj_gap", "scale", "proj_type", "projector", "refresh", "transport"):
         assert getattr(PretrainConfig(), name) == library[name].default
 
@@ -105,7 +106,7 @@ def test_config_json_round_trips(tmp_path):
         "tokenizer_fingerprint": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # FIPS 180-2, B.1
     }
     assert model == TINY
-    assert loaded == dataclasses.replace(config, out=tmp_path, resume=True, warmup_steps=4)
+    assert loaded == dataclasses.replace(config, out=tmp_path, resume=True, warmup_steps=4, transport="rotate")
     assert isinstance(loaded.rank, float)
     versions = json.loads((tmp_path / "config.json").read_text())["versions"]
     assert versions.keys() == {"jax", "optax", "flax", "orbax-checkpoint", "galore_jax"}
@@ -122,6 +123,50 @@ def test_a_config_from_before_a_field_says_what_such_a_run_did(tmp_path):
     assert (config.projector, config.refresh, config.transport, config.diagnostics) == (
         "randomized", "together", "keep", False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("projector", "refresh", "transport"),
+    [("power", "staggered", "rotate"), ("rows", "staggered", "rotate"), ("svd", "together", "keep")],
+)
+def test_config_json_names_what_none_stands_for_and_null_in_an_older_one_means_the_same(
+    tmp_path, projector, refresh, transport
+):
+    """Null is what such a run did, also should the defaults ever change; a name in the file wins."""
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(PretrainConfig(projector=projector), TINY, tmp_path, "3:00000000")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert (fields["refresh"], fields["transport"]) == (refresh, transport)
+    for nulls, expected in (
+        ({"refresh": None, "transport": None}, (refresh, transport)),
+        ({"refresh": "lazy", "transport": None}, ("lazy", transport)),
+        ({"refresh": None, "transport": "reset"}, (refresh, "reset")),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(fields | nulls))
+        config = load_config(tmp_path)[0]
+        assert (config.refresh, config.transport) == expected
+
+
+@pytest.mark.parametrize("projector", ["power", "svd"])
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
+def test_what_none_stands_for_is_what_the_library_does_on_its_own(optimizer, projector):
+    """The trainer resolves the defaults itself, for config.json: two copies of one rule."""
+    params = {"layers": small_tree()["layers"]}
+    ours = make_optimizer(
+        PretrainConfig(optimizer=optimizer, rank=4, projector=projector, update_proj_gap=2, clip=0, diagnostics=False),
+        optax.constant_schedule(0.1),
+    )
+    library = getattr(galore_jax, optimizer)(0.1, rank=4, projector=projector, update_proj_gap=2)
+
+    @jax.jit
+    def both(gradient, states):
+        pairs = [tx.update(gradient, state, params) for tx, state in zip((ours, library), states, strict=True)]
+        return tuple(zip(*pairs, strict=True))
+
+    states = (ours.init(params), library.init(params))
+    for step in range(4):
+        updates, states = both(optax.tree.random_like(jax.random.key(step), params), states)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *updates)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ _MAY_CHANGE = {
 _BEFORE_THE_FIELD = {"refresh": "together", "transport": "keep", "diagnostics": False}
 """What a run did whose ``config.json`` is older than these fields."""
 
+_WHERE_NULL = {"refresh": "staggered", "transport": "rotate"}
+"""What a run did whose ``config.json`` has null there, which is not written any more; with svd it did as before the fields."""
+
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
@@ -119,13 +122,20 @@ class PretrainConfig:
     """Tokens of sample text written at the end. 0: none."""
 
     @property
-    def resolved_warmup_steps(self) -> int:
-        """Steps of warm-up, with None resolved.
+    def resolved(self) -> PretrainConfig:
+        """The same settings, with what None stands for in ``warmup_steps``, ``refresh`` and ``transport`` in its place.
 
-        >>> PretrainConfig(steps=50).resolved_warmup_steps
-        5
+        >>> settings = PretrainConfig(steps=50, projector="svd").resolved
+        >>> settings.warmup_steps, settings.refresh, settings.transport
+        (5, 'together', 'keep')
         """
-        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+        refresh, transport = ("together", "keep") if self.projector == "svd" else ("staggered", "rotate")
+        return dataclasses.replace(
+            self,
+            warmup_steps=self.steps // 10 if self.warmup_steps is None else self.warmup_steps,
+            refresh=self.refresh or refresh,
+            transport=self.transport or transport,
+        )
 
     def model_config(self, vocab_size: int) -> LlamaConfig:
         """The model's shape for a vocabulary of that size; ValueError if the preset is unknown.
@@ -200,7 +210,7 @@ def check(config: PretrainConfig) -> None:
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
             "choose micro-batches of equal size."
         )
-    if not 0 <= config.resolved_warmup_steps < config.steps:
+    if config.warmup_steps is not None and not 0 <= config.warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
         )
@@ -296,11 +306,11 @@ def choose_folder(config: PretrainConfig) -> Path:
 
 
 def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path, data_fingerprint: str) -> None:
-    """Write ``config.json``: every field, ``model_config``, ``versions`` of what computed it, and two fingerprints.
+    """Write ``config.json``: every field, resolved, ``model_config``, ``versions`` of what computed it, and two fingerprints.
 
     They are ``data_fingerprint`` and ``tokenizer_fingerprint``, the SHA-256 of the ``tokenizer.json`` in ``folder``.
     """
-    fields = dataclasses.asdict(config) | {"out": str(folder), "warmup_steps": config.resolved_warmup_steps}
+    fields = dataclasses.asdict(config.resolved) | {"out": str(folder)}
     versions = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
     fields |= {"model_config": dataclasses.asdict(model), "versions": versions | {"galore_jax": _own_version()}}
     fields |= {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": _tokenizer_fingerprint(folder)}
@@ -323,10 +333,12 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         known = {field.name for field in dataclasses.fields(PretrainConfig)}
         settings = _BEFORE_THE_FIELD | {name: value for name, value in fields.items() if name in known}
         config = _from_json(PretrainConfig, settings)
+        meant = _BEFORE_THE_FIELD if config.projector == "svd" else _WHERE_NULL
+        nulls = {name: meant[name] for name in _WHERE_NULL if settings[name] is None}
         fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
-    return dataclasses.replace(config, out=folder, resume=True), model, fingerprints
+    return dataclasses.replace(config, out=folder, resume=True, **nulls), model, fingerprints
 
 
 def read_json(path: Path) -> dict[str, Any]:
