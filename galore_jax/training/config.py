@@ -122,6 +122,11 @@ class PretrainConfig:
     """Tokens of sample text written at the end. 0: none."""
 
     @property
+    def resolved_warmup_steps(self) -> int:
+        """Steps of warm-up, with None resolved."""
+        return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
     def resolved(self) -> PretrainConfig:
         """The same settings, with what None stands for in ``warmup_steps``, ``refresh`` and ``transport`` in its place.
 
@@ -132,7 +137,7 @@ class PretrainConfig:
         refresh, transport = ("together", "keep") if self.projector == "svd" else ("staggered", "rotate")
         return dataclasses.replace(
             self,
-            warmup_steps=self.steps // 10 if self.warmup_steps is None else self.warmup_steps,
+            warmup_steps=self.resolved_warmup_steps,
             refresh=self.refresh or refresh,
             transport=self.transport or transport,
         )
@@ -210,7 +215,7 @@ def check(config: PretrainConfig) -> None:
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
             "choose micro-batches of equal size."
         )
-    if config.warmup_steps is not None and not 0 <= config.warmup_steps < config.steps:
+    if not 0 <= config.resolved_warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
         )

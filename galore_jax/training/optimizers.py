@@ -29,7 +29,7 @@ def make_schedule(config: PretrainConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.resolved.warmup_steps,
+        warmup_steps=config.resolved_warmup_steps,
         decay_steps=config.steps,
         end_value=0.1 * config.learning_rate,
     )
