@@ -84,18 +84,19 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-        chosen = {"refresh": config.refresh, "transport": config.transport}
+        settings = config.resolved
         return make(
             schedule,
-            rank=config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.scale,
-            proj_type=config.proj_type,
-            projector=config.projector,
-            diagnostics=config.diagnostics,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            **{name: value for name, value in chosen.items() if value is not None},  # else as the preset has it
+            rank=settings.rank,
+            update_proj_gap=settings.update_proj_gap,
+            scale=settings.scale,
+            proj_type=settings.proj_type,
+            projector=settings.projector,
+            refresh=settings.refresh,
+            transport=settings.transport,
+            diagnostics=settings.diagnostics,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
         )
 
     return build
@@ -111,7 +112,7 @@ def _adamw_8bit(config: PretrainConfig, schedule: optax.Schedule) -> optax.Gradi
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
-    return in_float32(adamw)
+    return adamw
 
 
 def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
