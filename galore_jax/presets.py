@@ -118,7 +118,7 @@ def _adamw_8bit(
 
 @_with_arguments_of(galore_adamw, basis_codec="bfloat16")
 def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """:func:`galore_adamw` with its moments in 8 bits and its bases in bfloat16 (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
+    """:func:`galore_adamw` with moments in 8 bits and bases in bfloat16 (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
 
     The moments of embeddings, LM head and other parameters that are not projected are in 8 bits too, if they are large: see
     :func:`galore_jax.quantize_state`.  State of a projected m x n matrix with k = min(m, n) and K = max(m, n), basis on the
@@ -143,10 +143,11 @@ def q_galore_adamw_8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore (Zhang et al. 2024, arXiv 2407.08296): 8-bit moments, bases in 4 bits, refreshed less often while they stay put.
 
-    :func:`galore_adamw_8bit` with other defaults: ``basis_codec="int4"``, ``refresh="lazy"``, with the paper's threshold, factor
-    and window (see :func:`galore_jax.refresh.lazy` for what is compared), and ``proj_type="reverse_std"``: a basis takes half a
-    byte where two moments take two, so the larger side of a matrix belongs to it.  (The paper has "std".)  The paper's fourth part, weights in int8 with
-    stochastic rounding, is up to the training step: an optimizer sees parameters and returns updates, and does not round them.
+    :func:`galore_adamw_8bit` with other defaults: ``basis_codec="int4"``; ``refresh="lazy"`` with the paper's threshold, factor
+    and window (see :func:`galore_jax.refresh.lazy` for what is compared); and ``proj_type="reverse_std"``, where the paper has
+    "std": a number of a basis takes half a byte and one of the moments two, so the larger side belongs to the basis.  The
+    paper's fourth part, weights in int8 with stochastic rounding, is up to the training step, because an optimizer returns
+    updates and does not round parameters: see :mod:`galore_jax.weights` and :mod:`galore_jax.layerwise`.
 
     Args:
       learning_rate: a number or a schedule.

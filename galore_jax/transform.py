@@ -337,12 +337,11 @@ class _GaLore:
     ) -> tuple[optax.Updates, GaLoreState]:
         """Nothing is projected: the inner transformation itself.
 
-        The barrier keeps the select out of its arithmetic, whose roundings stay as they are.  (A branch would do so too, but hold
-        a copy of the whole state.)
+        It is shown bad gradients too, and what it makes of them is thrown away: its arithmetic is as it would be alone, and no
+        branch holds a copy of the state.
         """
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
-        clean = jax.lax.optimization_barrier(jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), updates))
-        gradients, params = (jax.tree.map(promoted, tree) for tree in (clean, params))
+        gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         replies = jax.tree.map(lambda reply: jnp.where(finite, reply, 0), replies)
         inner_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)

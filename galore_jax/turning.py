@@ -78,8 +78,8 @@ def turn(
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
 
     def recompute_one() -> Turned:
-        fixed = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, peak, current)))
-        turned = _turn_one(projector, view, key, step, *fixed, carriers)
+        matrix, own_peak, one = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, peak, current)))
+        turned = _turn_one(projector, view, key, step, matrix, own_peak, one, carriers)
         return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
 
     def recompute() -> Turned:
