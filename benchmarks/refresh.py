@@ -207,7 +207,9 @@ def plot(records: list[dict], path: pathlib.Path) -> None:
         for index, r in enumerate(chosen):
             missing = max(1 - min(r["captured_energy"]), 1e-6)  # what float32 leaves of an exact one is noise
             marker = "os^"[index % 3]
-            axis.scatter(1e3 * np.median(r["seconds"]), missing, 50, f"C{index}", marker, label=r["projector"])
+            axis.scatter(
+                1e3 * np.median(r["seconds"]), missing, s=50, c=f"C{index}", marker=marker, label=r["projector"]
+            )
         axis.axhline(0.01, color="gray", linewidth=0.8)
         axis.set(
             xscale="log", yscale="log", xlabel="one refresh (ms)", ylim=(5e-7, 2), title=f"{preset}: {size(chosen[0])}"

@@ -32,7 +32,7 @@ def test_every_optimizer_decays_weights_by_learning_rate_times_weight_decay(name
     params = small_tree()
     config = PretrainConfig(optimizer=name, rank=4, weight_decay=0.1)
     tx = make_optimizer(config, optax.constant_schedule(0.5))
-    updates, _ = tx.update(optax.tree.zeros_like(params), tx.init(params), params)
+    updates, _ = jax.jit(tx.update)(optax.tree.zeros_like(params), tx.init(params), params)
     jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -0.05 * p, rtol=1e-6), updates, params)
 
 
