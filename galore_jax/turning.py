@@ -132,11 +132,12 @@ def _turn_one(
 ) -> Turned:
     storage, rank = projector.storage, view.rank
     exponent = jnp.frexp(peak)[1]
-    matrix = jnp.ldexp(promoted(matrix), -exponent)  # a power of two: nothing is rounded
+    # A power of two: nothing is rounded.  bfloat16 has the exponents of float32, and is widened where it is used.
+    matrix = jnp.ldexp(matrix if matrix.dtype == jnp.bfloat16 else promoted(matrix), -exponent)
     one_sided = jnp.ldexp(old.low_rank, -exponent)
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
-        old = storage.decode(basis, rank, matrix.dtype)
+        old = storage.decode(basis, rank, coordinates.dtype)
         made, coordinates = projector.refresh(Observation(key, matrix, old, coordinates, step, transposed))
         made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
         new = storage.encode(made)
