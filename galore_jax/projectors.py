@@ -38,7 +38,7 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class Observation(NamedTuple):
     """What a projector is shown of one matrix; a basis on the right of a gradient is one on the left of its transpose.
 
-    The gradient is finite, not zero, and scaled so that its largest entry lies in [1/2, 1).
+    The gradient is finite and not zero, of any scale.
     """
 
     key: jax.Array  # PRNG key of this refresh
@@ -177,7 +177,7 @@ def rows(select: str = "top") -> Projector:
 
     def refresh(seen: Observation) -> tuple[RowBasis, jax.Array]:
         rank = seen.coordinates.shape[0]
-        energy = jnp.sum(jnp.square(promoted(seen.gradient)), axis=1)  # [m]
+        energy = jnp.sum(jnp.square(_unit(promoted(seen.gradient))), axis=1)  # [m]
         if select == "top":
             index = jax.lax.top_k(energy, rank)[1]
             factor = jnp.ones((rank,), energy.dtype)
@@ -261,7 +261,7 @@ def _power_steps(gradient: jax.Array, start: jax.Array, steps: int | jax.Array) 
 
     def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         wide = promoted(gradient)  # here, where XLA takes it into the products and holds no copy
-        basis = orthonormal(wide @ carry[1].T)
+        basis = orthonormal(wide @ _unit(carry[1]).T)
         return basis, basis.T @ wide
 
     nothing = jnp.zeros((gradient.shape[0], start.shape[0]), start.dtype)
@@ -269,17 +269,22 @@ def _power_steps(gradient: jax.Array, start: jax.Array, steps: int | jax.Array) 
 
 
 def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All left singular vectors [m, m] and squared singular values [m], largest first."""
-    gradient = promoted(gradient)
+    """All left singular vectors [m, m] and squared singular values [m] of a multiple of G, largest first."""
+    gradient = _unit(promoted(gradient))
     values, vectors = jnp.linalg.eigh(jnp.matmul(gradient, gradient.T, precision=_HIGHEST))
     return vectors[:, ::-1], values[::-1]
 
 
 def _by_energy(basis: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Columns by the energy they carry, largest first, the largest entry of each positive."""
-    order = jnp.argsort(-jnp.sum(jnp.square(coordinates), axis=1))
+    order = jnp.argsort(-jnp.sum(jnp.square(_unit(coordinates)), axis=1))
     sign = jnp.where(jnp.max(basis, axis=0) >= -jnp.min(basis, axis=0), 1, -1).astype(basis.dtype)
     return (basis * sign[None, :])[:, order], (coordinates * sign[:, None])[order]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x times a power of two, which rounds nothing, so that the largest entry lies in [1/2, 1) and squares do not overflow."""
+    return jnp.ldexp(x, -jnp.frexp(jnp.max(jnp.abs(x)))[1])
 
 
 def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

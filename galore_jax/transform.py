@@ -255,7 +255,6 @@ class _GaLore:
                     current,
                     tuple(mine.values()),
                     wanted,
-                    leaf.peak,
                 )
                 schedules[i] = self.refresh.advance(state.count, slots, schedules[i], turned, overlap)
                 kept += jnp.sum(due & ~leaf.good, dtype=jnp.int32)
