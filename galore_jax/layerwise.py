@@ -133,19 +133,21 @@ def layerwise(
         inputs, last = run.forward(layers)
         loss, cotangent = run.loss(last)
 
-        def bounded(grads: Params, bound: float | None, norm: jax.Array) -> Params:
-            if bound is None:
-                return grads
-            factor = jnp.where(norm < bound, 1, bound / norm)
-            return jax.tree.map(lambda g: g.astype(jnp.float32) * factor, grads)
-
-        def squares_of(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
-            return squares + _squares(grads)
-
-        norm = jnp.zeros([])
+        factor, norm = jnp.ones([]), None
         if max_norm is not None:
-            squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), squares_of, norm)
-            norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first)))
+            add = lambda i, grads, squares: squares + _squares(grads)  # noqa: E731
+            squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
+            norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first, factor)))
+            factor = jnp.where(norm < max_norm, 1, max_norm / norm)
+            # Every gradient is linear in this: they come out bounded, and none has to be copied for it.
+            cotangent = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), cotangent)
+
+        def bounded(grads: Params, squares: jax.Array) -> Params:
+            if max_layer_norm is None:
+                return grads
+            own = jnp.sqrt(squares)
+            scale = jnp.where(own < max_layer_norm, 1, max_layer_norm / own)
+            return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
 
         def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
             weights, states, squares = carry
@@ -154,7 +156,7 @@ def layerwise(
             read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
             grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
             layer = weights.at(places)
-            grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
+            grads = bounded(grads, own)
             place = {Layer.ARGUMENT: Layer(i, run.number)}
             updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **place)
             layer = apply_updates(layer, updates, key, layer=i)
@@ -165,15 +167,15 @@ def layerwise(
             inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
         )
         layers = weights.whole()
-        grads = run.rest_gradient(last, first)
+        grads = run.rest_gradient(last, first, factor)
         own = _squares(grads)
-        grads = bounded(bounded(grads, max_layer_norm, jnp.sqrt(own)), max_norm, norm)
+        grads = bounded(grads, own)
         updates, rest_state = tx.update(grads, state.rest, run.rest)
         params = model.join(layers, apply_updates(rest, updates, key))
         return (
             params,
             LayerwiseState(state.count + 1, states.whole(), rest_state),
-            LayerwiseMetrics(loss, jnp.sqrt(squares + own)),
+            LayerwiseMetrics(loss, jnp.sqrt(squares + own) if norm is None else norm),
         )
 
     return Layerwise(init, step)
@@ -294,8 +296,8 @@ class _Run(NamedTuple):
 
         return jax.lax.fori_loop(0, self.number, body, (carry, cotangent))
 
-    def rest_gradient(self, last: Activations, cotangent: Activations) -> Params:
-        """The mean gradient of everything outside the blocks, by way of the loss and of the embedding.
+    def rest_gradient(self, last: Activations, cotangent: Activations, factor: jax.Array) -> Params:
+        """The mean gradient of everything outside the blocks, by way of ``factor`` times the loss, and of the embedding.
 
         The loss is taken again: to keep its gradient over the backward pass would cost the memory of an LM head.
         """
@@ -306,7 +308,7 @@ class _Run(NamedTuple):
             x, back, batch = triple
             ends = lambda rest: (self.model.loss(rest, x, batch), self.model.embed(rest, batch))  # noqa: E731
             (value, _), pull = jax.vjp(ends, rest)
-            return pull((jnp.ones_like(value), back))[0], None
+            return pull((factor.astype(value.dtype), back))[0], None
 
         return _mean_gradient(one, (last, cotangent, self.batches))[0]
 

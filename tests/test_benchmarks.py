@@ -65,7 +65,7 @@ def assert_picture(path):
 
 
 def test_every_benchmark_has_a_test():
-    tested = {"learns.py", "refresh.py", "step.py", "transport.py"}
+    tested = {"learns.py", "memory.py", "refresh.py", "step.py", "transport.py"}
     elsewhere = {"optimizer_bytes.py"}  # test_memory.py
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
 
@@ -205,3 +205,22 @@ def test_the_fast_projectors_hold_no_factorisation_but_cholesky(script, name):
     fields = jax.tree.leaves((seen.gradient, seen.coordinates))
     lowered = jax.jit(lambda g, c: projector.refresh(seen._replace(gradient=g, coordinates=c))).lower(*fields)
     assert script("_common").factorisations_in(lowered.as_text() + lowered.compile().as_text()) == []
+
+
+@pytest.mark.slow
+def test_memory_plans_every_row_once_and_goes_on_where_it_was(tmp_path, script, monkeypatch, capsys):
+    memory = script("memory")
+    names = ["adamw", "galore 8-bit, layer-wise"]
+    monkeypatch.setattr(memory, "ROWS", {name: memory.ROWS[name] for name in names})
+    arguments = ["--models", "demo", "--targets", "here", "--seq", "16"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", str(tmp_path), *arguments])
+    memory.main()
+    found = rows(capsys.readouterr().out)[1:]
+    assert [row[:3] for row in found] == [["demo", "here", name] for name in names]
+    plans = json.loads((tmp_path / "memory.json").read_text()).values()
+    states = {row["name"]: row["optimizer_state_bytes"] for row in plans}
+    assert states["galore 8-bit, layer-wise"] < states["adamw"] / 4
+    assert_picture(tmp_path / "memory.png")
+    monkeypatch.setattr(memory, "planned", None)  # nothing is compiled again
+    memory.main()
+    assert rows(capsys.readouterr().out)[1:] == found

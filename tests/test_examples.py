@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples run as a newcomer runs them, with warnings as errors."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_every_example_has_a_test():
         "optax_quickstart.py",
         "flax_train_state.py",
         "pretrain_llama.py",
+        "pretrain_7b_24gb.py",
     }
 
 
@@ -48,3 +50,29 @@ def test_pretrain_llama_writes_a_run(tmp_path):
     output = run("pretrain_llama.py", tmp_path / "run")
     assert float(output.splitlines()[-1].split()[2]) < 4.5  # log(257) = 5.5 before training
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_pretrain_7b_runs_as_it_is_with_a_tiny_model(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i} is followed by {i + 1}, and {i + 1} by {i + 2}." * 8 for i in range(200)))
+    run_folder = tmp_path / "run"
+    arguments = [
+        "--model",
+        "demo",
+        "--rank",
+        "32",
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--seq",
+        "32",
+        "--tokenizer",
+        "bytes",
+        "--int8",
+    ]
+    last = run("pretrain_7b_24gb.py", "--data", text, "--out", run_folder, *arguments).splitlines()[-1]
+    assert 0 < int(last.split("%")[0].split()[-1]) < 50
+    settings = json.loads((run_folder / "config.json").read_text())
+    assert (settings["weights"], settings["layerwise"], settings["proj_type"]) == ("int8", True, "reverse_std")

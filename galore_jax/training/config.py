@@ -85,7 +85,7 @@ class PretrainConfig:
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate."""
     clip: float = 1.0
-    """Largest global norm of a gradient; larger ones are scaled down. 0: no clipping."""
+    """Largest global norm of a gradient; larger ones are scaled down. 0: no bound. Layer-wise it takes a second backward pass."""
     steps: int = 500
     """Optimizer steps in all, the ones before a resume included."""
     warmup_steps: int | None = None

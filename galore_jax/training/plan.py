@@ -47,8 +47,8 @@ class PlanConfig:
     """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
     update_proj_gap: int = 200
     """GaLore: steps between two refreshes of the subspaces; the refresh is part of the step."""
-    proj_type: str = "std"
-    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full."""
+    proj_type: str | None = None
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
     projector: str = "power"
     """GaLore: how subspaces are found, as in galore-jax pretrain."""
     refresh: str | None = None

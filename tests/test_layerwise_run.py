@@ -1,0 +1,69 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Layer-wise runs of the trainer: int8 weights that resume exactly, and the losses of a plain run."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from problems import leniency, quick_compilation  # noqa: F401
+
+from galore_jax.models import LlamaConfig
+from galore_jax.training import PretrainConfig
+from galore_jax.training.loop import prepare, train
+from galore_jax.training.metrics import read_metrics
+from galore_jax.weights import is_int8
+
+MODEL = LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=2, num_hidden_layers=2, vocab_size=257)
+QUICK = {
+    "steps": 6, "save_every": 3, "eval_every": 6, "eval_tokens": 500, "log_every": 1, "batch": 4, "seq": 32, "rank": 16,
+    "update_proj_gap": 2, "sample_tokens": 0, "layerwise": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(f"{i} and {i + 1} make {2 * i + 1}, which is odd. " * 10 for i in range(150)))
+    return str(path)
+
+
+def finished(config):
+    run = prepare(config, None if config.resume else MODEL)
+    with leniency():  # Optax's schedules and Flax mix dtypes inside
+        train(run)
+    return run
+
+
+@pytest.mark.slow
+def test_an_int8_run_resumes_bit_for_bit(text, tmp_path):
+    config = PretrainConfig(
+        optimizer="q_galore_adamw_8bit", weights="int8", accumulate=2, data=text, out=tmp_path / "whole", **QUICK
+    )
+    whole = finished(config)
+    assert is_int8(whole.params["layers"]["mlp"]["up_proj"]["kernel"])
+    shutil.copytree(config.out, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    resumed = finished(dataclasses.replace(config, out=tmp_path / "cut", resume=True))
+    assert resumed.resumed_from == 3
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    jax.tree.map(np.testing.assert_array_equal, resumed.opt_state, whole.opt_state)
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["galore_adamw_8bit", "adamw_8bit"])
+def test_a_layer_wise_run_with_8_bit_state_has_the_losses_of_a_plain_one(optimizer, text, tmp_path):
+    losses = []
+    for layerwise in (True, False):
+        out = tmp_path / str(layerwise)
+        finished(
+            PretrainConfig(optimizer=optimizer, data=text, out=out, **(QUICK | {"layerwise": layerwise, "steps": 20}))
+        )
+        losses.append([r["loss"] for r in read_metrics(out) if "loss" in r])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert losses[0][-1] < losses[0][0] - 0.2
