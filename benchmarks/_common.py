@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the benchmarks share: a LLaMA on real text, its gradients, and programs compiled for a TPU that is not there."""
 
+import functools
 import os
 import re
+import sys
 import time
 
 import jax
@@ -16,12 +18,14 @@ from galore_jax.models import Llama, LlamaConfig
 from galore_jax.training.data import load_data
 from galore_jax.training.step import token_losses
 
-FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf", "qr")
+FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf", "orgqr")
 
 
-def language_model(preset: str, batch: int, seq: int, layers: int | None = None, data: str = "python"):
-    """(loss(params, tokens), init(), iterator of int32 [batch, seq + 1]) of a preset on the bytes of a text."""
-    text = load_data(data, tokenizer="bytes", sequence_length=seq, batch_size=batch, seed=0, vocab_size=256)
+def language_model(
+    preset: str, batch: int, seq: int, layers: int | None = None, data: str = "python", tokenizer: str = "bytes"
+):
+    """(loss(params, tokens), init(), iterator of int32 [batch, seq + 1]) of a preset on a text."""
+    text = load_data(data, tokenizer=tokenizer, sequence_length=seq, batch_size=batch, seed=0, vocab_size=4096)
     overrides = {} if layers is None else {"num_hidden_layers": layers}
     config = LlamaConfig.preset(preset, vocab_size=text.tokenizer.vocab_size, **overrides)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
@@ -36,36 +40,51 @@ def language_model(preset: str, batch: int, seq: int, layers: int | None = None,
     return loss, init, text.train_iterator()
 
 
-def training_gradients(preset: str, layers: int, steps: list[int], batch: int, seq: int, data: str) -> dict:
-    """{"path@step": the gradient [m, n] of the last layer's matrix} at the given steps of a real AdamW run."""
-    loss, init, batches = language_model(preset, batch, seq, layers, data)
+def training_gradients(
+    matrix: str, preset: str, layers: int, steps: list[int], batch: int, seq: int, data: str, tokenizer: str
+) -> tuple[list[np.ndarray], list[float]]:
+    """(the gradients [m, n] of the last layer's matrix, the losses) at the given steps of a real AdamW run.
+
+    The run takes a part of each batch, at most an eighth, and the gradients are those of the whole, on the weights before the
+    step.
+    """
+    loss, init, batches = language_model(preset, batch, seq, layers, data, tokenizer)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(optax.warmup_constant_schedule(0.0, 1e-3, 1 + max(steps) // 10))
     )
     params = init()
     state = tx.init(params)
 
-    @jax.jit
-    def step(params, state, tokens):
-        gradient = jax.grad(loss)(params, tokens)
-        updates, state = tx.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, gradient
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def train(params, state, tokens):
+        updates, state = tx.update(jax.grad(loss)(params, tokens), state, params)
+        return optax.apply_updates(params, updates), state
 
-    kept = {}
+    @jax.jit
+    def measure(params, tokens):
+        value, gradient = jax.value_and_grad(loss)(params, tokens)
+        leaves = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(gradient)
+        }
+        return value, leaves[matrix][-1]
+
+    gradients, losses = [], []
     for number in range(max(steps) + 1):
-        params, state, gradient = step(params, state, jnp.asarray(next(batches)))
+        tokens = jnp.asarray(next(batches))
         if number in steps:
-            for path, leaf in jax.tree.leaves_with_path(gradient):
-                if leaf.ndim == 3:
-                    name = jax.tree_util.keystr(path, simple=True, separator="/")
-                    kept[f"{name}@{number}"] = np.asarray(leaf[-1])
-    return kept
+            value, gradient = measure(params, tokens)
+            gradients.append(np.asarray(gradient))
+            losses.append(float(value))
+            print(f"{preset}, step {number}: loss {losses[-1]:.3f}", file=sys.stderr, flush=True)
+        params, state = train(params, state, tokens[: max(1, batch // 8)])
+    return gradients, losses
 
 
 def compile_for_tpu(function, *arguments, topology: str = "v5e:2x2"):
     """(compile seconds, compiled, HLO text) of a function of abstract arguments for one core of a TPU that is not attached.
 
-    Needs the package libtpu, which lets one process at a time in.
+    The seconds are those of the clock and those of all cores added up, which depend less on what else the machine does.  Needs
+    the package libtpu, which lets one process at a time in; JAX_PLATFORMS=cpu keeps JAX itself from looking for a TPU.
     """
     from jax.experimental import topologies
 
@@ -79,12 +98,17 @@ def compile_for_tpu(function, *arguments, topology: str = "v5e:2x2"):
         return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=placed)
 
     lowered = jax.jit(function).lower(*jax.tree.map(abstract, arguments))
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     compiled = lowered.compile()
-    return time.perf_counter() - start, compiled, lowered.as_text() + compiled.as_text()
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    return seconds, compiled, lowered.as_text() + compiled.as_text()
 
 
 def factorisations_in(text: str) -> list[str]:
-    """The names of matrix factorisations, Cholesky apart, that a program's text mentions as an operation."""
+    """The names of matrix factorisations, Cholesky apart, that a program's text mentions as an operation.
+
+    A program is StableHLO or HLO; a LAPACK routine counts by its name without the letter of its type.
+    """
     operations = {name.lower() for name in re.findall(r"(?:custom_call_target=\"|@|stablehlo\.|= \S+ )([\w.]+)", text)}
-    return sorted({word for word in FACTORISATIONS for name in operations if word in re.split(r"[^a-z]+", name)})
+    words = {word for name in operations for word in re.split(r"[^a-z]+", name)}
+    return sorted({known for known in FACTORISATIONS for name in operations if known in name} | ({"qr"} & words))

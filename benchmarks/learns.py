@@ -16,8 +16,6 @@ import matplotlib.pyplot as plt
 
 from galore_jax.training import PretrainConfig, run_pretrain
 
-LEARNING_RATES = {"adamw": (1e-3, 3e-3, 1e-2), "galore_adamw": (3e-3, 1e-2, 3e-2)}
-
 
 def summary_of(out: pathlib.Path, optimizer: str, learning_rate: float, steps: int | None, data: str) -> dict:
     folder = out / f"{optimizer}-{learning_rate:g}"
@@ -63,11 +61,13 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
     parser.add_argument("--steps", type=int, help="steps of each run; default: the demo's")
     parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
+    parser.add_argument("--adamw", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="its learning rates")
+    parser.add_argument("--galore-adamw", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="its learning rates")
     args = parser.parse_args()
     matplotlib.use("Agg")
     results = {
         optimizer: {rate: summary_of(args.out, optimizer, rate, args.steps, args.data) for rate in rates}
-        for optimizer, rates in LEARNING_RATES.items()
+        for optimizer, rates in {"adamw": args.adamw, "galore_adamw": args.galore_adamw}.items()
     }
     print("| optimizer | learning rate | validation loss | optimizer state (bytes) |\n|---|---|---|---|")
     for optimizer, by_rate in results.items():

@@ -2,21 +2,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a refresh costs and what its basis captures: every projector, on gradients of a real training run.
 
-    python benchmarks/refresh.py OUT                     60m, 130m, 350m and 1b shapes, about half an hour on two cores
+    python benchmarks/refresh.py OUT                     60m, 130m, 350m and 1b shapes, about an hour on two cores
     python benchmarks/refresh.py OUT --presets 350m      the 1024 x 2736 matrices at r = 256 alone
-    python benchmarks/refresh.py OUT --tpu               adds compile time and code size for a TPU v5e (needs libtpu)
+    python benchmarks/refresh.py OUT --presets 350m --rounds 0 --tpu     compile time and code size for a TPU v5e (needs libtpu)
 
-Gradients: a LLaMA of the preset's width with two layers on the bytes of Python's standard library (or --data), AdamW, 2,048
-tokens a step; its last layer's up_proj at steps T apart, T = 10.  Time is that of one refresh, from a gradient and its
-coordinates in the old basis, which a training step has anyway, to the new basis and the coordinates in it, which it needs
-next; all contestants take turns in one process.  Energy is ‖PᵀG‖² over the largest possible at that rank (float64 SVD), the
-least over the refreshes.  Writes OUT/refresh.json and OUT/refresh.png, and prints a Markdown table.
+Gradients: a LLaMA of the preset's width with two layers on the source of Python's standard library (or --data), AdamW with 256
+tokens a step; the gradients of 2,048 tokens with respect to the last layer's up_proj, at the start (--steps 0 10 20) and, the
+default gap of 200 steps on, at 220.  The tokens are those of a trained BPE of 4,096: a hundred different bytes would confine the
+gradient to about a hundred directions.  Each projector refreshes at all of these steps, a warm start from its own basis of the
+step before.  Time is that of the last refresh, from a gradient and its coordinates in the old basis, which a training step has
+anyway, to the new basis and the coordinates in it, which it needs next; all contestants take turns in one process.  Energy is
+‖PᵀG‖² over the largest possible at that rank (float64).  Writes OUT/refresh.json and OUT/refresh.png (OUT/refresh-tpu.json), and
+prints Markdown tables.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import pathlib
+import resource
+import signal
+import sys
 import time
 
 import jax
@@ -25,11 +32,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from _common import compile_for_tpu, factorisations_in, training_gradients
+from optimizer_bytes import RANKS
 
 from galore_jax import projectors
+from galore_jax.models import LlamaConfig
 from galore_jax.projectors import Observation
 
-STEPS = [0, 10, 20, 30]
 MATRIX = "layers/mlp/up_proj/kernel"
 CONTESTANTS = {
     "power (default)": projectors.power,
@@ -57,21 +65,36 @@ def program(name: str):
     return (lambda *fields: refresh(Observation(*fields, jnp.int32(0), False))), storage
 
 
-def gradients_of(out: pathlib.Path, preset: str, data: str) -> list[np.ndarray]:
-    cache = out / f"gradients-{preset}.npz"
-    if not cache.exists():
-        kept = training_gradients(preset, layers=2, steps=STEPS, batch=8, seq=256, data=data)
-        np.savez(cache, **{key: value for key, value in kept.items() if key.startswith(MATRIX)})
-    archive = np.load(cache)
-    gradients = [archive[f"{MATRIX}@{step}"] for step in STEPS]
-    return [gradient / np.abs(gradient).max() for gradient in gradients]
+def shape_of(preset: str) -> tuple[int, int, int]:
+    """m, n and the rank of the matrices of a preset."""
+    config = LlamaConfig.preset(preset)
+    return config.hidden_size, config.intermediate_size, RANKS.get(preset, config.hidden_size // 4)
+
+
+def gradients_of(args: argparse.Namespace, preset: str) -> tuple[list[np.ndarray], list[float]]:
+    """The gradients, the largest entry of each 1, and the losses; of an earlier call with the same settings if there was one."""
+    settings = {name: str(getattr(args, name)) for name in ("steps", "batch", "seq", "data", "tokenizer")}
+    cache = args.out / f"gradients-{preset}.npz"
+    archive = np.load(cache) if cache.exists() else {"settings": None}
+    if str(archive["settings"]) != str(settings):
+        found, losses = training_gradients(
+            MATRIX, preset, 2, args.steps, args.batch, args.seq, args.data, args.tokenizer
+        )
+        np.savez(cache, settings=str(settings), gradients=np.stack(found), losses=losses)
+        archive = np.load(cache)
+    return [gradient / np.abs(gradient).max() for gradient in archive["gradients"]], archive["losses"].tolist()
+
+
+def best_energies(gradients: list[np.ndarray], rank: int) -> list[float]:
+    """The largest ‖PᵀG‖² at that rank for each gradient: of its leading squared singular values, in float64."""
+    wide = [gradient.astype(np.float64) for gradient in gradients]
+    return [float(np.linalg.eigvalsh(g @ g.T)[-rank:].sum()) for g in wide]
 
 
 def measure(preset: str, gradients: list[np.ndarray], rounds: int) -> list[dict]:
     """One record a contestant."""
-    m, n = gradients[0].shape
-    rank = m // 4
-    optima = [np.sum(np.linalg.svd(g.astype(np.float64), compute_uv=False)[:rank] ** 2) for g in gradients]
+    m, n, rank = shape_of(preset)
+    optima = best_energies(gradients, rank)
     devices = [jnp.asarray(g) for g in gradients]
     records, calls = {}, {}
     for name in CONTESTANTS:
@@ -97,14 +120,14 @@ def measure(preset: str, gradients: list[np.ndarray], rounds: int) -> list[dict]
             start = time.perf_counter()
             jax.block_until_ready(compiled(*arguments))
             seconds[name].append(time.perf_counter() - start)
-    slowest = np.median(seconds["svd"])
     for name, record in records.items():
-        median = float(np.median(seconds[name]))
-        record |= {"seconds": median, "times_faster_than_svd": float(slowest / median)}
+        ratios = np.divide(seconds["svd"], seconds[name])  # of neighbours in time
+        record |= {"seconds": seconds[name], "times_faster_than_svd": float(np.median(ratios))}
     return list(records.values())
 
 
-def tpu_record(name: str, shape: tuple[int, int], rank: int, queue) -> None:
+def tpu_record(name: str, shape: tuple[int, int], rank: int, timeout: int, queue) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (timeout, resource.RLIM_INFINITY))
     refresh, storage = program(name)
     basis = storage.zeros((shape[0], rank), jnp.float32, None, None)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
@@ -115,64 +138,112 @@ def tpu_record(name: str, shape: tuple[int, int], rank: int, queue) -> None:
     arguments = key, jnp.zeros(shape), basis, jnp.zeros((rank, shape[1]))
     seconds, compiled, text = compile_for_tpu(from_data, *arguments)
     code = compiled.memory_analysis().generated_code_size_in_bytes
-    queue.put({"tpu_compile_seconds": seconds, "tpu_code_bytes": code, "tpu_factorisations": factorisations_in(text)})
+    record = {"tpu_compile_seconds": seconds[0], "tpu_compile_cpu_seconds": seconds[1], "tpu_code_bytes": code}
+    queue.put(record | {"tpu_factorisations": factorisations_in(text)})
 
 
 def on_tpu(name: str, shape: tuple[int, int], rank: int, timeout: int) -> dict:
-    """In a process of its own, which is stopped after ``timeout`` seconds."""
+    """In a process of its own, which SIGXCPU ends once its threads have run for ``timeout`` seconds together."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=tpu_record, args=(name, shape, rank, queue))
+    process = context.Process(target=tpu_record, args=(name, shape, rank, timeout, queue))
     process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
+    process.join()
+    if process.exitcode == -signal.SIGXCPU:
         return {"tpu_compile_seconds": None}
     if process.exitcode:
         raise SystemExit(f"Compiling {name} for the TPU failed; is libtpu installed, and no other process using it?")
     return queue.get()
 
 
-def table(records: list[dict], timeout: int) -> str:
+def table(results: dict, steps: list[int]) -> str:
     lines = [
-        "| shape, rank | projector | ms | times faster than SVD | energy, of the optimum | max abs PᵀP - I | compile, s |",
+        "| shape, rank | projector | ms | times faster than SVD | least energy, of the optimum | max abs PᵀP - I | compile, s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in records:
-        shape = f"{r['shape'][0]} x {r['shape'][1]}, {r['rank']}"
+    for r in results["refreshes"]:
         lines.append(
-            f"| {shape} | {r['projector']} | {1e3 * r['seconds']:.1f} | {r['times_faster_than_svd']:.1f} "
+            f"| {size(r)} | {r['projector']} | {1e3 * np.median(r['seconds']):.1f} | {r['times_faster_than_svd']:.1f} "
             f"| {min(r['captured_energy']):.4f} | {r['defect']:.0e} | {r['compile_seconds']:.1f} |"
         )
-    on_a_tpu = [r for r in records if "tpu_compile_seconds" in r]
-    if on_a_tpu:
-        lines += ["", "| projector | TPU v5e compile, s | code, MiB | factorisations in the HLO |", "|---|---|---|---|"]
-    for r in on_a_tpu:
-        if r["tpu_compile_seconds"] is None:
-            lines.append(f"| {r['projector']} | > {timeout} | | |")
-            continue
-        found = ", ".join(r["tpu_factorisations"]) or "none"
-        size = r["tpu_code_bytes"] / 2**20
-        lines.append(f"| {r['projector']} | {r['tpu_compile_seconds']:.1f} | {size:.1f} | {found} |")
+    header = "| shape, rank | energy captured, of the optimum | " + " | ".join(f"step {step}" for step in steps) + " |"
+    lines += ["", header, "|---" * (2 + len(steps)) + "|"]
+    for preset, found in results["gradients"].items():
+        chosen = [r for r in results["refreshes"] if r["preset"] == preset]
+        rows = {"(loss)": (found["losses"], 2), "(optimum, of the whole)": (found["optimal_shares"], 4)}
+        rows |= {r["projector"]: (r["captured_energy"], 4) for r in chosen}
+        for name, (values, digits) in rows.items():
+            cells = " | ".join(f"{value:.{digits}f}" for value in values)
+            lines.append(f"| {size(chosen[0])} | {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def size(record: dict) -> str:
+    return f"{record['shape'][0]} x {record['shape'][1]}, {record['rank']}"
+
+
+def tpu_table(records: list[dict], timeout: int) -> str:
+    lines = [
+        "| shape, rank | projector | TPU v5e compile, s | s of one core | code, MiB | factorisations in the HLO |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        cells = f" | > {timeout} | |"
+        if r["tpu_compile_seconds"] is not None:
+            found = ", ".join(r["tpu_factorisations"]) or "none"
+            seconds = f"{r['tpu_compile_seconds']:.1f} | {r['tpu_compile_cpu_seconds']:.1f}"
+            cells = f"{seconds} | {r['tpu_code_bytes'] / 2**20:.1f} | {found}"
+        lines.append(f"| {size(r)} | {r['projector']} | {cells} |")
     return "\n".join(lines)
 
 
 def plot(records: list[dict], path: pathlib.Path) -> None:
     presets = list(dict.fromkeys(r["preset"] for r in records))
     figure, axes = plt.subplots(
-        1, len(presets), figsize=(1 + 4.5 * len(presets), 4.5), layout="constrained", squeeze=False, sharey=True
+        1, len(presets), figsize=(2.5 + 3.2 * len(presets), 4), layout="constrained", squeeze=False, sharey=True
     )
     for axis, preset in zip(axes[0], presets, strict=True):
         chosen = [r for r in records if r["preset"] == preset]
         for index, r in enumerate(chosen):
-            axis.scatter(1e3 * r["seconds"], min(r["captured_energy"]), s=60, color=f"C{index}", label=r["projector"])
-        axis.set(xscale="log", xlabel="one refresh (ms)", ylim=(-0.03, 1.05))
-        axis.set_title(f"{preset}: {chosen[0]['shape'][0]} x {chosen[0]['shape'][1]}, r = {chosen[0]['rank']}")
-        axis.grid(alpha=0.25, which="both")
-    axes[0][0].set_ylabel("captured energy, of the optimum")
+            missing = max(1 - min(r["captured_energy"]), 1e-6)  # what float32 leaves of an exact one is noise
+            marker = "os^"[index % 3]
+            axis.scatter(
+                1e3 * np.median(r["seconds"]), missing, s=50, c=f"C{index}", marker=marker, label=r["projector"]
+            )
+        axis.axhline(0.01, color="gray", linewidth=0.8)
+        axis.set(
+            xscale="log", yscale="log", xlabel="one refresh (ms)", ylim=(5e-7, 2), title=f"{preset}: {size(chosen[0])}"
+        )
+        axis.grid(alpha=0.25)
+    axes[0][0].set_ylabel("energy missed at the worst step, of the optimum")
     axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """The contestants on this machine."""
+    results = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}, "gradients": {}, "refreshes": []}
+    for preset in args.presets:
+        gradients, losses = gradients_of(args, preset)
+        wholes = [float(np.sum(np.square(g, dtype=np.float64))) for g in gradients]
+        shares = np.divide(best_energies(gradients, shape_of(preset)[2]), wholes).tolist()
+        results["gradients"][preset] = {"losses": losses, "optimal_shares": shares}
+        results["refreshes"] += measure(preset, gradients, args.rounds)
+        (args.out / "refresh.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(f"{preset} measured", file=sys.stderr, flush=True)
+    plot(results["refreshes"], args.out / "refresh.png")
+    print(table(results, args.steps))
+
+
+def compile_all_for_tpu(args: argparse.Namespace) -> None:
+    records = []
+    for preset, name in itertools.product(args.presets, CONTESTANTS):
+        m, n, rank = shape_of(preset)
+        record = {"preset": preset, "shape": [m, n], "rank": rank, "projector": name}
+        records.append(record | on_tpu(name, (m, n), rank, args.tpu_timeout))
+        (args.out / "refresh-tpu.json").write_text(json.dumps(records, indent=2) + "\n")
+        print(records[-1], file=sys.stderr, flush=True)
+    print(tpu_table(records, args.tpu_timeout))
 
 
 def main() -> None:
@@ -180,21 +251,20 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path, help="folder for the gradients and the results")
     parser.add_argument("--presets", nargs="+", default=["60m", "130m", "350m", "1b"])
     parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each contestant")
-    parser.add_argument("--tpu", action="store_true", help="compile the last preset's refreshes for a TPU v5e too")
-    parser.add_argument("--tpu-timeout", type=int, default=300, help="seconds")
+    parser.add_argument("--tokenizer", default="bpe", help='"bpe" or "bytes"')
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 10, 20, 220], help="of the refreshes")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a gradient")
+    parser.add_argument("--seq", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each contestant; 0: only --tpu")
+    parser.add_argument("--tpu", action="store_true", help="compile the refreshes for a TPU v5e")
+    parser.add_argument("--tpu-timeout", type=int, default=300, help="seconds of one core")
     args = parser.parse_args()
     matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
-    records = []
-    for preset in args.presets:
-        records += measure(preset, gradients_of(args.out, preset, args.data), args.rounds)
+    if args.rounds:
+        compare(args)
     if args.tpu:
-        for record in records[-len(CONTESTANTS) :]:
-            record |= on_tpu(record["projector"], tuple(record["shape"]), record["rank"], args.tpu_timeout)
-    (args.out / "refresh.json").write_text(json.dumps(records, indent=2) + "\n")
-    plot(records, args.out / "refresh.png")
-    print(table(records, args.tpu_timeout))
+        compile_all_for_tpu(args)
 
 
 if __name__ == "__main__":

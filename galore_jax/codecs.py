@@ -56,9 +56,15 @@ class SignedBlocks(NamedTuple):
         return self.codes.shape
 
     @classmethod
-    def encode(cls, array: jax.Array, key: jax.Array | None = None) -> SignedBlocks:
+    def scales_of(cls, array: jax.Array) -> jax.Array:
+        """The scales of an array (*lead, n), which ``encode`` takes when it is to be spared looking for them."""
+        return _scales(array.astype(jnp.float32), signed=True)
+
+    @classmethod
+    def encode(cls, array: jax.Array, key: jax.Array | None = None, scales: jax.Array | None = None) -> SignedBlocks:
         """From (*lead, n), at least one axis; ``key`` is not used.  Less than 1.2e-38 in a block of no more becomes 0."""
-        return cls(*_encode(array, signed=True))
+        scales = cls.scales_of(array) if scales is None else scales
+        return cls(_encode(array, scales, signed=True), scales)
 
     def decode(self) -> jax.Array:
         """float32"""
@@ -80,9 +86,14 @@ class UnsignedBlocks(NamedTuple):
         return self.codes.shape
 
     @classmethod
-    def encode(cls, array: jax.Array, key: jax.Array | None = None) -> UnsignedBlocks:
+    def scales_of(cls, array: jax.Array) -> jax.Array:
+        return _scales(array.astype(jnp.float32), signed=False)
+
+    @classmethod
+    def encode(cls, array: jax.Array, key: jax.Array | None = None, scales: jax.Array | None = None) -> UnsignedBlocks:
         """As for :class:`SignedBlocks`; a positive number becomes no less than 1.6e-38, a negative one 0."""
-        return cls(*_encode(array, signed=False))
+        scales = cls.scales_of(array) if scales is None else scales
+        return cls(_encode(array, scales, signed=False), scales)
 
     def decode(self) -> jax.Array:
         """float32"""
@@ -106,7 +117,11 @@ class Bfloat16(NamedTuple):
         return self.values.shape
 
     @classmethod
-    def encode(cls, array: jax.Array, key: jax.Array | None = None) -> Bfloat16:
+    def scales_of(cls, array: jax.Array) -> None:
+        """It has none."""
+
+    @classmethod
+    def encode(cls, array: jax.Array, key: jax.Array | None = None, scales: None = None) -> Bfloat16:
         """Rounded to nearest without a key.  A finite number stays finite, a NaN a NaN."""
         return cls(_to_bfloat16(array, key))
 
@@ -133,15 +148,19 @@ def decoded(leaf: Any) -> Any:
     return leaf.decode() if isinstance(leaf, Coded) else leaf
 
 
-def encoded_like(array: Any, leaf: Any, key: jax.Array | None = None) -> Any:
-    """``array`` stored as ``leaf`` is."""
-    return type(leaf).encode(array, key) if isinstance(leaf, Coded) else array
+def scales_like(array: Any, leaf: Any) -> Any:
+    """The scales that ``array`` has when it is stored as ``leaf`` is; None if that has none."""
+    return type(leaf).scales_of(array) if isinstance(leaf, Coded) else None
+
+
+def encoded_like(array: Any, leaf: Any, key: jax.Array | None = None, scales: Any = None) -> Any:
+    """``array`` stored as ``leaf`` is, with the scales of :func:`scales_like`, if they are known."""
+    return type(leaf).encode(array, key, scales) if isinstance(leaf, Coded) else array
 
 
 @functools.partial(jax.jit, static_argnames="signed", inline=True)
-def _encode(array: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
+def _encode(array: jax.Array, scales: jax.Array, signed: bool) -> jax.Array:
     array = array.astype(jnp.float32)
-    scales = _scales(array, signed)
     # In two factors, because the inverse of the largest numbers is denormal.
     shrink = jnp.where(jnp.abs(scales) >= 2.0**64, 2.0**-64, 1)
     inverse = 1 / jnp.where(scales != 0, scales * shrink, 1)
@@ -156,7 +175,7 @@ def _encode(array: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
             jax.lax.bitcast_convert_type(array, jnp.int32) > 0
         )  # a denormal too, where the device takes it for zero
         codes = jnp.where(positive, jnp.maximum(_nearest(magnitude, _UNSIGNED) - 1, 1), 0)
-    return codes.astype(jnp.int32).astype(jnp.uint8), scales
+    return codes.astype(jnp.int32).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="signed", inline=True)

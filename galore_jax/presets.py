@@ -116,13 +116,13 @@ def _adamw_8bit(
     return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
 
 
-@_with_arguments_of(galore_adamw)
+@_with_arguments_of(galore_adamw, basis_codec="bfloat16")
 def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """:func:`galore_adamw` with its moments in 8 bits (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
+    """:func:`galore_adamw` with moments in 8 bits and bases in bfloat16 (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
 
     The moments of embeddings, LM head and other parameters that are not projected are in 8 bits too, if they are large: see
     :func:`galore_jax.quantize_state`.  State of a projected m x n matrix with k = min(m, n) and K = max(m, n), basis on the
-    smaller side: 4 r k bytes of basis and 2 r K of moments, and 4 bytes for each block of 256 of these.  Blocks lie along the
+    smaller side: 2 r k bytes of basis and 2 r K of moments, and 4 bytes for each block of 256 of these.  Blocks lie along the
     last axis of a moment: it is r x K for a basis on the left, and K x r on the right.
 
     Args:
@@ -137,15 +137,17 @@ def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -
     return _adamw_8bit(learning_rate, **arguments)
 
 
-@_with_arguments_of(galore_adamw, refresh="lazy", basis_codec="int4")
+@_with_arguments_of(galore_adamw, proj_type="reverse_std", refresh="lazy", basis_codec="int4")
 def q_galore_adamw_8bit(
     learning_rate: optax.ScalarOrSchedule, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Q-GaLore (Zhang et al. 2024, arXiv 2407.08296): 8-bit moments, bases in 4 bits, refreshed less often while they stay put.
 
-    :func:`galore_adamw_8bit` with other defaults: ``basis_codec="int4"`` and ``refresh="lazy"``, with the paper's threshold,
-    factor and window (see :func:`galore_jax.refresh.lazy` for what is compared).  The paper's fourth part, weights in int8 with
-    stochastic rounding, is up to the training step: an optimizer sees parameters and returns updates, and does not round them.
+    :func:`galore_adamw_8bit` with other defaults: ``basis_codec="int4"``; ``refresh="lazy"`` with the paper's threshold, factor
+    and window (see :func:`galore_jax.refresh.lazy` for what is compared); and ``proj_type="reverse_std"``, where the paper has
+    "std": a number of a basis takes half a byte and one of the moments two, so the larger side belongs to the basis.  The
+    paper's fourth part, weights in int8 with stochastic rounding, is up to the training step, because an optimizer returns
+    updates and does not round parameters: see :mod:`galore_jax.weights` and :mod:`galore_jax.layerwise`.
 
     Args:
       learning_rate: a number or a schedule.

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.bases import Basis, Dense, RowBasis, Rows, Seeded, Storage
+from galore_jax.dtypes import promoted
 from galore_jax.orthonormal import orthonormal
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -37,11 +38,11 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class Observation(NamedTuple):
     """What a projector is shown of one matrix; a basis on the right of a gradient is one on the left of its transpose.
 
-    The gradient is finite, not zero, and scaled so that its largest entry lies in [1/2, 1).
+    The gradient is finite and not zero, of any scale.
     """
 
     key: jax.Array  # PRNG key of this refresh
-    gradient: jax.Array  # (m, n), at least float32
+    gradient: jax.Array  # (m, n), at least float32 or bfloat16
     basis: Basis  # in use; zeros if there is none
     coordinates: jax.Array  # (r, n), the gradient in that basis, which the update step has at hand
     step: jax.Array  # scalar, int32
@@ -64,11 +65,12 @@ def svd() -> Projector:
 
     def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
         rank = seen.coordinates.shape[0]
+        gradient = promoted(seen.gradient)
         if seen.transposed:
-            basis = jnp.linalg.svd(seen.gradient.T, full_matrices=False)[2].T[:, :rank]
+            basis = jnp.linalg.svd(gradient.T, full_matrices=False)[2].T[:, :rank]
         else:
-            basis = jnp.linalg.svd(seen.gradient, full_matrices=False)[0][:, :rank]
-        return basis, basis.T @ seen.gradient
+            basis = jnp.linalg.svd(gradient, full_matrices=False)[0][:, :rank]
+        return basis, basis.T @ gradient
 
     return Projector("svd", refresh)
 
@@ -79,7 +81,7 @@ def eigh() -> Projector:
     def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
         vectors, _ = _gram_eigh(seen.gradient)
         basis = vectors[:, : seen.coordinates.shape[0]]
-        return _by_energy(basis, basis.T @ seen.gradient)
+        return _by_energy(basis, basis.T @ promoted(seen.gradient))
 
     return Projector("eigh", refresh)
 
@@ -99,7 +101,7 @@ def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
     def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
         rank = seen.coordinates.shape[0]
         columns = min(rank + oversample, *seen.gradient.shape)  # the rank itself never exceeds the smaller side
-        sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.gradient.dtype)
+        sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.coordinates.dtype)
         basis, coordinates = _power_steps(seen.gradient, sketch, 1 + power_iterations)
         return basis[:, :rank], coordinates[:rank]
 
@@ -152,7 +154,7 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
 
     def refresh_stored(seen: Observation) -> tuple[jax.Array, jax.Array]:
         basis = draw(seen.key, seen.basis.shape, seen.basis.dtype)
-        return _by_energy(basis, basis.T @ seen.gradient)
+        return _by_energy(basis, basis.T @ promoted(seen.gradient))
 
     def refresh_seed(seen: Observation) -> tuple[jax.Array, jax.Array]:
         seed = jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
@@ -175,7 +177,7 @@ def rows(select: str = "top") -> Projector:
 
     def refresh(seen: Observation) -> tuple[RowBasis, jax.Array]:
         rank = seen.coordinates.shape[0]
-        energy = jnp.sum(jnp.square(seen.gradient), axis=1)  # [m]
+        energy = jnp.sum(jnp.square(_unit(promoted(seen.gradient))), axis=1)  # [m]
         if select == "top":
             index = jax.lax.top_k(energy, rank)[1]
             factor = jnp.ones((rank,), energy.dtype)
@@ -199,7 +201,7 @@ def sampled() -> Projector:
         tiny = jnp.finfo(values.dtype).tiny
         _, index = jax.lax.top_k(jnp.log(jnp.maximum(values, tiny)) / 2 + noise, seen.coordinates.shape[0])
         basis = vectors[:, jnp.sort(index)]
-        return _by_energy(basis, basis.T @ seen.gradient)
+        return _by_energy(basis, basis.T @ promoted(seen.gradient))
 
     return Projector("sampled", refresh)
 
@@ -258,24 +260,31 @@ def _power_steps(gradient: jax.Array, start: jax.Array, steps: int | jax.Array) 
     """
 
     def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        basis = orthonormal(gradient @ carry[1].T)
-        return basis, basis.T @ gradient
+        wide = promoted(gradient)  # here, where XLA takes it into the products and holds no copy
+        basis = orthonormal(wide @ _unit(carry[1]).T)
+        return basis, basis.T @ wide
 
-    nothing = jnp.zeros((gradient.shape[0], start.shape[0]), gradient.dtype)
+    nothing = jnp.zeros((gradient.shape[0], start.shape[0]), start.dtype)
     return _by_energy(*jax.lax.fori_loop(0, steps, step, (nothing, start)))
 
 
 def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All left singular vectors [m, m] and squared singular values [m], largest first."""
+    """All left singular vectors [m, m] and squared singular values [m] of a multiple of G, largest first."""
+    gradient = _unit(promoted(gradient))
     values, vectors = jnp.linalg.eigh(jnp.matmul(gradient, gradient.T, precision=_HIGHEST))
     return vectors[:, ::-1], values[::-1]
 
 
 def _by_energy(basis: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Columns by the energy they carry, largest first, the largest entry of each positive."""
-    order = jnp.argsort(-jnp.sum(jnp.square(coordinates), axis=1))
+    order = jnp.argsort(-jnp.sum(jnp.square(_unit(coordinates)), axis=1))
     sign = jnp.where(jnp.max(basis, axis=0) >= -jnp.min(basis, axis=0), 1, -1).astype(basis.dtype)
     return (basis * sign[None, :])[:, order], (coordinates * sign[:, None])[order]
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x times a power of two, which rounds nothing, so that the largest entry lies in [1/2, 1) and squares do not overflow."""
+    return jnp.ldexp(x, -jnp.frexp(jnp.max(jnp.abs(x)))[1])
 
 
 def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

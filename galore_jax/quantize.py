@@ -87,13 +87,23 @@ def quantize_state(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, QuantizeState]:
         stored, structure = codecs.flatten(state.inner_state)
-        wide = structure.unflatten(map(codecs.decoded, stored))
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
-        replies, new = inner.update(gradients, wide, params, **extra_args)
+
+        def step(stored: list[Any]) -> tuple[optax.Updates, list[Any]]:
+            wide = structure.unflatten(map(codecs.decoded, stored))
+            replies, new = inner.update(gradients, wide, params, **extra_args)
+            return replies, structure.flatten_up_to(new)
+
+        # The scales of the new state need all of it, and its codes need the scales.  XLA would keep it in float32 in between;
+        # from codes that it cannot know to be the same it makes it once more, which costs less than to write and read it.
+        scales = list(map(codecs.scales_like, step(stored)[1], stored))
+        pairs = [jax.lax.optimization_barrier(pair) for pair in zip(stored, scales, strict=True)]
+        stored, scales = ([pair[i] for pair in pairs] for i in range(2))
+        replies, new = step(stored)
         key = seeds.key_of(seed, state.count)
         new = [
-            codecs.encoded_like(array, leaf, jax.random.fold_in(key, number))
-            for number, (array, leaf) in enumerate(zip(structure.flatten_up_to(new), stored, strict=True))
+            codecs.encoded_like(array, leaf, jax.random.fold_in(key, number), scale)
+            for number, (array, leaf, scale) in enumerate(zip(new, stored, scales, strict=True))
         ]
         replies = jax.tree.map(lambda reply, gradient: reply.astype(gradient.dtype), replies, updates)
         return replies, QuantizeState(state.count + 1, structure.unflatten(new))

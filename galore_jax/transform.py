@@ -255,7 +255,6 @@ class _GaLore:
                     current,
                     tuple(mine.values()),
                     wanted,
-                    leaf.peak,
                 )
                 schedules[i] = self.refresh.advance(state.count, slots, schedules[i], turned, overlap)
                 kept += jnp.sum(due & ~leaf.good, dtype=jnp.int32)
@@ -335,19 +334,16 @@ class _GaLore:
         params: optax.Params | None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
-        """Nothing is projected: the inner transformation itself.  A branch, unlike a select, leaves its arithmetic as it is."""
-        gradients = jax.tree.map(promoted, updates)
-        params = jax.tree.map(promoted, params)
+        """Nothing is projected: the inner transformation itself.
+
+        It is shown bad gradients too, and what it makes of them is thrown away: its arithmetic is as it would be alone, and no
+        branch holds a copy of the state.
+        """
         finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
-
-        def step(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
-            return inner.update(gradients, state.inner_state, params, **extra_args)
-
-        def skip(gradients: optax.Updates) -> tuple[optax.Updates, Any]:
-            replies, _ = step(jax.tree.map(jnp.zeros_like, gradients))
-            return jax.tree.map(jnp.zeros_like, replies), state.inner_state
-
-        replies, inner_state = jax.lax.cond(finite, step, skip, gradients)
+        gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
+        replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
+        replies = jax.tree.map(lambda reply: jnp.where(finite, reply, 0), replies)
+        inner_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state)
         good = finite.astype(jnp.int32)
         replies = jax.tree.map(lambda reply, gradient: reply.astype(gradient.dtype), replies, updates)
         return replies, state._replace(

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 
 from galore_jax import sharding, subspace
 from galore_jax.bases import Basis, Storage
-from galore_jax.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 from galore_jax.orthonormal import defect
 from galore_jax.projectors import Observation, Projector
@@ -55,7 +54,6 @@ def turn(
     current: Subspace,
     carriers: tuple[Carrier, ...],
     wanted: jax.Array,
-    peak: jax.Array,
 ) -> Turned:
     """New bases for the matrices that are wanted.
 
@@ -68,7 +66,6 @@ def turn(
       current: the subspaces, with ``low_rank`` of this gradient.
       carriers: one for each array of ``current.moments``.
       wanted: [*batch] bool, the matrices to refresh: finite and not zero.
-      peak: [*batch] the largest magnitude in each matrix.
 
     Returns:
       The subspaces, in the shapes, dtypes and shardings of ``current``.  To differentiation a refresh is a constant: see
@@ -78,8 +75,8 @@ def turn(
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
 
     def recompute_one() -> Turned:
-        fixed = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, peak, current)))
-        turned = _turn_one(projector, view, key, step, *fixed, carriers)
+        matrix, one = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, current)))
+        turned = _turn_one(projector, view, key, step, matrix, one, carriers)
         return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
 
     def recompute() -> Turned:
@@ -89,12 +86,12 @@ def turn(
 
         todo = flat(wanted)
         order = jnp.argsort(~todo, stable=True)
-        stack = flat(matrices), flat(peak)
+        stack = flat(matrices)
 
         def body(i: jax.Array, turned: Turned) -> Turned:
             index = order[i]
-            matrix, matrix_peak, one = jax.tree.map(lambda x: x[index], (*stack, turned.subspace))
-            result = _turn_one(projector, view, key, step, matrix, matrix_peak, one, carriers)
+            matrix, one = jax.tree.map(lambda x: x[index], (stack, turned.subspace))
+            result = _turn_one(projector, view, key, step, matrix, one, carriers)
             return jax.tree.map(lambda whole, x: whole.at[index].set(x.astype(whole.dtype)), turned, result)
 
         turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
@@ -126,17 +123,13 @@ def _turn_one(
     key: jax.Array,
     step: jax.Array,
     matrix: jax.Array,
-    peak: jax.Array,
     old: Subspace,
     carriers: tuple[Carrier, ...],
 ) -> Turned:
     storage, rank = projector.storage, view.rank
-    exponent = jnp.frexp(peak)[1]
-    matrix = jnp.ldexp(promoted(matrix), -exponent)  # a power of two: nothing is rounded
-    one_sided = jnp.ldexp(old.low_rank, -exponent)
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
-        old = storage.decode(basis, rank, matrix.dtype)
+        old = storage.decode(basis, rank, coordinates.dtype)
         made, coordinates = projector.refresh(Observation(key, matrix, old, coordinates, step, transposed))
         made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
         new = storage.encode(made)
@@ -147,13 +140,13 @@ def _turn_one(
 
     left, right, q_left, q_right = old.left, old.right, None, None
     usable = jnp.array(True)
-    low_rank = one_sided
+    low_rank = old.low_rank
     if view.left:
-        coordinates = storage.project(old.left, matrix, rank) if view.right else one_sided
+        coordinates = storage.project(old.left, matrix, rank) if view.right else old.low_rank
         left, low_rank, q_left, good = refresh(old.left, matrix, coordinates, False)
         usable &= good
     if view.right:
-        coordinates = storage.project(old.right, matrix.T, rank) if view.left else one_sided.T
+        coordinates = storage.project(old.right, matrix.T, rank) if view.left else old.low_rank.T
         right, coordinates, q_right, good = refresh(old.right, matrix.T, coordinates, True)
         usable &= good
         # Of both sides: PᵀG Q, from PᵀG.
@@ -161,7 +154,7 @@ def _turn_one(
     new = Subspace(
         left,
         right,
-        jnp.ldexp(low_rank, exponent),
+        low_rank,
         tuple(carrier.turn(m, q_left, q_right) for carrier, m in zip(carriers, old.moments, strict=True)),
     )
     sides = [q for q in (q_left, q_right) if q is not None]

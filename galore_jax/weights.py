@@ -36,7 +36,7 @@ class Int8Weight:
     """A weight (*batch, m, n) in 8 bits; a node of the parameter tree whose leaves are ``codes`` and ``scales``."""
 
     codes: jax.Array  # (*batch, m, n), int8
-    scales: jax.Array  # (*batch, m, ⌈n / 256⌉), float32
+    scales: jax.Array  # (*batch, m, ⌈n / 256⌉), bfloat16
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})  # of the weight when it is used
 
 
@@ -52,7 +52,7 @@ def quantize_weights(params: Any, mask: Any = None) -> Any:
     >>> stored = quantize_weights(params)
     >>> stored["kernel"].codes.shape, stored["kernel"].scales.shape, stored["norm"].shape
     ((2, 300), (2, 2), (300,))
-    >>> float(dequantize(stored)["kernel"][0, 0])
+    >>> round(float(dequantize(stored)["kernel"][0, 0]), 2)
     0.5
     """
     if mask is None:
@@ -123,10 +123,11 @@ def _stochastic(weight: Int8Weight, update: jax.Array, key: jax.Array, layer: in
     columns = weight.codes.shape[-1]
     codes, update = weight.codes.astype(jnp.float32), update.astype(jnp.float32)
     peaks = _block_peaks(codes * _spread(weight.scales, columns) + update)
-    held = weight.scales * _LARGEST
+    old = weight.scales.astype(jnp.float32)
+    held = old * _LARGEST
     scales = jnp.where((peaks <= held) & (peaks >= _SHRUNK * held), weight.scales, _scale_for(peaks))
     # From the code, not from the product s q: where nothing changes, x is the code itself.
-    x = codes * _spread(weight.scales / scales, columns) + update / _spread(scales, columns)
+    x = codes * _spread(old / scales.astype(jnp.float32), columns) + update / _spread(scales, columns)
     rounded = jnp.floor(x + _uniform(key, weight.codes.shape, layer))
     return Int8Weight(jnp.clip(rounded, -_LARGEST, _LARGEST).astype(jnp.int8), scales, weight.dtype)
 
@@ -140,7 +141,7 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], layer: int | jax.Array) -> 
 
 
 def _scale_for(peaks: jax.Array) -> jax.Array:
-    return jnp.where(peaks > 0, peaks * (_ROOM / _LARGEST), 1)
+    return jnp.where(peaks > 0, peaks * (_ROOM / _LARGEST), 1).astype(jnp.bfloat16)
 
 
 def _block_peaks(x: jax.Array) -> jax.Array:
@@ -150,5 +151,5 @@ def _block_peaks(x: jax.Array) -> jax.Array:
 
 
 def _spread(scales: jax.Array, columns: int) -> jax.Array:
-    """(..., ⌈n / 256⌉) -> (..., n)"""
-    return jnp.repeat(scales, BLOCK, axis=-1)[..., :columns]
+    """(..., ⌈n / 256⌉) -> (..., n), float32"""
+    return jnp.repeat(scales.astype(jnp.float32), BLOCK, axis=-1)[..., :columns]

@@ -11,11 +11,19 @@ import optax
 import pytest
 
 import galore_jax
+from galore_jax import refresh
 
 RANK = 3
 SHAPES = {"kernel": (6, 10), "stack": (2, 12, 8), "bias": (10,)}
 # The basis of the wide kernel is on its left, those of the tall stacked matrices on their right.
 LOW_RANK_SHAPES = {"kernel": (RANK, 10), "stack": (2, 12, RANK), "bias": (10,)}
+# The refresh policies that act in ``update``.
+POLICIES = {
+    "together": "together",
+    "staggered": "staggered",
+    "lazy": refresh.lazy(threshold=0.3, window=1),
+    "every_step": "every_step",
+}
 
 
 def tree(seed, dtype=jnp.float32):

@@ -391,6 +391,20 @@ def test_a_resumed_run_stays_the_same_run(copy, capsys, flags, says):
     assert contents(copy) == before
 
 
+def test_a_run_whose_config_has_null_goes_on_as_what_null_meant(copy, shop, monkeypatch, capsys):
+    """As it was written before config.json named what None stands for; None is taken from the run."""
+    config = json.loads((copy / "config.json").read_text())
+    assert (config["refresh"], config["transport"]) == ("staggered", "rotate")
+    (copy / "config.json").write_text(json.dumps(config | {"refresh": None, "transport": None}))
+    assert_refused(
+        capsys, "--resume", "--out", copy, "--transport", "keep", says="but the run in " f"{copy} was started with 'rotate'"
+    )  # fmt: skip
+    monkeypatch.chdir(shop)
+    for flags in ([], ["--refresh", "staggered"], ["--refresh", "None", "--transport", "None"]):
+        assert main(["pretrain", "--resume", "--out", str(copy), *flags]) == 0
+        assert "already has its 12 steps" in capsys.readouterr().out
+
+
 def test_another_tokenizer_is_refused(copy, shop, monkeypatch, capsys):
     monkeypatch.chdir(shop)
     file = copy / "tokenizer.json"

@@ -44,6 +44,12 @@ _BEFORE_THE_FIELD = {"refresh": "together", "transport": "keep", "diagnostics": 
 _ONCE_CALLED = {"param_dtype": "weights"}
 """Fields that an older ``config.json`` has under another name."""
 
+_WHERE_NULL = {"refresh": "staggered", "transport": "rotate"}
+"""What a run did whose ``config.json`` has null there, which is not written any more; with svd it did as before the fields."""
+
+_PRESET_DEFAULTS = {"q_galore_adamw_8bit": {"proj_type": "reverse_std", "refresh": "lazy"}}
+"""What None stands for with presets that differ from the others."""
+
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
@@ -57,15 +63,15 @@ class PretrainConfig:
     model: str = "demo"
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
-    """galore_adamw or galore_adafactor; for comparison, full-rank adamw, adafactor or muon."""
+    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor; full-rank: adamw, adamw_8bit, adafactor, muon."""
     rank: int | float = 0.25
     """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
     update_proj_gap: int = 200
     """GaLore: steps between two refreshes of the subspaces."""
     scale: float | Literal["rms"] = 0.25
     """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
-    proj_type: str = "std"
-    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full."""
+    proj_type: str | None = None
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
     projector: str = "power"
     """GaLore: how subspaces are found: power or randomized (fast), svd or eigh (exact, slow), random, rows or sampled."""
     refresh: str | None = None
@@ -125,12 +131,22 @@ class PretrainConfig:
 
     @property
     def resolved_warmup_steps(self) -> int:
-        """Steps of warm-up, with None resolved.
-
-        >>> PretrainConfig(steps=50).resolved_warmup_steps
-        5
-        """
+        """Steps of warm-up, with None resolved."""
         return self.steps // 10 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def resolved(self) -> PretrainConfig:
+        """The same settings, with what None stands for in place of it, but for ``weights``, which follow ``dtype``.
+
+        >>> settings = PretrainConfig(steps=50, projector="svd").resolved
+        >>> settings.warmup_steps, settings.proj_type, settings.refresh, settings.transport
+        (5, 'std', 'together', 'keep')
+        """
+        refresh, transport = ("together", "keep") if self.projector == "svd" else ("staggered", "rotate")
+        defaults = {"proj_type": "std", "refresh": refresh, "transport": transport}
+        defaults |= _PRESET_DEFAULTS.get(self.optimizer, {})
+        chosen = {name: getattr(self, name) or default for name, default in defaults.items()}
+        return dataclasses.replace(self, warmup_steps=self.resolved_warmup_steps, **chosen)
 
     def model_config(self, vocab_size: int) -> LlamaConfig:
         """The model's shape for a vocabulary of that size; ValueError if the preset is unknown.
@@ -199,7 +215,7 @@ def check(config: PretrainConfig) -> None:
     known = {"proj_type": PROJ_TYPES, "projector": PROJECTORS, "refresh": _REFRESHES, "transport": TRANSPORTS}
     for name, choices in known.items():
         value = getattr(config, name)
-        if value not in choices and not (value is None and name in ("refresh", "transport")):
+        if value not in choices and not (value is None and name != "projector"):
             raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
@@ -312,11 +328,11 @@ def choose_folder(config: PretrainConfig) -> Path:
 
 
 def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path, data_fingerprint: str) -> None:
-    """Write ``config.json``: every field, ``model_config``, ``versions`` of what computed it, and two fingerprints.
+    """Write ``config.json``: every field, resolved, ``model_config``, ``versions`` of what computed it, and two fingerprints.
 
     They are ``data_fingerprint`` and ``tokenizer_fingerprint``, the SHA-256 of the ``tokenizer.json`` in ``folder``.
     """
-    fields = dataclasses.asdict(config) | {"out": str(folder), "warmup_steps": config.resolved_warmup_steps}
+    fields = dataclasses.asdict(config.resolved) | {"out": str(folder)}
     versions = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
     fields |= {"model_config": dataclasses.asdict(model), "versions": versions | {"galore_jax": _own_version()}}
     fields |= {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": _tokenizer_fingerprint(folder)}
@@ -340,10 +356,12 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         renamed = {_ONCE_CALLED.get(name, name): value for name, value in fields.items()}
         settings = _BEFORE_THE_FIELD | {name: value for name, value in renamed.items() if name in known}
         config = _from_json(PretrainConfig, settings)
+        meant = _BEFORE_THE_FIELD if config.projector == "svd" else _WHERE_NULL
+        nulls = {name: meant[name] for name in _WHERE_NULL if settings[name] is None}
         fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
-    return dataclasses.replace(config, out=folder, resume=True), model, fingerprints
+    return dataclasses.replace(config, out=folder, resume=True, **nulls), model, fingerprints
 
 
 def read_json(path: Path) -> dict[str, Any]:

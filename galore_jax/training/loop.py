@@ -253,8 +253,8 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
     if folder is None:
         raise ValueError("--resume needs --out, the folder of the run to continue.")
     saved, model_config, fingerprints = settings.load_config(folder)
-    if config.warmup_steps is None:
-        config = dataclasses.replace(config, warmup_steps=saved.warmup_steps)
+    unset = [name for name in ("warmup_steps", "refresh", "transport") if getattr(config, name) is None]
+    config = dataclasses.replace(config, **{name: getattr(saved, name) for name in unset})
     settings.check_same_run(config, saved)
     step = checkpoint.last_step(folder / "checkpoints")
     if config.steps < step:

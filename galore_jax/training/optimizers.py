@@ -84,18 +84,19 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+        settings = config.resolved
         return make(
             schedule,
-            rank=config.rank,
-            update_proj_gap=config.update_proj_gap,
-            scale=config.scale,
-            proj_type=config.proj_type,
-            projector=config.projector,
-            refresh=config.refresh,
-            transport=config.transport,
-            diagnostics=config.diagnostics,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
+            rank=settings.rank,
+            update_proj_gap=settings.update_proj_gap,
+            scale=settings.scale,
+            proj_type=settings.proj_type,
+            projector=settings.projector,
+            refresh=settings.refresh,
+            transport=settings.transport,
+            diagnostics=settings.diagnostics,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
         )
 
     return build
@@ -103,6 +104,15 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
 
 def _adamw(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     return in_float32(optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+def _adamw_8bit(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    adamw = optax.chain(
+        galore_jax.quantize_state(optax.scale_by_adam()),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+    return adamw
 
 
 def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -142,7 +152,10 @@ def _muon_dimension_numbers(params: optax.Params) -> Any:
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
     "galore_adamw": _galore(galore_jax.galore_adamw),
     "galore_adafactor": _galore(galore_jax.galore_adafactor),
+    "galore_adamw_8bit": _galore(galore_jax.galore_adamw_8bit),
+    "q_galore_adamw_8bit": _galore(galore_jax.q_galore_adamw_8bit),
     "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "muon": _muon,
 }

@@ -1,0 +1,207 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run from end to end, on tiny shapes and few steps, and what they write holds on any machine."""
+
+import importlib
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from galore_jax import projectors, refresh
+from galore_jax.projectors import Observation
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A short text."""
+    choose = random.Random(0).choice
+    words = ["the", "low", "rank", "gradient", "of", "matrix", "state", "train", "step", "loss", "model", "token"]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n\n".join(" ".join(choose(words) for _ in range(60)) for _ in range(100)))
+    return path
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def run(name, text, *arguments):
+    """What the script prints.  The scripts share their compiled programs."""
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(text.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / name), *map(str, arguments), "--data", str(text)],
+        env=environment, capture_output=True, text=True, timeout=480,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(output):
+    """The cells of each line of the tables, but for the lines under a header."""
+    lines = [line for line in output.splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def assert_picture(path):
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_benchmark_has_a_test():
+    tested = {"learns.py", "refresh.py", "step.py", "transport.py"}
+    elsewhere = {"optimizer_bytes.py"}  # test_memory.py
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
+
+
+def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
+    steps = [0, 2, 5]
+    out = run(
+        "refresh.py", text, tmp_path, "--presets", "demo", "--tokenizer", "bytes", "--steps", *steps, "--batch", 8, "--seq", 16,
+        "--rounds", 1,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "refresh.json").read_text())
+    found = {record["projector"]: record for record in results["refreshes"]}
+    assert found.keys() >= {"power (default)", "randomized", "svd", "eigh", "optax.contrib.galore"}
+    assert found.keys() >= projectors.PROJECTORS.keys() - {"power"}
+    for name, record in found.items():
+        assert (record["preset"], record["shape"], record["rank"]) == ("demo", [128, 352], 32)
+        assert len(record["captured_energy"]) == len(steps)
+        assert len(record["seconds"]) == 1
+        assert 0 < min(record["captured_energy"]) <= max(record["captured_energy"]) < 1 + 1e-5
+        assert record["defect"] < 1e-5, name
+    for name in ("svd", "eigh", "optax.contrib.galore"):
+        np.testing.assert_allclose(found[name]["captured_energy"], 1, atol=1e-5)
+    assert found["svd"]["times_faster_than_svd"] == 1
+    assert min(found["power (default)"]["captured_energy"]) > max(found["random"]["captured_energy"])
+    gradients = results["gradients"]["demo"]
+    assert len(gradients["losses"]) == len(gradients["optimal_shares"]) == len(steps)
+    assert gradients["losses"][0] == pytest.approx(np.log(257), abs=0.2)  # of random weights
+    assert gradients["losses"][-1] < gradients["losses"][0]
+    assert all(0 < share <= 1 for share in gradients["optimal_shares"])
+    archive = np.load(tmp_path / "gradients-demo.npz")
+    assert archive["gradients"].shape == (3, 128, 352)
+    assert np.linalg.matrix_rank(archive["gradients"][0]) > 32
+    speeds, energies = rows(out)[: 1 + len(found)], rows(out)[1 + len(found) :]
+    assert [row[1] for row in speeds[1:]] == list(found)
+    assert energies[0][2:] == ["step 0", "step 2", "step 5"]
+    assert [row[1] for row in energies[1:]] == ["(loss)", "(optimum, of the whole)", *found]
+    assert_picture(tmp_path / "refresh.png")
+
+
+def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
+    out = run(
+        "step.py", text, tmp_path, "--model", "demo", "--layers", 1, "--batch", 2, "--seq", 16, "--rank", 8, "--gap", 3,
+        "--steps", 9,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "step.json").read_text())
+    assert results["matrices"] == 7
+    plain, theirs, ours = (results["steps"][name] for name in results["steps"])
+    assert [[r["step"] for r in records] for records in (plain, theirs, ours)] == [
+        list(range(9)), [0, 3, 6, 8], list(range(9)),
+    ]  # fmt: skip
+    assert {r["refreshes"] for r in plain} == {False}
+    assert [r["refreshes"] for r in theirs] == [True, True, True, False]
+    assert {r["refreshes"] for r in ours} == {True}  # 7 matrices over 3 steps
+    assert plain[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-5)
+    assert theirs[0]["loss"] == pytest.approx(ours[0]["loss"], rel=1e-5)
+    assert all(np.isfinite(r["loss"]) and r["seconds"] > 0 for records in (plain, theirs, ours) for r in records)
+    assert len({records[-1]["loss"] for records in (plain, theirs, ours)}) == 3
+    assert [row[0] for row in rows(out)[1:]] == ["optax.adamw", "optax.contrib.galore", "galore_jax.galore_adamw"]
+    assert rows(out)[1][2] == "1.000"
+    assert_picture(tmp_path / "step.png")
+
+
+@pytest.mark.parametrize(("matrices", "gap"), [(56, 64), (28, 3), (5, 20), (7, 7)])
+def test_step_knows_at_which_steps_a_staggered_run_refreshes(script, matrices, gap):
+    policy, slots = refresh.staggered(gap), refresh.Slots(0, (matrices,), matrices)
+    due = jax.vmap(lambda step: policy.due(step, slots, ()))(jnp.arange(2 * gap, dtype=jnp.int32))  # [steps, matrices]
+    found = jnp.any(due, axis=1).tolist()
+    assert [script("step").refreshing(step, matrices, gap) for step in range(2 * gap)] == [True, *found[1:]]
+
+
+def test_step_shows_a_refreshing_step_beside_the_others(script):
+    """Medians without step 0, and their ratio."""
+    records = [{"step": i, "seconds": s, "refreshes": i % 3 == 0} for i, s in enumerate([90, 1, 2, 6, 3, 2, 4])]
+    medians = script("step").summary({"steps": {script("step").PLAIN: records}})
+    assert medians == {
+        "optax.adamw": {"median": 2.5, "maximum": 6, "first": 90, "plain_median": 2.0, "refresh_median": 5.0}
+    }
+    assert rows(script("step").table(medians))[1] == ["optax.adamw", "2.50", "1.000", "2.00", "5.00", "2.50", "90.00"]
+
+
+def test_transport_compares_runs_that_differ_in_nothing_else(tmp_path, text):
+    out = run(
+        "transport.py", text, tmp_path, "--gap", 2, "--seeds", 1, "--steps", 5, "--projector", "rows",
+    )  # fmt: skip
+    keep, rotate = json.loads((tmp_path / "transport.json").read_text())
+    assert keep | {"transport": "rotate", "final_val_loss": rotate["final_val_loss"]} == rotate
+    assert (keep["data"], keep["update_proj_gap"], keep["seed"], keep["steps"]) == ("words", 2, 0, 5)
+    assert 0 < keep["final_val_loss"] != rotate["final_val_loss"] > 0
+    for record, row in zip((keep, rotate), rows(out)[1:], strict=True):
+        loss = f"{record['final_val_loss']:.4f}"
+        assert row == ["words", "2", record["transport"], loss, loss]
+        [folder] = tmp_path.glob(f"*-{record['transport']}-*")
+        config = json.loads((folder / "config.json").read_text())
+        assert {name: config[name] for name in record if name in config and name != "data"} == {
+            name: value for name, value in record.items() if name not in ("data", "final_val_loss")
+        }
+
+
+def test_learns_compares_the_best_of_each_optimizer(tmp_path, text):
+    out = run("learns.py", text, tmp_path, "--steps", 2, "--adamw", 1e-3, "--galore-adamw", 3e-3)
+    results = json.loads((tmp_path / "learns.json").read_text())
+    best = {name: runs[rate]["final_val_loss"] for name, rate in RATES.items() for runs in [results["runs"][name]]}
+    assert results["best"] == best
+    assert results["ratio"] == best["galore_adamw"] / best["adamw"]
+    sizes = {name: results["runs"][name][rate]["optimizer_state_bytes"] for name, rate in RATES.items()}
+    assert sizes["galore_adamw"] < 0.5 * sizes["adamw"]
+    assert [row[:2] for row in rows(out)[1:]] == [list(pair) for pair in RATES.items()]
+    assert_picture(tmp_path / "learns.png")
+
+
+RATES = {"adamw": "0.001", "galore_adamw": "0.003"}
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda x: jnp.linalg.svd(x, full_matrices=False), {"gesdd", "svd"}),
+        (lambda x: jnp.linalg.eigh(x @ x.T), {"eigh", "syev"}),
+        (lambda x: jnp.linalg.qr(x), {"geqrf", "householder", "orgqr", "qr"}),
+        (lambda x: jnp.linalg.cholesky(jnp.eye(8) + x @ x.T), set()),
+        (lambda x: jax.lax.rsqrt(jnp.sqrt(x)), set()),
+    ],
+)
+def test_a_factorisation_is_found_in_a_program(script, function, names):
+    lowered = jax.jit(function).lower(jnp.ones((8, 8)))
+    for text in (lowered.as_text(), lowered.compile().as_text()):
+        found = set(script("_common").factorisations_in(text))
+        assert found <= names
+        assert bool(found) == bool(names)
+
+
+@pytest.mark.parametrize("name", ["power", "randomized", "random", "rows"])
+def test_the_fast_projectors_hold_no_factorisation_but_cholesky(script, name):
+    projector = projectors.get(name)
+    basis = projector.storage.zeros((8, 2), jnp.float32, None, None)
+    seen = Observation(jax.random.key(0), jnp.ones((8, 12)), basis, jnp.zeros((2, 12)), jnp.int32(0), False)
+    fields = jax.tree.leaves((seen.gradient, seen.coordinates))
+    lowered = jax.jit(lambda g, c: projector.refresh(seen._replace(gradient=g, coordinates=c))).lower(*fields)
+    assert script("_common").factorisations_in(lowered.as_text() + lowered.compile().as_text()) == []

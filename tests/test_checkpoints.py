@@ -1,0 +1,128 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: exact, few, and never trusted when they are damaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quick_compilation  # noqa: F401
+from runs import small_tree, state_of, tiny_model, tokens
+
+from galore_jax.training import checkpoint
+from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
+from galore_jax.training.config import PretrainConfig
+from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.step import make_train_step
+
+
+def write_checkpoints(folder, steps, keep=2):
+    with CheckpointWriter(folder, keep) as writer:
+        for step in steps:
+            _, params, opt_state = state_of(step)
+            writer.save(Checkpoint(step, params, opt_state, {"next": step}, [0.1 * step]))
+
+
+def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path):
+    write_checkpoints(tmp_path / "checkpoints", [0, 3, 7])
+    assert checkpoint.saved_steps(tmp_path / "checkpoints") == [3, 7]
+    _, params, opt_state = state_of(7)
+    restored = checkpoint.restore(tmp_path / "checkpoints", 7, params, opt_state)
+    assert (restored.step, restored.data, restored.losses) == (7, {"next": 7}, [0.1 * 7])
+    for found, saved in ((restored.params, params), (restored.opt_state, opt_state)):
+        assert jax.tree.structure(found) == jax.tree.structure(saved)
+        assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(saved)]
+        jax.tree.map(np.testing.assert_array_equal, found, saved)
+
+
+def test_a_checkpoint_is_what_was_saved_though_the_next_step_overwrites_its_buffers(tmp_path):
+    graphdef, params = tiny_model()
+    tx = make_optimizer(PretrainConfig(optimizer="adamw"), optax.constant_schedule(1e-2))
+    step = make_train_step(graphdef, tx)
+    state = tx.init(params)
+    saved = jax.tree.map(lambda leaf: np.array(leaf, copy=True), params)
+    with CheckpointWriter(tmp_path / "checkpoints", 1) as writer:
+        writer.save(Checkpoint(0, params, state, {}, []))
+        for _ in range(5):
+            params, state, _ = step(params, state, tokens())
+    restored = checkpoint.restore(tmp_path / "checkpoints", 0, params, state)
+    jax.tree.map(np.testing.assert_array_equal, restored.params, saved)
+
+
+def test_another_model_or_optimizer_is_refused_by_the_first_parameter_that_differs(tmp_path):
+    folder = tmp_path / "checkpoints"
+    write_checkpoints(folder, [3])
+    _, params, opt_state = state_of(3)
+    wide = {**params, "layers": {"kernel": jnp.zeros((64, 65), jnp.bfloat16)}}
+    with pytest.raises(ValueError, match=r"parameter layers/kernel is bfloat16\[64, 64\] .* bfloat16\[64, 65\]"):
+        checkpoint.restore(folder, 3, wide, opt_state)
+    with pytest.raises(ValueError, match=r"parameter norm is float32\[8\] there, and absent in this run"):
+        checkpoint.restore(folder, 3, {"layers": params["layers"]}, opt_state)
+    with pytest.raises(ValueError, match=r"parameter norm is float32\[8\] there, and bfloat16\[8\] in this run"):
+        checkpoint.restore(folder, 3, optax.tree.cast(params, jnp.bfloat16), opt_state)
+    with pytest.raises(ValueError, match=r"optimizer state \S+ is .* there, and .* in this run"):
+        checkpoint.restore(folder, 3, params, optax.adamw(1e-3).init(params))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refresh": "staggered", "transport": "rotate"},
+        {"refresh": "lazy", "transport": "reset", "projector": "rows"},
+    ],
+)
+def test_an_optimizer_that_comes_back_from_a_checkpoint_goes_on_bit_for_bit(tmp_path, settings):
+    params = small_tree()
+    tx = make_optimizer(PretrainConfig(rank=4, update_proj_gap=3, **settings), optax.constant_schedule(1e-2))
+
+    @jax.jit
+    def step(params, state, number):
+        gradient = optax.tree.random_like(jax.random.fold_in(jax.random.key(7), number), params)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = jax.jit(tx.init)(params)
+    for number in range(8):
+        if number == 4:
+            with CheckpointWriter(tmp_path, 1) as writer:
+                writer.save(Checkpoint(4, params, state, {}, []))
+        params, state = step(params, state, number)
+    restored = checkpoint.restore(tmp_path, 4, params, state)
+    other, other_state = restored.params, restored.opt_state
+    for number in range(4, 8):
+        other, other_state = step(other, other_state, number)
+    jax.tree.map(np.testing.assert_array_equal, (other, other_state), (params, state))
+
+
+def damage_flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "data", "meta"])
+@pytest.mark.parametrize("damage", [damage_flip, lambda file: file.write_bytes(b""), lambda file: file.unlink()])
+def test_damage_is_named_with_the_checkpoint_to_go_back_to(tmp_path, item, damage):
+    folder = tmp_path / "checkpoints"
+    write_checkpoints(folder, [3, 7])
+    _, params, opt_state = state_of(7)
+    damage(folder / "7" / item / ("metadata" if item in ("data", "meta") else "manifest.ocdbt"))
+    with pytest.raises(ValueError, match=r"Checkpoint \S+7 is damaged \(.*\); move it away to resume from step 3\."):
+        checkpoint.restore(folder, 7, params, opt_state)
+    _, params, opt_state = state_of(3)
+    assert checkpoint.restore(folder, 3, params, opt_state).step == 3
+
+
+def test_one_flipped_bit_in_a_weight_is_noticed():
+    leaf = jax.random.normal(jax.random.key(0), (40, 30))
+    before = checkpoint.checksums({"w": leaf})
+    for index in (0, 617, 1199):
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
+        flipped = jax.lax.bitcast_convert_type(bits.at[index].set(bits[index] ^ 1), jnp.float32).reshape(40, 30)
+        assert checkpoint.checksums({"w": flipped}) != before
+
+
+def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .*checkpoints; start a new run"):
+        checkpoint.last_step(tmp_path / "checkpoints")

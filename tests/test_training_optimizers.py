@@ -1,0 +1,66 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizers that a run can name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import quick_compilation  # noqa: F401
+from runs import small_tree, tiny_model
+
+from galore_jax.training import report
+from galore_jax.training.config import PretrainConfig
+from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_keeps_float32_state_for_bfloat16_parameters(name):
+    config = PretrainConfig(optimizer=name, rank=4)
+    params = small_tree(jnp.bfloat16)
+    tx = make_optimizer(config, optax.constant_schedule(1e-3))
+    state = tx.init(params)
+    updates, state = jax.jit(tx.update)(params, state, params)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {"float32"}
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_decays_weights_by_learning_rate_times_weight_decay(name):
+    params = small_tree()
+    config = PretrainConfig(optimizer=name, rank=4, weight_decay=0.1)
+    tx = make_optimizer(config, optax.constant_schedule(0.5))
+    updates, _ = jax.jit(tx.update)(optax.tree.zeros_like(params), tx.init(params), params)
+    jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -0.05 * p, rtol=1e-6), updates, params)
+
+
+def test_gradients_are_clipped_before_the_optimizer_sees_them():
+    params = small_tree()
+    for clip, expected in ((1.0, 1.0), (0.0, float(optax.tree.norm(params)))):
+        tx = make_optimizer(PretrainConfig(optimizer="adamw", clip=clip), optax.constant_schedule(1e-3))
+        _, state = tx.update(params, tx.init(params), params)
+        assert float(optax.tree.norm(optax.tree.get(state, "mu"))) == pytest.approx(0.1 * expected, rel=1e-5)
+
+
+def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adam():
+    params = small_tree()
+    tx = make_optimizer(PretrainConfig(optimizer="muon"), optax.constant_schedule(1.0))
+    updates, _ = tx.update(params, tx.init(params), params)
+    values = jnp.linalg.svd(updates["layers"]["mlp"]["up_proj"]["kernel"], compute_uv=False)
+    assert float(jnp.max(values) / jnp.min(values)) < 2  # Newton-Schulz brings them near one value
+    values = jnp.linalg.svd(updates["lm_head"]["kernel"], compute_uv=False)
+    assert float(jnp.max(values) / jnp.min(values)) > 2
+
+
+def test_galore_state_is_smaller_than_that_of_adamw():
+    _, params = jax.eval_shape(lambda: tiny_model()[1]), tiny_model()[1]
+    sizes = report.memory(PretrainConfig(rank=4), params)
+    assert sizes["optimizer_state_bytes"] < sizes["adamw_state_bytes"]
+    assert sizes["adamw_state_bytes"] == 2 * sizes["params_bytes"] + 2 * 4  # two moments, two counts
+
+
+def test_an_unknown_optimizer_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'sgdd' is not known; choose one of galore_adamw, .*muon\."):
+        make_optimizer(PretrainConfig(optimizer="sgdd"), optax.constant_schedule(1.0))
