@@ -123,7 +123,7 @@ def test_the_step_of_a_run_is_compiled_for_hardware_that_is_not_there(tiny, targ
     state = row["params_bytes"] + row["optimizer_state_bytes"]
     assert row["fits"]
     assert row["alias_bytes"] > 0.99 * state  # all but counters and diagnostics, which are metrics as well
-    assert row["peak_bytes"] >= row["argument_bytes"] >= state
+    assert row["peak_bytes"] >= row["argument_bytes"] > 0.99 * state  # jit drops those that are not read
     assert row["compile_seconds"] > 0
     assert row["missing"] is None is row["refusal"]
 
