@@ -184,7 +184,7 @@ def plan(config: PlanConfig) -> Row:
 
     >>> row = plan(PlanConfig(model="demo", optimizer="adamw", dtype="f32", batch=2, seq=16, target="here"))
     >>> row["params_bytes"], row["optimizer_state_bytes"], row["fits"]
-    (3478016, 6956036, True)
+    (3478016, 6956040, True)
     """
     return prepare(config).compile()
 
