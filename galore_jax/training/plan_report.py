@@ -81,7 +81,7 @@ def _several(rows: list[Row]) -> list[str]:
 
 
 def _line(name: str, value: str, note: str = "") -> str:
-    return f"{name:<26}{value:>12}   {note}".rstrip()
+    return f"{name:<30}{value:>12}   {note}".rstrip()
 
 
 def _fits(row: Row) -> str:
