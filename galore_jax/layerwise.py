@@ -209,16 +209,16 @@ class _Stack:
     """
 
     tree: Any
-    shapes: Any = dataclasses.field(metadata={"static": True})  # of one layer, in the order of the leaves
+    shapes: Any = dataclasses.field(metadata={"static": True})  # (L, ...), in the order of the leaves
 
     @classmethod
     def of(cls, tree: Any) -> _Stack:
-        shapes = tuple(leaf.shape[1:] for leaf in jax.tree.leaves(tree))
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(tree))
         return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), tree), shapes)
 
     def at(self, i: Any) -> Any:
         """Layer i; ``i`` may be a tree of equal indices, one for each part of the tree."""
-        return self._shaped(jax.tree.map(lambda i, part: _at(part, i), i, self.tree), ())
+        return self._shaped(jax.tree.map(lambda i, part: _at(part, i), i, self.tree), 1)
 
     def put(self, i: Any, layer: Any) -> _Stack:
         """With another layer i."""
@@ -232,12 +232,11 @@ class _Stack:
 
     def whole(self) -> Any:
         """The leaves as they were, (L, ...)."""
-        number = jax.tree.leaves(self.tree)[0].shape[0]
-        return self._shaped(self.tree, (number,))
+        return self._shaped(self.tree, 0)
 
-    def _shaped(self, tree: Any, lead: tuple[int, ...]) -> Any:
+    def _shaped(self, tree: Any, first: int) -> Any:
         leaves, treedef = jax.tree.flatten(tree)
-        return treedef.unflatten(leaf.reshape(*lead, *shape) for leaf, shape in zip(leaves, self.shapes, strict=True))
+        return treedef.unflatten(leaf.reshape(shape[first:]) for leaf, shape in zip(leaves, self.shapes, strict=True))
 
 
 class _Run(NamedTuple):

@@ -112,10 +112,7 @@ class Lazy(Together):
         return LazySchedule(gap, jnp.full(slots.batch_shape, -1, jnp.int32), overlaps)
 
     def due(self, count: jax.Array, slots: Slots, schedule: LazySchedule) -> jax.Array:
-        return count >= self._next(slots, schedule)
-
-    def _next(self, slots: Slots, schedule: LazySchedule) -> jax.Array:
-        return jnp.where(schedule.next < 0, slots.offsets(self.update_proj_gap), schedule.next)
+        return count >= jnp.where(schedule.next < 0, slots.offsets(self.update_proj_gap), schedule.next)
 
     def advance(
         self, count: jax.Array, slots: Slots, schedule: LazySchedule, turned: jax.Array, overlap: jax.Array
@@ -126,8 +123,8 @@ class Lazy(Together):
         steady = jnp.mean(overlaps, axis=-1) >= self.threshold
         longer = jnp.minimum(jnp.floor(schedule.gap.astype(jnp.float32) * self.factor), 2**30).astype(jnp.int32)
         gap = jnp.where(turned & had_basis & steady, longer, schedule.gap)
-        due_at = self._next(slots, schedule)
-        return LazySchedule(gap, jnp.where(turned & (count >= due_at), count + gap, due_at), overlaps)
+        moved = turned & self.due(count, slots, schedule)
+        return LazySchedule(gap, jnp.where(moved, count + gap, schedule.next), overlaps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,8 +83,12 @@ def test_every_value_of_a_setting_makes_an_optimizer(setting, values, optimizer)
 
 def test_the_settings_of_galore_default_to_those_of_the_library():
     library = inspect.signature(galore_jax.galore_adamw).parameters
-    for name in ("update_proj_gap", "scale", "proj_type", "projector", "refresh", "transport"):
+    for name in ("update_proj_gap", "scale", "projector", "refresh", "transport"):
         assert getattr(PretrainConfig(), name) == library[name].default
+    assert PretrainConfig().resolved.proj_type == library["proj_type"].default
+    quantized = inspect.signature(galore_jax.q_galore_adamw_8bit).parameters
+    resolved = PretrainConfig(optimizer="q_galore_adamw_8bit").resolved
+    assert (resolved.proj_type, resolved.refresh) == (quantized["proj_type"].default, quantized["refresh"].default)
 
 
 def test_sequences_and_samples_must_fit_the_positions_of_the_model():
@@ -97,7 +101,7 @@ def test_sequences_and_samples_must_fit_the_positions_of_the_model():
 
 
 def test_config_json_round_trips(tmp_path):
-    config = PretrainConfig(rank=1.0, scale="rms", steps=40, param_dtype="bf16", refresh="lazy", diagnostics=False)
+    config = PretrainConfig(rank=1.0, scale="rms", steps=40, weights="bf16", refresh="lazy", diagnostics=False)
     (tmp_path / "tokenizer.json").write_text("abc")
     save_config(config, TINY, tmp_path, "3:00000000")
     loaded, model, fingerprints = load_config(tmp_path)
@@ -106,10 +110,21 @@ def test_config_json_round_trips(tmp_path):
         "tokenizer_fingerprint": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # FIPS 180-2, B.1
     }
     assert model == TINY
-    assert loaded == dataclasses.replace(config, out=tmp_path, resume=True, warmup_steps=4, transport="rotate")
+    assert loaded == dataclasses.replace(
+        config, out=tmp_path, resume=True, warmup_steps=4, proj_type="std", transport="rotate"
+    )
     assert isinstance(loaded.rank, float)
     versions = json.loads((tmp_path / "config.json").read_text())["versions"]
     assert versions.keys() == {"jax", "optax", "flax", "orbax-checkpoint", "galore_jax"}
+
+
+def test_a_config_that_calls_the_weights_param_dtype_still_means_them(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(PretrainConfig(weights="bf16"), TINY, tmp_path, "3:00000000")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["param_dtype"] = fields.pop("weights")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert load_config(tmp_path)[0].weights == "bf16"
 
 
 def test_a_config_from_before_a_field_says_what_such_a_run_did(tmp_path):
