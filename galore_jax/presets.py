@@ -155,8 +155,8 @@ def q_galore_adamw_8bit(
 
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> state = q_galore_adamw_8bit(0.01, rank=32).init(params)
-    >>> optax.tree.get(state, "left")["kernel"].packed.shape
-    (64, 16)
+    >>> optax.tree.get(state, "right")["kernel"].packed.shape
+    (256, 16)
     """
     return _adamw_8bit(learning_rate, **arguments)
 
