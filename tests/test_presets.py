@@ -149,7 +149,8 @@ def test_the_8_bit_presets_take_the_arguments_of_galore_adamw(preset):
     ours, theirs = inspect.signature(preset).parameters, inspect.signature(galore_jax.galore_adamw).parameters
     assert list(ours) == list(theirs)
     changed = {name: p.default for name, p in ours.items() if p.default != theirs[name].default}
-    assert changed == ({} if preset is EIGHT_BIT[0] else {"refresh": "lazy", "basis_codec": "int4"})
+    quantized = {"proj_type": "reverse_std", "refresh": "lazy", "basis_codec": "int4"}
+    assert changed == ({"basis_codec": "bfloat16"} if preset is EIGHT_BIT[0] else quantized)
     assert preset.__doc__
     assert preset.__name__ in ("galore_adamw_8bit", "q_galore_adamw_8bit")
     with pytest.raises(TypeError, match="unexpected keyword argument 'rnak'"):
@@ -194,8 +195,13 @@ def test_the_bytes_of_the_8_bit_presets_are_the_formula(rank, basis_codec):
     assert galore_jax.state_bytes(tx, LARGE) == sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(LARGE)))
     if basis_codec == "int4":
         lazy = 3 * 4 * (1 + 1 + 5)  # for each matrix its gap, when it is due, and five overlaps
-        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank)
+        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank, proj_type="std")
         assert galore_jax.state_bytes(q_galore, LARGE) == galore_jax.state_bytes(tx, LARGE) + lazy
+        # By default the basis is on the larger side, and the moments on the smaller.
+        bases = sum(side * -(-r // 2) + 4 * side + 4 * r for side in (600, 700, 700))
+        moments = moment(64, r) + moment(2 * r, 64) + moment(300, 64) + moment(64, 300) + 4 * 64
+        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank)
+        assert galore_jax.state_bytes(q_galore, LARGE) == bases + 2 * moments + counts + lazy
 
 
 TARGET = jax.tree.map(lambda p: normal(p.size, p.shape), LARGE)
@@ -204,7 +210,7 @@ TARGET = jax.tree.map(lambda p: normal(p.size, p.shape), LARGE)
 @functools.cache
 def trained(preset):
     """25 steps of noisy least squares: the parameters and the state."""
-    tx = preset(0.05, rank=32, scale=1.0, update_proj_gap=5)
+    tx = preset(0.05, rank=32, scale=1.0, update_proj_gap=5, proj_type="std")
 
     def noise(seed, p):
         return jax.random.normal(jax.random.fold_in(jax.random.key(p.size), seed), p.shape)
