@@ -135,7 +135,10 @@ def layerwise(
 
         factor, norm = jnp.ones([]), None
         if max_norm is not None:
-            add = lambda i, grads, squares: squares + _squares(grads)  # noqa: E731
+
+            def add(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
+                return squares + _squares(grads)
+
             squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
             norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first, factor)))
             factor = jnp.where(norm < max_norm, 1, max_norm / norm)
@@ -305,7 +308,10 @@ class _Run(NamedTuple):
 
         def one(triple: tuple) -> tuple[Params, None]:
             x, back, batch = triple
-            ends = lambda rest: (self.model.loss(rest, x, batch), self.model.embed(rest, batch))  # noqa: E731
+
+            def ends(rest: Params) -> tuple[jax.Array, Activations]:
+                return self.model.loss(rest, x, batch), self.model.embed(rest, batch)
+
             (value, _), pull = jax.vjp(ends, rest)
             return pull((factor.astype(value.dtype), back))[0], None
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax import sharding
 from galore_jax.matrix_view import is_matrix_name
 
 BLOCK = 256
@@ -110,24 +111,23 @@ def is_int8(node: Any) -> bool:
 def _nearest(weight: jax.Array) -> Int8Weight:
     wide = weight.astype(jnp.float32)
     scales = _scale_for(_block_peaks(wide))
-    codes = jnp.round(wide / _spread(scales, wide.shape[-1])).astype(jnp.int8)
+    codes = jnp.round(wide / _spread(scales, wide)).astype(jnp.int8)
     return Int8Weight(codes, scales, jnp.dtype(weight.dtype))
 
 
 def _dense(weight: Int8Weight) -> jax.Array:
-    scales = _spread(weight.scales, weight.codes.shape[-1])
+    scales = _spread(weight.scales, weight.codes)
     return (weight.codes.astype(jnp.float32) * scales).astype(weight.dtype)
 
 
 def _stochastic(weight: Int8Weight, update: jax.Array, key: jax.Array, layer: int | jax.Array) -> Int8Weight:
-    columns = weight.codes.shape[-1]
     codes, update = weight.codes.astype(jnp.float32), update.astype(jnp.float32)
-    peaks = _block_peaks(codes * _spread(weight.scales, columns) + update)
+    peaks = _block_peaks(codes * _spread(weight.scales, codes) + update)
     old = weight.scales.astype(jnp.float32)
     held = old * _LARGEST
     scales = jnp.where((peaks <= held) & (peaks >= _SHRUNK * held), weight.scales, _scale_for(peaks))
     # From the code, not from the product s q: where nothing changes, x is the code itself.
-    x = codes * _spread(old / scales.astype(jnp.float32), columns) + update / _spread(scales, columns)
+    x = codes * _spread(old / scales.astype(jnp.float32), codes) + update / _spread(scales, codes)
     rounded = jnp.floor(x + _uniform(key, weight.codes.shape, layer))
     return Int8Weight(jnp.clip(rounded, -_LARGEST, _LARGEST).astype(jnp.int8), scales, weight.dtype)
 
@@ -146,10 +146,9 @@ def _scale_for(peaks: jax.Array) -> jax.Array:
 
 def _block_peaks(x: jax.Array) -> jax.Array:
     """(..., n) -> (..., ⌈n / 256⌉), the largest magnitude in each block."""
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)])
-    return jnp.max(jnp.abs(padded.reshape(*x.shape[:-1], -1, BLOCK)), axis=-1)
+    return jnp.max(jnp.abs(sharding.blocked(x, BLOCK)), axis=-1)
 
 
-def _spread(scales: jax.Array, columns: int) -> jax.Array:
-    """(..., ⌈n / 256⌉) -> (..., n), float32"""
-    return jnp.repeat(scales.astype(jnp.float32), BLOCK, axis=-1)[..., :columns]
+def _spread(scales: jax.Array, array: jax.Array) -> jax.Array:
+    """(..., ⌈n / 256⌉) -> (..., n) as ``array``, float32"""
+    return sharding.spread(scales.astype(jnp.float32), array, BLOCK)
