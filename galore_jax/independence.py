@@ -48,20 +48,20 @@ def check_independent(tx: optax.GradientTransformation, params: Any) -> None:
         return rng.normal(size=[min(side, _SIDE) for side in leaf.shape]).astype(leaf.dtype)
 
     small = treedef.unflatten(map(draw, leaves))
-    grads = list(map(draw, leaves))
+    first, grads, others = (list(map(draw, leaves)) for _ in range(3))
     tx = optax.with_extra_args_support(tx)
 
     @jax.jit
     def second_update(grads: list[np.ndarray]) -> list[jax.Array]:
-        gradient = treedef.unflatten(grads)
-        _, state = tx.update(gradient, tx.init(small), small)
-        return treedef.flatten_up_to(tx.update(gradient, state, small)[0])
+        _, state = tx.update(treedef.unflatten(first), tx.init(small), small)
+        return treedef.flatten_up_to(tx.update(treedef.unflatten(grads), state, small)[0])
 
     with jax.ensure_compile_time_eval():  # also when all of this is traced
         results = [second_update(grads)]
         for culprit in range(len(leaves)):
-            larger = [(g * _FACTOR).astype(g.dtype) if i == culprit else g for i, g in enumerate(grads)]
-            results.append(second_update(larger))
+            # Another gradient and a larger one: Adam's update, for one, hardly knows how large all gradients are.
+            replaced = (others[culprit] * _FACTOR).astype(others[culprit].dtype)
+            results.append(second_update([*grads[:culprit], replaced, *grads[culprit + 1 :]]))
     before, *after = jax.device_get(results)
     for culprit, updates in enumerate(after):
         for i, (old, new) in enumerate(zip(before, updates, strict=True)):

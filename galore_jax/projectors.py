@@ -284,7 +284,10 @@ def _by_energy(basis: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax
 
 def _unit(x: jax.Array) -> jax.Array:
     """x times a power of two, which rounds nothing, so that the largest entry lies in [1/2, 1) and squares do not overflow."""
-    return jnp.ldexp(x, -jnp.frexp(jnp.max(jnp.abs(x)))[1])
+    exponent = jnp.frexp(jnp.max(jnp.abs(x)))[1]
+    half = exponent // 2  # 2^-exponent itself may overflow
+    one = jnp.ones([], x.dtype)
+    return x * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
 
 
 def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

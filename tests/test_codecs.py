@@ -113,8 +113,9 @@ def test_a_round_trip_keeps_the_extremes_and_a_second_one_changes_nothing(codec,
         if np.all(extreme >= (2.0**-126 if codec is SignedBlocks else 2.0**-104)):
             largest = np.abs(block) == extreme
             np.testing.assert_array_equal(got[largest & (block > 0)], block[largest & (block > 0)])
-            # Half of the widest cell of each map, and a bit for rounding.
-            assert np.all(np.abs(got - block) <= extreme * (0.0072 if codec is SignedBlocks else 0.0036) + 1e-45)
+            # Half of the widest cell of each map; and whether numbers below the smallest normal one are flushed is up to XLA.
+            cell = extreme * (0.0072 if codec is SignedBlocks else 0.0036)
+            assert np.all(np.abs(got - block) <= cell + np.finfo(np.float32).tiny)
 
 
 @pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])

@@ -7,9 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_jax.orthonormal import defect, orthonormal
+from galore_jax.orthonormal import by_cholesky, by_householder, defect, orthonormal
 
-orthonormalised = jax.jit(orthonormal)
+
+@pytest.fixture(params=[by_householder, by_cholesky])  # a CPU's way, and that of every other device
+def way(request):
+    return request.param
+
+
+@pytest.fixture
+def orthonormalised(way):
+    return jax.jit(way)
 
 
 def decaying(rng, m, r, smallest):
@@ -45,7 +53,7 @@ MATRICES = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(96, 32), (40, 40), (7, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("kind", MATRICES)
-def test_columns_are_orthonormal(kind, shape, dtype):
+def test_columns_are_orthonormal(kind, shape, dtype, orthonormalised):
     x = jnp.asarray(MATRICES[kind](np.random.default_rng(0), *shape), dtype)
     q = orthonormalised(x)
     assert q.dtype == x.dtype
@@ -56,7 +64,7 @@ def test_columns_are_orthonormal(kind, shape, dtype):
 
 
 @pytest.mark.slow
-def test_a_large_ill_conditioned_matrix():
+def test_a_large_ill_conditioned_matrix(orthonormalised):
     """The size at which a plain Cholesky-QR was seen to return NaN: 2048 x 512, out of a warm start."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(decaying(rng, 2048, 512, 1e-10), jnp.float32)
@@ -64,7 +72,7 @@ def test_a_large_ill_conditioned_matrix():
 
 
 @pytest.mark.parametrize("smallest", [0.3, 1e-3])
-def test_the_leading_columns_keep_their_span(smallest):
+def test_the_leading_columns_keep_their_span(smallest, orthonormalised):
     x = decaying(np.random.default_rng(1), 60, 12, smallest)
     q = np.asarray(orthonormalised(jnp.asarray(x, jnp.float32)), np.float64)
     for k in (1, 5, 12):
@@ -72,7 +80,7 @@ def test_the_leading_columns_keep_their_span(smallest):
         np.testing.assert_allclose(q[:, :k] @ q[:, :k].T, exact @ exact.T, atol=2e-7 / smallest)
 
 
-def test_independent_columns_survive_dependent_ones():
+def test_independent_columns_survive_dependent_ones(orthonormalised):
     rng = np.random.default_rng(2)
     direction = rng.normal(size=(50, 1))
     q = np.asarray(orthonormalised(jnp.asarray(direction * np.array([[2.0, -1.0, 5.0]]), jnp.float32)), np.float64)
@@ -80,11 +88,11 @@ def test_independent_columns_survive_dependent_ones():
     assert 1 - cosine < 1e-7
 
 
-def test_it_works_on_a_batch():
+def test_it_works_on_a_batch(way):
     """Under vmap every matrix runs as many rounds as the one that needs most."""
     rng = np.random.default_rng(3)
     batch = jnp.stack([jnp.asarray(MATRICES[kind](rng, 30, 8), jnp.float32) for kind in ("normal", "rank 1", "zero")])
-    for q in jax.jit(jax.vmap(orthonormal))(batch):
+    for q in jax.jit(jax.vmap(way))(batch):
         assert float(defect(q)) < 3e-6
 
 
@@ -93,3 +101,10 @@ def test_the_defect_of_a_basis_that_is_not_finite_is_nan():
     assert float(defect(basis * 1.5)) == 1.25
     assert np.isnan(float(defect(basis.at[0, 0].set(jnp.nan))))
     assert np.isnan(float(defect(basis.at[3, 1].set(jnp.inf))))
+
+
+def test_only_a_cpu_takes_householder():
+    traced = jax.jit(orthonormal).trace(jax.ShapeDtypeStruct((8, 3), jnp.float32))
+    factorisations = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
+    assert "geqrf" in factorisations["cpu"] and "cholesky" not in factorisations["cpu"]
+    assert "cholesky" in factorisations["tpu"] and "geqrf" not in factorisations["tpu"]
