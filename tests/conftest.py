@@ -30,8 +30,8 @@ def _xla_knows(flag):
 if _xla_knows("xla_cpu_use_fusion_emitters"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
-import jax
-import optax
+import jax  # noqa: E402
+import optax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

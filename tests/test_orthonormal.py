@@ -106,5 +106,5 @@ def test_the_defect_of_a_basis_that_is_not_finite_is_nan():
 def test_only_a_cpu_takes_householder():
     traced = jax.jit(orthonormal).trace(jax.ShapeDtypeStruct((8, 3), jnp.float32))
     factorisations = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu")}
-    assert "geqrf" in factorisations["cpu"] and "cholesky" not in factorisations["cpu"]
-    assert "cholesky" in factorisations["tpu"] and "geqrf" not in factorisations["tpu"]
+    found = {name: [kind for kind in ("geqrf", "cholesky") if kind in text] for name, text in factorisations.items()}
+    assert found == {"cpu": ["geqrf"], "tpu": ["cholesky"]}
