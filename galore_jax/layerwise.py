@@ -19,6 +19,7 @@ on the global norm takes the backward pass twice, the first time for the norm al
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -165,11 +166,21 @@ def layerwise(
             layer = apply_updates(layer, updates, key, layer=i)
             return weights.put(places, layer), states.put(i, new_state), squares + own
 
-        carry = _Stack.of(layers), _Stack.of(state.layers), jnp.zeros([])
-        (weights, states, squares), first = run.backward(
-            inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
+        def update_all(layers: Params, states: Any, inputs: Any, cotangent: Any, *, flat: bool) -> tuple:
+            carry = _Stack.of(layers, flat), _Stack.of(states, flat), jnp.zeros([])
+            (weights, states, squares), first = run.backward(
+                inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
+            )
+            return weights.whole(), states.whole(), squares, first
+
+        layers, states, squares, first = jax.lax.platform_dependent(
+            layers,
+            state.layers,
+            inputs,
+            cotangent,
+            tpu=functools.partial(update_all, flat=False),
+            default=functools.partial(update_all, flat=True),
         )
-        layers = weights.whole()
         grads = run.rest_gradient(last, first, factor)
         own = _squares(grads)
         grads = bounded(grads, own)
@@ -177,7 +188,7 @@ def layerwise(
         params = model.join(layers, apply_updates(rest, updates, key))
         return (
             params,
-            LayerwiseState(state.count + 1, states.whole(), rest_state),
+            LayerwiseState(state.count + 1, states, rest_state),
             LayerwiseMetrics(loss, jnp.sqrt(squares + own) if norm is None else norm),
         )
 
@@ -206,18 +217,19 @@ def check_stack(layers: Params) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """What a loop overwrites layer by layer, each leaf (L, ...) as (L, elements).
+    """What a loop overwrites layer by layer, each leaf (L, ...); if it is flat, as (L, elements).
 
-    With their axes, XLA would lay whole stacks out as the work on one layer likes it best, and copy them for it.
+    With their axes, XLA for GPUs would lay whole stacks out as the work on one layer likes it best, and copy them for it.  On a
+    TPU arrays lie in tiles of their last two axes, and to flatten them is what would copy them.
     """
 
     tree: Any
     shapes: Any = dataclasses.field(metadata={"static": True})  # (L, ...), in the order of the leaves
 
     @classmethod
-    def of(cls, tree: Any) -> _Stack:
+    def of(cls, tree: Any, flat: bool) -> _Stack:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(tree))
-        return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1), tree), shapes)
+        return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1) if flat else leaf, tree), shapes)
 
     def at(self, i: Any) -> Any:
         """Layer i; ``i`` may be a tree of equal indices, one for each part of the tree."""
@@ -228,7 +240,9 @@ class _Stack:
 
         def put(i: jax.Array, whole: Any, one: Any) -> Any:
             return jax.tree.map(
-                lambda w, x: jax.lax.dynamic_update_index_in_dim(w, x.astype(w.dtype).reshape(-1), i, 0), whole, one
+                lambda w, x: jax.lax.dynamic_update_index_in_dim(w, x.astype(w.dtype).reshape(w.shape[1:]), i, 0),
+                whole,
+                one,
             )
 
         return _Stack(jax.tree.map(put, i, self.tree, layer), self.shapes)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax.state import GaLoreState
+from galore_jax.state import galore_states_of
 
 Gap = int | jax.Array | None
 
@@ -255,11 +255,7 @@ def refresh_bases(
             "refresh_bases() reached no galore in tx: give it a transformation that has one, without wrappers that keep extra "
             "arguments to themselves."
         )
-
-    def is_node(x: Any) -> bool:
-        return isinstance(x, GaLoreState)
-
-    return jax.tree.map(lambda old, new: new if is_node(old) else old, state, refreshed, is_leaf=is_node)
+    return galore_states_of(refreshed, state)
 
 
 def _checked(update_proj_gap: Gap) -> Gap:

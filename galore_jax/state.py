@@ -28,3 +28,12 @@ class GaLoreState(NamedTuple):
     schedule: Any  # what the refresh policy remembers of each parameter, () for most policies
     diagnostics: Any  # galore_jax.diagnostics.Diagnostics, or () without them
     inner_state: Any
+
+
+def galore_states_of(new: Any, old: Any) -> Any:
+    """The state ``old`` of any transformation with the :class:`GaLoreState` nodes of ``new``."""
+
+    def is_node(x: Any) -> bool:
+        return isinstance(x, GaLoreState)
+
+    return jax.tree.map(lambda old, new: new if is_node(old) else old, old, new, is_leaf=is_node)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import (
+    accumulate,
     basis_codecs,
     codecs,
     diagnostics as diagnosis,
@@ -201,18 +202,34 @@ class _GaLore:
     ) -> tuple[optax.Updates, GaLoreState]:
         request = extra_args.pop(policies.Request.ARGUMENT, None)
         layer = extra_args.pop(policies.Layer.ARGUMENT, None)
-        views = self.views_of(updates)
+        collect = extra_args.pop(accumulate.Collect.ARGUMENT, None)
+        projected = extra_args.pop(accumulate.Projected.ARGUMENT, None)
+        views = self.views_of(updates if projected is None else params)
         gradients, treedef = jax.tree.flatten(updates)
         if request is not None:
             request.answered = True
+        if projected is not None:
+            projected.answered = True
+            likes = map(promoted, treedef.flatten_up_to(params))
+            leaves = [_measured(view, r, like) for view, r, like in zip(views, gradients, likes, strict=True)]
+            low_rank = [jnp.where(_over(leaf.good, leaf), leaf.matrices, 0) for leaf in leaves]
+            return self._step(leaves, treedef, low_rank, state, params, whole=False, **extra_args)
         if not any(views):
+            if collect is not None:
+                collect.answer(updates)
+                return updates, state
             inner = self._inner_of(views)
             return (
                 self._update_whole(inner, updates, state, params, **extra_args) if request is None else (updates, state)
             )
         leaves = [_measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
-        state, low_rank = self._turn_all(leaves, treedef, state, layer, everything=request is not None)
-        if request is not None:
+        everything = request is not None
+        allowed = True if collect is None else collect.refresh
+        state, low_rank = self._turn_all(leaves, treedef, state, layer, everything, allowed)
+        if collect is not None:
+            bad = zip(leaves, low_rank, strict=True)
+            collect.answer(treedef.unflatten(jnp.where(_over(leaf.finite, leaf), x, jnp.nan) for leaf, x in bad))
+        if request is not None or collect is not None:
             return updates, state
         return self._step(leaves, treedef, low_rank, state, params, **extra_args)
 
@@ -225,9 +242,15 @@ class _GaLore:
         return per_matrix(self.inner, lambda _: views) if self.transport == "reset" else self.inner
 
     def _turn_all(
-        self, leaves: list[_Leaf], treedef: Any, state: GaLoreState, layer: policies.Layer | None, everything: bool
+        self,
+        leaves: list[_Leaf],
+        treedef: Any,
+        state: GaLoreState,
+        layer: policies.Layer | None,
+        everything: bool,
+        allowed: bool | jax.Array,
     ) -> tuple[GaLoreState, list[jax.Array]]:
-        """The state with the bases refreshed that are due (or all), and the gradients in these bases."""
+        """The state with the bases refreshed that are due (or all) and allowed to, and the gradients in these bases."""
         views = [leaf.view for leaf in leaves]
         key = seeds.key_of(self.seed, state.count)
         inner_leaves, inner_def = codecs.flatten(state.inner_state)
@@ -244,8 +267,9 @@ class _GaLore:
             projected = subspace.project(self._storage, leaf.matrices, *sides, leaf.view.rank)
             current = Subspace(lefts[i], rights[i], projected, tuple(inner_leaves[j] for j in mine))
             if everything or self.refresh.automatic:
-                due = self.refresh.due(state.count, slots, schedules[i]) | everything
-                wanted = leaf.good & (due | ~self._storage.exists(sides[0] if leaf.view.left else sides[1]))
+                due = (self.refresh.due(state.count, slots, schedules[i]) | everything) & allowed
+                missing = ~self._storage.exists(sides[0] if leaf.view.left else sides[1])
+                wanted = leaf.good & (due | (missing & allowed))
                 current, turned, overlap = turn(
                     self.projector,
                     leaf.view,
@@ -287,9 +311,13 @@ class _GaLore:
         low_rank: list[jax.Array],
         state: GaLoreState,
         params: optax.Params | None,
+        whole: bool = True,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
-        """The inner transformation on the low-rank gradients, and its answer lifted."""
+        """The inner transformation on the low-rank gradients, and its answer lifted.
+
+        Not ``whole``: the matrices of ``leaves`` are low-rank gradients too, and what they were projected from is not there.
+        """
         views = [leaf.view for leaf in leaves]
         bases = list(zip(treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right), strict=True))
         coordinates = None
@@ -316,7 +344,7 @@ class _GaLore:
         if self.diagnostics:
             captured = treedef.flatten_up_to(state.diagnostics.captured_energy)
             for i, leaf in enumerate(leaves):
-                if leaf.view is not None:
+                if leaf.view is not None and whole:
                     share = diagnosis.captured_energy(low_rank[i], leaf.matrices, leaf.peak)
                     captured[i] = jnp.where(leaf.good, share, captured[i])
             new_state = new_state._replace(
@@ -360,12 +388,21 @@ class _GaLore:
         return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms
 
 
-def _measured(view: MatrixView | None, gradient: jax.Array) -> _Leaf:
-    matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
+def _measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> _Leaf:
+    """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""
+    if like is None:
+        matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
+    else:
+        matrices, gradient = gradient, like
     axes = None if view is None else (-2, -1)
     peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
     return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
+
+
+def _over(flags: jax.Array, leaf: _Leaf) -> jax.Array:
+    """[*batch] flags of a leaf, to be broadcast over its matrices."""
+    return flags if leaf.view is None else flags[..., None, None]
 
 
 def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) -> list[policies.Slots | None]:

@@ -56,6 +56,15 @@ from galore_jax.training.optimizers import make_optimizer
         ({"seed": 2**31}, "--seed 2147483648 must be less than 2**31."),
         ({"warmup_steps": 500}, "--warmup-steps 500 must be at least 0 and less than --steps 500."),
         ({"batch": 6, "accumulate": 4}, "--batch 6 is not a multiple of --accumulate 4; "),
+        (
+            {"accumulate_low_rank": True, "optimizer": "adamw"},
+            "--accumulate-low-rank needs an optimizer with subspaces, which --optimizer adamw is not.",
+        ),
+        ({"accumulate_low_rank": True}, "--accumulate-low-rank needs --clip 0 instead of 1.0: the norm of the whole"),
+        (
+            {"accumulate_low_rank": True, "clip": 0, "layerwise": True},
+            "--accumulate-low-rank needs a step without --lay",
+        ),
     ],
 )
 def test_bad_settings_are_named(changes, message):

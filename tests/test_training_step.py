@@ -41,6 +41,23 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch():
         assert float(cut_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
+def test_micro_batches_summed_in_random_subspaces_give_the_step_of_the_whole_batch():
+    graphdef, params = tiny_model()
+    config = PretrainConfig(rank=4, update_proj_gap=2, projector="random", steps=20, learning_rate=0.05, clip=0)
+    tx = make_optimizer(config, make_schedule(config))
+    results = []
+    for settings in ((1,), (4, True)):
+        step = make_train_step(graphdef, tx, *settings)
+        copy = jax.tree.map(jnp.copy, params)
+        state = tx.init(copy)
+        for _ in range(3):
+            copy, state, metrics = step(copy, state, tokens())
+        results.append((copy, metrics["loss"]))
+    (whole, loss), (cut, cut_loss) = results
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), whole, cut)
+    assert float(cut_loss) == pytest.approx(float(loss), rel=1e-4)
+
+
 def test_the_step_donates_its_state_learns_counts_what_it_left_out_and_compiles_once():
     graphdef, params = tiny_model()
     config = PretrainConfig(rank=4, update_proj_gap=2, refresh="staggered", steps=20, learning_rate=0.05, clip=0)

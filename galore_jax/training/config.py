@@ -94,6 +94,8 @@ class PretrainConfig:
     """Sequences of an optimizer step."""
     accumulate: int = 1
     """Micro-batches that --batch is cut into and whose gradients are summed: less memory, the same result."""
+    accumulate_low_rank: bool = False
+    """GaLore: sum the gradients of micro-batches in the subspaces, which come from the first; needs --clip 0."""
     seq: int = 128
     """Tokens of a sequence."""
     data: str = "python"
@@ -232,10 +234,23 @@ def check(config: PretrainConfig) -> None:
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
             "choose micro-batches of equal size."
         )
+    if config.accumulate_low_rank:
+        _check_low_rank(config)
     if not 0 <= config.resolved_warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
         )
+
+
+def _check_low_rank(config: PretrainConfig) -> None:
+    wrong = {
+        f"an optimizer with subspaces, which --optimizer {config.optimizer} is not": "galore" not in config.optimizer,
+        f"--clip 0 instead of {config.clip}: the norm of the whole gradient is not known": config.clip > 0,
+        "a step without --layerwise, which sums one layer's gradients at a time already": config.layerwise,
+    }
+    for need, applies in wrong.items():
+        if applies:
+            raise ValueError(f"--accumulate-low-rank needs {need}.")
 
 
 def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:

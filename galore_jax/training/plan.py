@@ -69,6 +69,8 @@ class PlanConfig:
     """Sequences of an optimizer step."""
     accumulate: int = 1
     """Micro-batches that --batch is cut into."""
+    accumulate_low_rank: bool = False
+    """GaLore: sum the gradients of micro-batches in the subspaces."""
     seq: int = 256
     """Tokens of a sequence."""
     remat: bool = False
@@ -148,7 +150,7 @@ class Planned:
 
     def _gradient_bytes(self) -> int:
         dense = jax.eval_shape(dequantize, self.params)
-        if self.config.accumulate > 1:  # a sum, in float32
+        if self.config.accumulate > 1 and not self.config.accumulate_low_rank:  # a sum, in float32
             dense = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32"), dense)
         if not self.config.layerwise:
             return tree_bytes(dense)

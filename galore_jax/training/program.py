@@ -57,7 +57,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig) -> Program:
         init_state, step = _layerwise(config, model_config, make_optimizer(config, schedule, clip=False))
     else:
         tx = make_optimizer(config, schedule)
-        init_state, step = tx.init, make_train_step(graphdef, tx, config.accumulate)
+        init_state, step = tx.init, make_train_step(graphdef, tx, config.accumulate, config.accumulate_low_rank)
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         params = nnx.to_pure_dict(weights(key)[1])

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from galore_jax import GaLoreState
+from galore_jax.accumulate import low_rank_mean, update_from_low_rank
 
 Metrics = dict[str, Any]
 
@@ -24,13 +25,17 @@ COUNTS = {"skipped": "skipped", "kept_bases": "kept", "rejected_bases": "rejecte
 """Metric -> field of GaLoreState."""
 
 
-def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1) -> Any:
+def make_train_step(
+    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1, low_rank: bool = False
+) -> Any:
     """A jitted ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; the first two are donated.
 
     Args:
       graphdef: of the model, from ``nnx.split``.
       tx: the optimizer; it is given float32 gradients.
       accumulate: micro-batches that the batch is cut into; it divides the batch.
+      low_rank: sum their gradients in the subspaces of the one galore in ``tx``: see :mod:`galore_jax.accumulate`.  Then
+        ``grad_norm`` is that of the sum, what lies outside the subspaces left out.
 
     Returns:
       The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are on the device.  Scalars: ``loss``, ``grad_norm``
@@ -46,10 +51,13 @@ def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ac
         loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
         return loss, optax.tree.cast(grads, jnp.float32)
 
+    def cut(batch: jax.Array) -> jax.Array:
+        return batch.reshape(accumulate, -1, batch.shape[1])  # [K, B/K, S+1]
+
     def mean_gradient(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         if accumulate == 1:
             return gradient(params, batch)
-        micro_batches = batch.reshape(accumulate, -1, batch.shape[1])  # [K, B/K, S+1]
+        micro_batches = cut(batch)
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, params, micro_batches[0]))
 
         def add(total: Any, tokens: jax.Array) -> tuple[Any, None]:
@@ -58,8 +66,15 @@ def make_train_step(graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ac
         return jax.tree.map(lambda total: total / accumulate, jax.lax.scan(add, zeros, micro_batches)[0])
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
-        loss, grads = mean_gradient(params, batch)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        if low_rank:
+            losses, grads, opt_state = low_rank_mean(
+                tx, lambda tokens: gradient(params, tokens), cut(batch), opt_state, params
+            )
+            loss = jnp.mean(losses)
+            updates, opt_state = update_from_low_rank(tx, grads, opt_state, params)
+        else:
+            loss, grads = mean_gradient(params, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
         # Added in float32 and rounded once, which matters for bfloat16 parameters.
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
         return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)

@@ -1,0 +1,136 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of micro-batches, summed in the subspaces.
+
+Projection is linear, so between refreshes the mean over K micro-batches needs buffers of r x n only:
+
+    R  =  1/K Σ_i PᵀG_i  =  Pᵀ (1/K Σ_i G_i)                 exactly, up to rounding
+
+At a refresh P must be known before the second micro-batch is seen: it comes from the first one's gradient, not from the mean
+of all.  Parameters that are not projected are summed whole.  Sums are float32.
+
+What stands before ``galore`` in a chain acts on each micro-batch's gradient and then on R in the place of a gradient: a bound
+on the global norm there would see the norm inside the subspaces only.  A matrix whose gradient is not finite in any
+micro-batch is left alone in that update, as ``galore`` does with a bad gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.state import GaLoreState, galore_states_of
+
+
+class Collect:
+    """Asks the galore in a transformation, through an extra argument of ``update``, for the gradient in its subspaces."""
+
+    ARGUMENT = "galore_collect"
+
+    def __init__(self, refresh: bool | jax.Array) -> None:
+        self.refresh = refresh  # whether bases that are due may be refreshed
+        self.low_rank: Any = None
+
+    def answer(self, low_rank: Any) -> None:
+        """Keeps the tree of low-rank gradients."""
+        if self.low_rank is not None:
+            raise ValueError(
+                "Low-rank accumulation found two galore transformations in tx: give it one that has a single galore."
+            )
+        self.low_rank = low_rank
+
+
+class Projected:
+    """Tells the galore in a transformation, through an extra argument of ``update``, that gradients are projected already."""
+
+    ARGUMENT = "galore_projected"
+
+    def __init__(self) -> None:
+        self.answered = False
+
+
+def low_rank_mean(
+    tx: optax.GradientTransformation,
+    gradient: Callable[[Any], tuple[Any, optax.Updates]],
+    micro_batches: Any,
+    state: Any,
+    params: optax.Params,
+) -> tuple[Any, Any, Any]:
+    """The mean gradient of micro-batches in the subspaces of ``tx``, for :func:`update_from_low_rank`.
+
+    Args:
+      tx: a transformation with one ``galore`` in it, of any wrapping that hands on extra arguments.
+      gradient: micro-batch -> (anything to keep of it, gradient).
+      micro_batches: arrays (K, ...), one micro-batch after the other.
+      state: of ``tx``.
+      params: the parameters.
+
+    Returns:
+      What ``gradient`` returned first, leaves (K, ...); the mean, float32, (*batch, r, n) where a parameter is projected from
+      the left; and the state, with the bases refreshed that were due.
+
+    Raises:
+      ValueError: there is no galore in ``tx``, or more than one.
+
+    >>> from galore_jax import galore
+    >>> params, batches = {"kernel": jnp.ones((64, 256))}, jnp.arange(1.0, 4.0)
+    >>> tx = galore(optax.sgd(1.0), rank=8)
+    >>> gradient = lambda batch: (batch, {"kernel": batch * jnp.ones((64, 256))})
+    >>> seen, mean, state = low_rank_mean(tx, gradient, batches, tx.init(params), params)
+    >>> mean["kernel"].shape
+    (8, 256)
+    >>> updates, state = update_from_low_rank(tx, mean, state, params)
+    >>> bool(jnp.allclose(updates["kernel"], -0.25 * 2.0, atol=1e-5))  # scale times the mean gradient
+    True
+    """
+
+    def collect(state: Any, batch: Any, first: bool | jax.Array) -> tuple[Any, Any, Any]:
+        kept, grads = gradient(batch)
+        request = Collect(first)
+        updated = optax.with_extra_args_support(tx).update(grads, state, params, **{Collect.ARGUMENT: request})[1]
+        if request.low_rank is None:
+            raise ValueError(
+                "Low-rank accumulation reached no galore in tx: give it a transformation that has one, without wrappers that "
+                "keep extra arguments to themselves."
+            )
+        low_rank = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), request.low_rank)
+        return kept, low_rank, galore_states_of(updated, state)
+
+    def add(carry: tuple, numbered: tuple) -> tuple[tuple, Any]:
+        total, state = carry
+        number, batch = numbered
+        kept, low_rank, state = collect(state, batch, number == 0)
+        return (jax.tree.map(jnp.add, total, low_rank), state), kept
+
+    number = jax.tree.leaves(micro_batches)[0].shape[0]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
+    shapes = jax.eval_shape(lambda state, batch: collect(state, batch, True)[1], state, one)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
+    return kept, jax.tree.map(lambda x: x / number, total), state
+
+
+def update_from_low_rank(
+    tx: optax.GradientTransformation, low_rank: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+) -> tuple[optax.Updates, Any]:
+    """``tx.update`` for a gradient in its subspaces, which it does not refresh: see :func:`low_rank_mean`.
+
+    Returns:
+      Updates like ``params``, and the new state.
+
+    Raises:
+      ValueError: there is no galore in ``tx``, or its output needs the gradient itself.
+    """
+    request = Projected()
+    extra_args[Projected.ARGUMENT] = request
+    updates, new_state = optax.with_extra_args_support(tx).update(low_rank, state, params, **extra_args)
+    if not request.answered:
+        raise ValueError(
+            "Low-rank accumulation reached no galore in tx: give it a transformation that has one, without wrappers that keep "
+            "extra arguments to themselves."
+        )
+    return updates, new_state
