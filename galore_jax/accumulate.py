@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.state import GaLoreState, galore_states_of
+from galore_jax.state import galore_states_of
 
 
 class Collect:
