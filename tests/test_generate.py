@@ -5,6 +5,10 @@
 from __future__ import annotations
 
 import json
+import pathlib
+import re
+import runpy
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,7 @@ from problems import leniency, quick_compilation  # noqa: F401
 from test_llama import forward, random_model, random_tokens, tiny
 
 from galore_jax.cli import main
-from galore_jax.models import LlamaConfig, generate, save_hf
+from galore_jax.models import LlamaConfig, generate, load_hf, save_hf
 from galore_jax.models.sampling import stream
 from galore_jax.training import PretrainConfig, checkpoint, run_pretrain
 from galore_jax.training.config import load_config
@@ -127,7 +131,7 @@ def test_a_stream_is_what_one_call_gives(how):
 def test_only_the_likeliest_tokens_are_drawn_and_in_proportion(how, allowed):
     model = random_model(tiny(vocab_size=6), scale=0.3)
     prompt = jnp.asarray([2, 0], jnp.int32)
-    draws = [int(generate(model, prompt, 1, key=jax.random.key(i), **how)[0]) for i in range(300)]
+    draws = [int(generate(model, prompt, 1, key=jax.random.key(i), **how)[0]) for i in range(200)]
     p = np.asarray(jax.nn.softmax(forward(model, prompt[None])[0, -1]), np.float64)
     order = np.argsort(-p)
     kept = np.where(allowed(p[order]), p[order], 0)
@@ -243,3 +247,19 @@ def test_a_folder_that_is_no_model_is_named(theirs, run, tmp_path, capsys):
         (tmp_path / "config.json").write_text((folder / "config.json").read_text())
         says = "tokenizer.json does not exist" if folder == theirs else "There is no checkpoint in"
         refused(capsys, "--model", tmp_path, "--prompt", "a", says=says)
+
+
+def test_the_benchmark_prints_a_continuation_and_the_loss_of_a_text(theirs, tmp_path, monkeypatch, capsys):
+    benchmark = pathlib.Path(__file__).parent.parent / "benchmarks" / "huggingface.py"
+    (tmp_path / "text.txt").write_text(TEXT)
+    flags = ["--sequences", "2", "--seq", "16", "--length", "4"]
+    monkeypatch.setattr(sys, "argv", [str(benchmark), str(theirs), str(tmp_path / "text.txt"), *flags])
+    runpy.run_path(str(benchmark), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "parameters, float32" in out
+    assert "greedy: 'The capital of France is' -> " in out
+    loss = float(re.search(r"loss: ([0-9.]+) nats/token over 2 x 16 tokens of text.txt", out)[1])
+    batches = np.stack([list(TEXT.encode())[start : start + 17] for start in (0, len(TEXT) // 2)])
+    log_p = jax.nn.log_softmax(forward(load_hf(theirs), jnp.asarray(batches[:, :-1], jnp.int32)))
+    expected = -np.take_along_axis(np.asarray(log_p), batches[:, 1:, None], axis=-1).mean()
+    assert loss == pytest.approx(expected, abs=1e-3)
