@@ -108,7 +108,7 @@ def test_weights_in_8_bits_generate():
     np.testing.assert_array_equal(forward(stored, tokens[None])[0, 1:-1].argmax(axis=-1), tokens[2:])
 
 
-@pytest.mark.parametrize("how", [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.8}])
+@pytest.mark.parametrize("how", [{}, {"top_k": 5, "top_p": 0.8}])
 def test_a_stream_is_what_one_call_gives(how):
     model, prompt = random_model(tiny()), random_tokens((4,))
     whole = generate(model, prompt, 9, key=jax.random.key(2), **how)
@@ -172,11 +172,11 @@ def test_the_run_continues_with_the_parameters_of_its_last_checkpoint(run, tmp_p
     """As a Hugging Face folder the same model says the same."""
     config, model_config, _ = load_config(run)
     built = program(config, model_config)
-    params = checkpoint.restore(run / "checkpoints", 2, *built.state).params
+    params = checkpoint.restore_params(run / "checkpoints", 2, built.state[0])
     save_hf(nnx.merge(built.graphdef, params), tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_bytes((run / "tokenizer.json").read_bytes())
     texts = [
-        "".join(generate_text(GenerateConfig(folder, "Para", max_new_tokens=20, seed=5, top_k=200)))
+        "".join(generate_text(GenerateConfig(folder, "A pär", max_new_tokens=20, seed=5)))
         for folder in (run, tmp_path / "model")
     ]
     assert texts[0] == texts[1]
