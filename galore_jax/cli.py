@@ -65,7 +65,21 @@ def plan(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "plan": plan}
+def generate(arguments: Sequence[str]) -> int:
+    """Continue a text with the model of a run, or with one from Hugging Face."""
+    with needed_packages("generate", extra="train"):
+        from galore_jax.training import generation
+
+        settings = parse(generation.GenerateConfig, arguments, "generate")
+    with usage_errors():
+        pieces = generation.generate_text(settings)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "plan": plan, "generate": generate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
+      generate    Continue a text with the model of a run, or with one from Hugging Face.
     <BLANKLINE>
     galore-jax COMMAND --help lists the flags of a command.
     0

@@ -19,7 +19,7 @@ from test_targets import needs_extra
 from galore_jax.cli import main
 from galore_jax.memory import state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
-from galore_jax.models.huggingface import config_from_huggingface
+from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.targets import TARGETS
 from galore_jax.training import loop, plan_report
 from galore_jax.training.optimizers import OPTIMIZERS
@@ -190,7 +190,7 @@ def test_a_mistake_is_one_sentence(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama' is supported"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama' and 'mistral' are supported"),
         ({"attention_bias": True}, "has attention_bias=true; a LLaMA with biases is not supported"),
         ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),

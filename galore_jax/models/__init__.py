@@ -1,9 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The LLaMA family in Flax nnx: configurations, the model, and a sampler."""
+"""The LLaMA family in Flax nnx: configurations, the model, a sampler, and weights from and for Hugging Face."""
 
 from galore_jax.models.config import LlamaConfig
+from galore_jax.models.huggingface import load_hf, save_hf
 from galore_jax.models.llama import Llama
 from galore_jax.models.sampling import generate
 
-__all__ = ["Llama", "LlamaConfig", "generate"]
+__all__ = ["Llama", "LlamaConfig", "generate", "load_hf", "save_hf"]

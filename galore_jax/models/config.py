@@ -19,6 +19,7 @@ import math
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,18 @@ class LlamaConfig:
     """Added to the mean square inside the norms."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rope_type: str = "default"
+    """What stretches the wavelengths: default (nothing), linear (all by rope_factor), or llama3 (the long ones)."""
+    rope_factor: float = 1.0
+    """How far linear and llama3 stretch."""
+    rope_low_freq_factor: float = 1.0
+    """llama3: wavelengths that fit less often than this into the original context are stretched in full."""
+    rope_high_freq_factor: float = 4.0
+    """llama3: wavelengths that fit more often than this are left alone; between the two it is interpolated."""
+    rope_original_max_position_embeddings: int | None = None
+    """llama3: the context before it was stretched. None: max_position_embeddings."""
+    sliding_window: int | None = None
+    """A token attends to so many tokens, itself included. None: to all before it."""
     tie_word_embeddings: bool = False
     """Use the embedding as the output head as well."""
     initializer_range: float = 0.02
@@ -69,17 +82,24 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in _SIZES:
             _check_size(name, getattr(self, name))
-        for name in ("num_key_value_heads", "head_dim"):
+        for name in ("num_key_value_heads", "head_dim", "rope_original_max_position_embeddings", "sliding_window"):
             if getattr(self, name) is not None:
                 _check_size(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in _NUMBERS:
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} must be a positive finite number.")
         for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
             if value not in DTYPES:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(DTYPES)}.")
+        if self.rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type={self.rope_type!r} is not known; choose one of {', '.join(ROPE_TYPES)}.")
+        if self.rope_high_freq_factor <= self.rope_low_freq_factor:
+            raise ValueError(
+                f"rope_high_freq_factor={self.rope_high_freq_factor} must be greater than "
+                f"rope_low_freq_factor={self.rope_low_freq_factor}."
+            )
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -146,6 +166,14 @@ _SIZES = (
     "num_hidden_layers",
     "vocab_size",
     "max_position_embeddings",
+)
+_NUMBERS = (
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "initializer_range",
 )
 
 

@@ -1,44 +1,266 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a model from the ``config.json`` that Hugging Face's repositories hold."""
+"""Weights of LLaMA models from and for Hugging Face: a folder with ``config.json`` and safetensors, without torch.
+
+A weight there is (out, in), the transpose of a kernel here, and every layer has tensors of its own, which are stacked here.
+Tensors are read and written one by one, so that no second copy of the model is held.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from galore_jax.models.config import LlamaConfig
+from galore_jax.models.huggingface_config import config_from_huggingface, config_to_huggingface
+from galore_jax.models.llama import Llama
+from galore_jax.weights import dequantize
 
-_SHAPE = {field.name for field in dataclasses.fields(LlamaConfig)} - {"dtype", "param_dtype", "remat"}
-"""Fields that mean the same there; their names are Hugging Face's."""
+SHARD_BYTES = 5 * 10**9
+"""Bytes of tensors in one file; a larger model is written into several, with an index."""
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_LAYER = {
+    "input_norm/scale": "input_layernorm",
+    "attention/q_proj/kernel": "self_attn.q_proj",
+    "attention/k_proj/kernel": "self_attn.k_proj",
+    "attention/v_proj/kernel": "self_attn.v_proj",
+    "attention/o_proj/kernel": "self_attn.o_proj",
+    "post_attention_norm/scale": "post_attention_layernorm",
+    "mlp/gate_proj/kernel": "mlp.gate_proj",
+    "mlp/up_proj/kernel": "mlp.up_proj",
+    "mlp/down_proj/kernel": "mlp.down_proj",
+}
+"""Path of a parameter in a layer -> name of the module there."""
+
+_FLOATS = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
 
 
-def config_from_huggingface(path: Path, **overrides: Any) -> LlamaConfig:
-    """The configuration in a LLaMA's ``config.json``; keyword arguments replace fields.
+class _Tensor(NamedTuple):
+    """Where one tensor of a folder belongs."""
 
-    ``rope_scaling``, which moves the positions of long sequences and has no weights, is left aside.
+    name: str
+    path: str  # of the parameter
+    layer: int | None  # None: the parameter is not stacked
+
+    @property
+    def transposed(self) -> bool:
+        return self.path.endswith("/kernel")
+
+
+def load_hf(path: str | Path, dtype: Any = None) -> Llama:
+    """The model in a Hugging Face folder: a LLaMA (1, 2, 3), Mistral or SmolLM.
+
+    Args:
+      path: a folder with ``config.json`` and ``model.safetensors``, or its shards and their index.
+      dtype: of parameters and activations, float32 or bfloat16.  None: bfloat16 if it is stored so, else float32.
+
+    Returns:
+      The model; ``model(tokens)`` takes int32 [batch, sequence].
 
     Raises:
-      ValueError: the file is not a ``config.json`` of a LLaMA, or of one with biases, which :class:`Llama` lacks.
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: ``config.json`` or a file of weights is missing.
+      ValueError: the model is of another kind, a file is damaged, or a tensor is missing or has another shape.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name the config.json of a Hugging Face model.")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); name the config.json of a Hugging Face model.") from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind != "llama":
-        raise ValueError(f"{path} has model_type {kind!r}; only 'llama' is supported.")
-    biased = [name for name in ("attention_bias", "mlp_bias") if fields.get(name)]
-    if biased:
-        raise ValueError(f"{path} has {biased[0]}=true; a LLaMA with biases is not supported.")
-    shape = {name: value for name, value in fields.items() if name in _SHAPE}
-    try:
-        return LlamaConfig(**{**shape, **overrides})
-    except TypeError as error:
-        missing = str(error).partition(": ")[2]
-        raise ValueError(f"{path} lacks {missing}; name the complete config.json of a LLaMA.") from error
+    folder = Path(path)
+    config = config_from_huggingface(folder / "config.json")
+    if dtype is not None:
+        config = _with_dtype(config, jnp.dtype(dtype).name)
+    with contextlib.ExitStack() as stack:
+        found = _open(folder, stack)
+        if dtype is None:
+            stored = found.get("model.embed_tokens.weight")
+            halved = stored is not None and stored.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
+            config = _with_dtype(config, "bfloat16" if halved else "float32")
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        graphdef, abstract = nnx.split(model, nnx.Param)
+        leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
+        tensors = list(_tensors(config))
+        _check(folder, found, tensors, leaves, config)
+        values = {path: _read([t for t in tensors if t.path == path], found, leaf) for path, leaf in leaves.items()}
+    return nnx.merge(graphdef, _nested(values))
+
+
+def save_hf(model: Llama, path: str | Path) -> None:
+    """Write the model into a folder, as transformers reads it; weights in 8 bits are written in the model's dtype.
+
+    The tokenizer is not part of the model: copy its ``tokenizer.json`` there.
+
+    Args:
+      model: what to write.
+      path: the folder; made if it is not there.
+
+    Raises:
+      ValueError: the folder holds a ``config.json`` or weights already; nothing is written over.
+    """
+    folder = Path(path)
+    taken = [folder / "config.json", *sorted(folder.glob("*.safetensors")), folder / _INDEX]
+    for file in taken:
+        if file.exists():
+            raise ValueError(f"{file} exists, and save_hf writes over nothing; name another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    shards = _cut(list(_tensors(model.config)), params)
+    total, files = 0, {}
+    for number, shard in enumerate(shards, 1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        arrays = {tensor.name: _written(tensor, params) for tensor in shard}
+        # "pt" tells transformers that the tensors are laid out as torch's.
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(arrays, file)
+        total += sum(array.nbytes for array in arrays.values())
+    if len(shards) > 1:
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    _write_json(folder / "config.json", config_to_huggingface(model.config))
+
+
+def _tensors(config: LlamaConfig) -> Iterator[_Tensor]:
+    """Every tensor of a model, in the order in which it is computed."""
+    yield _Tensor("model.embed_tokens.weight", "embed_tokens/embedding", None)
+    for layer in range(config.num_hidden_layers):
+        for path, name in _LAYER.items():
+            yield _Tensor(f"model.layers.{layer}.{name}.weight", f"layers/{path}", layer)
+    yield _Tensor("model.norm.weight", "norm/scale", None)
+    if not config.tie_word_embeddings:
+        yield _Tensor("lm_head.weight", "lm_head/kernel", None)
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Name of each tensor in the folder -> the open file that holds it."""
+    index = folder / _INDEX
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); download it again.") from error
+    elif (folder / _SINGLE).is_file():
+        files = [_SINGLE]
+    else:
+        raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; other formats are not read.")
+    found: dict[str, Any] = {}
+    for name in files:
+        file = folder / name
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist, and {index.name} names it; download it again.")
+        try:
+            opened = stack.enter_context(safe_open(file, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged or incomplete ({error}); download it again.") from error
+        found |= dict.fromkeys(opened.keys(), opened)
+    return found
+
+
+def _check(
+    folder: Path, found: dict[str, Any], tensors: list[_Tensor], leaves: dict[str, Any], config: LlamaConfig
+) -> None:
+    """ValueError for the first tensor that is missing, of another shape or type, or of no use."""
+    for tensor in tensors:
+        if tensor.name not in found:
+            raise ValueError(
+                f"{folder} has no tensor {tensor.name}, which the model of its config.json needs; "
+                "download the files again, all from one place."
+            )
+        stored = found[tensor.name].get_slice(tensor.name)
+        shape, wanted = list(stored.get_shape()), _shape(tensor, leaves[tensor.path].shape)
+        if shape != wanted:
+            raise ValueError(
+                f"{tensor.name} in {folder} has the shape {shape}, but the model of its config.json needs {wanted}; "
+                "download the files again, all from one place."
+            )
+        if stored.get_dtype() not in _FLOATS:
+            raise ValueError(
+                f"{tensor.name} in {folder} is stored as {stored.get_dtype()}; "
+                f"only {', '.join(_FLOATS)} are read, so get a version that is not quantized."
+            )
+    # A bias or one more layer would change what the model computes; old files list what rotary embeddings derive.
+    known = {tensor.name for tensor in tensors} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    others = sorted(name for name in found.keys() - known if not name.endswith("rotary_emb.inv_freq"))
+    if others:
+        raise ValueError(
+            f"{folder} has a tensor {others[0]}, which the model of its config.json does not have; "
+            "it is not a LLaMA, or its config.json is of another model."
+        )
+
+
+def _shape(tensor: _Tensor, shape: tuple[int, ...]) -> list[int]:
+    """The shape of a tensor in a file, from that of its parameter."""
+    own = shape if tensor.layer is None else shape[1:]
+    return list(own[::-1] if tensor.transposed else own)
+
+
+def _read(tensors: list[_Tensor], found: dict[str, Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One parameter, filled tensor by tensor."""
+    whole = np.empty(leaf.shape, leaf.dtype)
+    for tensor in tensors:
+        value = found[tensor.name].get_tensor(tensor.name)
+        whole[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
+    return jnp.asarray(whole)
+
+
+def _cut(tensors: list[_Tensor], params: Any) -> list[list[_Tensor]]:
+    """The tensors in order, in groups of at most SHARD_BYTES each, or of one tensor."""
+    groups: list[list[_Tensor]] = [[]]
+    room = SHARD_BYTES
+    for tensor in tensors:
+        abstract = jax.eval_shape(dequantize, _at(params, tensor.path))
+        size = abstract.size // (1 if tensor.layer is None else abstract.shape[0]) * abstract.dtype.itemsize
+        if size > room and groups[-1]:
+            groups.append([])
+            room = SHARD_BYTES
+        groups[-1].append(tensor)
+        room -= size
+    return groups
+
+
+def _written(tensor: _Tensor, params: Any) -> np.ndarray:
+    """A tensor as a file has it."""
+    value = _at(params, tensor.path)
+    if tensor.layer is not None:
+        value = jax.tree.map(lambda leaf: leaf[tensor.layer], value)
+    array = np.asarray(dequantize(value))
+    # safetensors writes memory as it lies.
+    return np.ascontiguousarray(array.T if tensor.transposed else array)
+
+
+def _at(params: Any, path: str) -> Any:
+    for key in path.split("/"):
+        params = params[key]
+    return params
+
+
+def _nested(values: dict[str, jax.Array]) -> dict[str, Any]:
+    """A tree from paths."""
+    tree: dict[str, Any] = {}
+    for path, value in values.items():
+        *folders, name = path.split("/")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[name] = value
+    return tree
+
+
+def _with_dtype(config: LlamaConfig, dtype: str) -> LlamaConfig:
+    return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

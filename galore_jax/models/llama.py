@@ -11,17 +11,27 @@ One block, on the residual stream x (one row a token):
     Attention(x) = concat_n[ softmax(Q_n K_m^T / sqrt(h) + causal mask) V_m ] W_o ,    m = floor(n K / N)
 
 where Q = RoPE(x W_q), K = RoPE(x W_k), V = x W_v; N query heads share K key-value heads of size h. RoPE turns
-the pair (i, i + h/2) of a head at position t by the angle t * theta^(-2i/h). Around the blocks stand the
-token embedding, and a last RMSNorm with the output head.
+the pair (i, i + h/2) of a head at position t by the angle t w_i, w_i = theta^(-2i/h). Around the blocks stand
+the token embedding, and a last RMSNorm with the output head. With a sliding window of W a token attends to the
+last W tokens only, itself included. Models for a context longer than the one of C tokens that they were first
+trained on turn more slowly, by a factor f:
+
+    linear:  w_i / f        llama3:  w_i (s + (1 - s) / f) ,    s = clip((C w_i / 2 pi - low) / (high - low), 0, 1)
+
+To continue a text, `model.extend` runs new tokens on the keys and values that a cache keeps of those before.
 
 Sources: LLaMA (arXiv:2302.13971), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864; with the pairs of
-Hugging Face's weights), SwiGLU (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245).
+Hugging Face's weights), SwiGLU (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245), sliding window
+(Mistral, arXiv:2310.06825), linear (arXiv:2306.15595), llama3 (as in the code of LLaMA 3.1).
 
 Shapes in comments: B sequences, T tokens, D hidden size, F intermediate size, N query heads, K key-value
-heads, H head size, V vocabulary.
+heads, H head size, V vocabulary, L layers, S tokens that a cache has room for.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +43,13 @@ from galore_jax.models.config import LlamaConfig
 from galore_jax.weights import dequantize
 
 _LOGITS_BYTES = 64 * 2**20
+
+
+class Cache(NamedTuple):
+    """The rotated keys and the values of every token so far, for all layers."""
+
+    keys: jax.Array  # [L, B, S, K, H]
+    values: jax.Array  # [L, B, S, K, H]
 
 
 class Llama(nnx.Module):
@@ -97,6 +114,29 @@ class Llama(nnx.Module):
             run_block = jax.checkpoint(run_block, prevent_cse=False)
         return jax.lax.scan(run_block, hidden, stacked)[0]
 
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache with room for `length` tokens of each sequence."""
+        config = self.config
+        shape = (config.num_hidden_layers, batch, length, config.kv_heads, config.head_size)
+        return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+    def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """The residual stream of `tokens`, int32 [batch, new], after all blocks, and the cache with them in it.
+
+        They stand at positions `start`, `start` + 1, ..., and `cache` holds the tokens before; it must have room.
+        The result is that of `run_layers` on the whole sequence, at these positions.
+        """
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_block(carry, indexed):
+            hidden, cache = carry
+            layer, index = indexed
+            return nnx.merge(graphdef, dequantize(layer)).extend(hidden, cache, index, start), None
+
+        # The cache is carried, not scanned over, so that it is updated in place.
+        indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        return jax.lax.scan(run_block, (self.embed(tokens), cache), (stacked, indices))[0]
+
     def losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target, float32 [batch, sequence], from the residual stream after all blocks.
 
@@ -139,6 +179,12 @@ class Block(nnx.Module):
         hidden = hidden + self.attention(self.input_norm(hidden))
         return hidden + self.mlp(self.post_attention_norm(hidden))
 
+    def extend(self, hidden: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """The same for tokens at positions from `start`, on `cache`, where this is block number `layer`."""
+        mixed, cache = self.attention.extend(self.input_norm(hidden), cache, layer, start)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_norm(hidden)), cache
+
 
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions and grouped key-value heads."""
@@ -153,14 +199,47 @@ class Attention(nnx.Module):
         self.o_proj = _linear(config, query_size, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        q, k, v = self._heads(x, jnp.zeros([], jnp.int32))
+        window = self.config.sliding_window
+        if window is not None and window < x.shape[1]:
+            mask = self._visible(x.shape[1], x.shape[1], jnp.zeros([], jnp.int32))
+            return self._output(jax.nn.dot_product_attention(q, k, v, mask=mask))
+        return self._output(jax.nn.dot_product_attention(q, k, v, is_causal=True))  # the softmax is float32
+
+    def extend(self, x: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """The same for tokens at positions from `start`, whose keys and values are added to `cache`."""
+        q, k, v = self._heads(x, start)
+        place = (layer, 0, start, 0, 0)
+        cache = Cache(
+            jax.lax.dynamic_update_slice(cache.keys, k[None], place),
+            jax.lax.dynamic_update_slice(cache.values, v[None], place),
+        )
+        keys, values = (jax.lax.dynamic_index_in_dim(all_layers, layer, keepdims=False) for all_layers in cache)
+        mask = self._visible(x.shape[1], keys.shape[1], start)
+        return self._output(jax.nn.dot_product_attention(q, keys, values, mask=mask)), cache
+
+    def _heads(self, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of tokens at positions from `start`."""
         batch, length, _ = x.shape
-        head_size, theta = self.config.head_size, self.config.rope_theta
-        q = self.q_proj(x).reshape(batch, length, -1, head_size)  # [B, T, N, H]
-        k = self.k_proj(x).reshape(batch, length, -1, head_size)  # [B, T, K, H]
-        v = self.v_proj(x).reshape(batch, length, -1, head_size)  # [B, T, K, H]
-        q, k = (rotate(heads, theta).astype(x.dtype) for heads in (q, k))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [B, T, N, H]; the softmax is float32
-        return self.o_proj(mixed.reshape(batch, length, -1))  # [B, T, N H] -> [B, T, D]
+        q, k, v = (
+            projection(x).reshape(batch, length, -1, self.config.head_size)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        positions = start + jnp.arange(length, dtype=jnp.int32)
+        frequencies = rotary_frequencies(self.config)
+        q, k = (rotate(heads, positions, frequencies).astype(x.dtype) for heads in (q, k))
+        return q, k, v
+
+    def _visible(self, queries: int, keys: int, start: jax.Array) -> jax.Array:
+        """Which keys each query attends to, bool [1, 1, queries, keys]; the first query is at `start`, the first key at 0."""
+        ahead = jnp.arange(keys, dtype=jnp.int32)[None] - jnp.arange(queries, dtype=jnp.int32)[:, None] - start
+        visible = ahead <= 0
+        if self.config.sliding_window is not None:
+            visible &= ahead > -self.config.sliding_window
+        return visible[None, None]
+
+    def _output(self, mixed: jax.Array) -> jax.Array:
+        return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))  # [B, T, N, H] -> [B, T, D]
 
 
 class SwiGLU(nnx.Module):
@@ -211,17 +290,35 @@ def block_stack(config: LlamaConfig) -> BlockStack:
     )
 
 
-def rotate(x: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions 0, 1, ...
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions int32 [sequence].
 
     Angles, rotation and result are float32: bfloat16 cannot tell position 257 from 256.
     """
-    _, length, _, head_size = x.shape
-    frequencies = theta ** (-jnp.arange(0, head_size, 2, dtype=jnp.float32) / head_size)
-    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)[None, :, None]  # [1, T, 1, H/2]
+    angles = jnp.outer(positions.astype(jnp.float32), frequencies)[None, :, None]  # [1, T, 1, H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def rotary_frequencies(config: LlamaConfig) -> jax.Array:
+    """Radians a position that each pair of a head is turned by, float32 [head_size / 2].
+
+    >>> config = LlamaConfig.preset("demo", rope_type="linear", rope_factor=4.0)
+    >>> float(rotary_frequencies(config)[0])
+    0.25
+    """
+    size, factor = config.head_size, config.rope_factor
+    frequencies = config.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    if config.rope_type == "linear":
+        return frequencies / factor
+    if config.rope_type == "llama3":
+        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+        context = config.rope_original_max_position_embeddings or config.max_position_embeddings
+        turns = context / (2 * math.pi) * frequencies
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / factor)
+    return frequencies
 
 
 def _divisor(length: int, at_least: float) -> int:

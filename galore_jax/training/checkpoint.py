@@ -32,6 +32,9 @@ from galore_jax.training.config import resume_command
 FORMAT = 1
 """Version of what a checkpoint holds; a change that older code cannot read increases it."""
 
+_KINDS = {"params": "parameter", "opt_state": "optimizer state"}
+"""What messages call an array of each item."""
+
 
 class CheckpointError(Exception):
     """A checkpoint could not be written; the message says how to go on."""
@@ -144,11 +147,22 @@ def restore(folder: Path, step: int, abstract_params: Any, abstract_opt_state: A
     Raises:
       ValueError: it cannot be read, or is of another model, optimizer or format.
     """
+    saved, data, losses = _restore(folder, step, {"params": abstract_params, "opt_state": abstract_opt_state})
+    return Checkpoint(step, saved["params"], saved["opt_state"], data, losses)
+
+
+def restore_params(folder: Path, step: int, abstract_params: Any) -> Any:
+    """Read only the parameters of a checkpoint, as :func:`restore` does."""
+    return _restore(folder, step, {"params": abstract_params})[0]["params"]
+
+
+def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    """The items of a checkpoint that ``abstract`` has, checked; the position in the data, and the losses."""
     place = folder / str(step)
     manager = _manager(folder)
     try:
         # Orbax reads many arrays at once, and prints a traceback for each one that still waits when one has failed.
-        _attempt_read(folder, step, lambda: [_read_all(place / item) for item in ("params", "opt_state")])
+        _attempt_read(folder, step, lambda: [_read_all(place / item) for item in abstract])
         saved = _attempt_read(folder, step, lambda: manager.item_metadata(step))
         meta_args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         meta = _attempt_read(folder, step, lambda: manager.restore(step, args=meta_args)).meta
@@ -158,21 +172,19 @@ def restore(folder: Path, step: int, abstract_params: Any, abstract_opt_state: A
                 "resume it with the version that config.json names."
             )
         # Orbax would cast a dtype silently and report a shape at length, so both are compared first.
-        _check_matches(folder, step, "parameter", saved.params, abstract_params)
-        _check_matches(folder, step, "optimizer state", saved.opt_state, abstract_opt_state)
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_on_first_device(abstract_params)),
-            opt_state=ocp.args.StandardRestore(_on_first_device(abstract_opt_state)),
-            data=ocp.args.JsonRestore(),
-        )
+        for item, tree in abstract.items():
+            _check_matches(folder, step, _KINDS[item], saved[item], tree)
+        trees = {item: ocp.args.StandardRestore(_on_first_device(tree)) for item, tree in abstract.items()}
+        args = ocp.args.Composite(data=ocp.args.JsonRestore(), **trees)
         items = _attempt_read(folder, step, lambda: manager.restore(step, args=args))
     finally:
         manager.close()
-    restored = Checkpoint(step, items.params, items.opt_state, items.data, meta["losses"])
-    for path, value in _all_checksums(restored).items():
+    restored = {item: items[item] for item in abstract}
+    found = checksums(restored) | {"data": _data_checksum(step, items.data, meta["losses"])}
+    for path, value in found.items():
         if value != meta["checksums"].get(path):
             raise ValueError(_damaged(folder, step, f"{path} is not what was saved"))
-    return restored
+    return restored, items.data, meta["losses"]
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -186,9 +198,12 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 def _all_checksums(saved: Checkpoint) -> dict[str, int]:
-    text = json.dumps([saved.step, saved.data, saved.losses], sort_keys=True)
     arrays = checksums({"params": saved.params, "opt_state": saved.opt_state})
-    return arrays | {"data": zlib.crc32(text.encode())}
+    return arrays | {"data": _data_checksum(saved.step, saved.data, saved.losses)}
+
+
+def _data_checksum(step: int, data: dict[str, Any], losses: list[float]) -> int:
+    return zlib.crc32(json.dumps([step, data, losses], sort_keys=True).encode())
 
 
 @jax.jit

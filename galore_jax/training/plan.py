@@ -17,7 +17,7 @@ import jax
 
 from galore_jax.memory import state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
-from galore_jax.models.huggingface import config_from_huggingface
+from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.llama import block_stack
 from galore_jax.targets import MissingPackagesError, Plan, Target, compile_for, target
 from galore_jax.training import config as settings

@@ -44,6 +44,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [n], without any special token."""
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """The ids of `text` for a model to continue: after the special tokens that the file puts before a text."""
+
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, in parallel where the library can."""
 
@@ -69,6 +72,9 @@ class ByteTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        return self.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -104,6 +110,13 @@ class SubwordTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        encoding = self._tokenizer.encode(text, add_special_tokens=True)
+        count = len(encoding.ids)
+        while count and encoding.special_tokens_mask[count - 1]:
+            count -= 1  # such as the end of a document
+        return np.array(encoding.ids[:count] or encoding.ids[:1], dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
