@@ -56,7 +56,7 @@ def galore(
     proj_type: str = "std",
     projector: str | projectors.Projector = "power",
     refresh: str | policies.Together | None = None,
-    transport: str | None = None,
+    transport: str = "keep",
     basis_codec: str = "float32",
     diagnostics: bool = False,
     mask: Any = None,
@@ -86,8 +86,8 @@ def galore(
       refresh: when: ``"staggered"``, ``"together"``, ``"lazy"``, ``"every_step"``, ``"manual"`` or an object of
         :mod:`galore_jax.refresh`.  None is staggered, but together for the projector ``"svd"``, which stands for GaLore as
         published.
-      transport: what becomes of the inner state when a basis turns: ``"rotate"``, ``"keep"`` or ``"reset"``; see
-        :mod:`galore_jax.transport`.  None is rotate, but keep for the projector ``"svd"``.
+      transport: what becomes of the inner state when a basis turns: ``"keep"``, ``"rotate"`` or ``"reset"``; see
+        :mod:`galore_jax.transport`.
       basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; see :mod:`galore_jax.basis_codecs`.
       diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
       mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
@@ -116,11 +116,9 @@ def galore(
     seeds.check_seed(seed)
     projector = projectors.get(projector)
     projector = projector._replace(storage=basis_codecs.stored(projector.storage, basis_codec, projector.name))
-    as_published = projector.name == "svd"
-    refresh = policies.get(
-        ("together" if as_published else "staggered") if refresh is None else refresh, update_proj_gap
-    )
-    transport = ("keep" if as_published else "rotate") if transport is None else transport
+    if refresh is None:
+        refresh = "together" if projector.name == "svd" else "staggered"
+    refresh = policies.get(refresh, update_proj_gap)
     check_transport(transport)
 
     def bind(inner: optax.GradientTransformation) -> _GaLore:

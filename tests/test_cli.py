@@ -380,7 +380,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(copy, capsys):
         (["--optimizer", "adamw"], "was started with 'galore_adamw'"),
         (["--projector", "svd"], "--projector is 'svd', but the run in"),
         (["--refresh", "together"], "--refresh is 'together', but the run in"),
-        (["--transport", "keep"], "--transport is 'keep', but the run in"),
+        (["--transport", "rotate"], "--transport is 'rotate', but the run in"),
         (["--no-diagnostics"], "--diagnostics is False, but the run in"),
         (["--steps", "9"], "--steps 9 is less than the 12 steps"),
     ],
@@ -394,7 +394,7 @@ def test_a_resumed_run_stays_the_same_run(copy, capsys, flags, says):
 def test_a_run_whose_config_has_null_goes_on_as_what_null_meant(copy, shop, monkeypatch, capsys):
     """As it was written before config.json named what None stands for; None is taken from the run."""
     config = json.loads((copy / "config.json").read_text())
-    assert (config["refresh"], config["transport"]) == ("staggered", "rotate")
+    assert (config["refresh"], config["transport"]) == ("staggered", "keep")
     (copy / "config.json").write_text(json.dumps(config | {"refresh": None, "transport": None}))
     assert_refused(
         capsys, "--resume", "--out", copy, "--transport", "keep", says="but the run in " f"{copy} was started with 'rotate'"

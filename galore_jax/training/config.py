@@ -144,8 +144,8 @@ class PretrainConfig:
         >>> settings.warmup_steps, settings.proj_type, settings.refresh, settings.transport
         (5, 'std', 'together', 'keep')
         """
-        refresh, transport = ("together", "keep") if self.projector == "svd" else ("staggered", "rotate")
-        defaults = {"proj_type": "std", "refresh": refresh, "transport": transport}
+        refresh = "together" if self.projector == "svd" else "staggered"
+        defaults = {"proj_type": "std", "refresh": refresh, "transport": "keep"}
         defaults |= _PRESET_DEFAULTS.get(self.optimizer, {})
         chosen = {name: getattr(self, name) or default for name, default in defaults.items()}
         return dataclasses.replace(self, warmup_steps=self.resolved_warmup_steps, **chosen)
