@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) for JAX: full-parameter training with low-rank optimizer state."""
 
-from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh
+from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
 from galore_jax._chain import chain as chain
 from galore_jax.bare import GaLoreMemoryWarning as GaLoreMemoryWarning
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.presets import (
+    apollo_adamw as apollo_adamw,
+    apollo_mini as apollo_mini,
+    fira_adamw as fira_adamw,
     galore_adafactor as galore_adafactor,
     galore_adamw as galore_adamw,
     galore_adamw_8bit as galore_adamw_8bit,

@@ -33,7 +33,7 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
     """Bytes of an optimizer state, which may be abstract, by what they are for; together they are ``tree_bytes(state)``.
 
     ``bases``: of the subspaces.  ``scales``: the factors beside values that are stored in few bits.  ``moments``: every
-    other array.  ``other``: counters, diagnostics, and what a refresh policy remembers.
+    other array.  ``other``: counters, diagnostics, and what refresh policies and residuals remember.
 
     >>> from galore_jax import galore_adamw
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}
@@ -44,7 +44,7 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
     for path, leaf in jax.tree.leaves_with_path(state):
         # Attributes are fields of states; dictionary keys, such as the "scale" of a norm, are names of parameters.
         fields = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
-        if fields & {"schedule", "diagnostics"}:
+        if fields & {"schedule", "diagnostics", "residual"}:
             kind = "other"
         elif fields & {"scale", "scales"}:
             kind = "scales"

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax import subspace
-from galore_jax.bases import Storage
 from galore_jax.matrix_view import MatrixView
 
 
@@ -29,13 +27,9 @@ def check_scale(scale: Any) -> None:
         raise ValueError(f'scale is {scale!r}: write a finite number or "rms".')
 
 
-def lifted(
-    storage: Storage, view: MatrixView, low_rank: jax.Array, left: Any, right: Any, scale: Any, gradient: jax.Array
-) -> jax.Array:
-    """α P N as matrices (*batch, m, n) in the dtype of the gradient."""
-    alpha = rms_scale(view) if isinstance(scale, str) else jnp.asarray(scale).astype(low_rank.dtype)
-    bases = subspace.sides(view, left, right)
-    return subspace.lift(storage, low_rank * alpha, *bases, view.matrix_shape).astype(gradient.dtype)
+def alpha(view: MatrixView, scale: Any, dtype: Any) -> jax.Array | float:
+    """α of a parameter."""
+    return rms_scale(view) if isinstance(scale, str) else jnp.asarray(scale).astype(dtype)
 
 
 def rms_scale(view: MatrixView) -> float:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import projectors, refresh as policies
+from galore_jax import projectors, refresh as policies, residual as residuals
 from galore_jax.matrix_view import Rank
 from galore_jax.quantize import quantize_state
 from galore_jax.transform import galore
@@ -45,6 +45,7 @@ def galore_adamw(
     refresh: str | policies.Together | None = None,
     transport: str = "keep",
     basis_codec: str = "float32",
+    residual: str | residuals.Residual | None = None,
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -59,7 +60,7 @@ def galore_adamw(
       b1, b2, eps: of Adam.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, residual, diagnostics, mask,
         weight_dimension_numbers, seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
@@ -76,6 +77,7 @@ def galore_adamw(
         refresh=refresh,
         transport=transport,
         basis_codec=basis_codec,
+        residual=residual,
         diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,
@@ -100,6 +102,69 @@ def _with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable],
         return decorated
 
     return decorate
+
+
+@_with_arguments_of(galore_adamw, residual="fira")
+def fira_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Fira (Chen et al. 2024, arXiv 2410.01623): :func:`galore_adamw`, and outside the subspace the gradient, scaled alike.
+
+    The update has full rank, for the state of :func:`galore_adamw` and one number a matrix.  It needs the whole gradient, which a
+    layer-wise step has for one layer at a time; micro-batches cannot be summed in the subspaces.
+
+    Args:
+      learning_rate: a number or a schedule.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> tx = fira_adamw(0.01, rank=8)
+    >>> optax.tree.get(tx.init(params), "residual")["kernel"].shape
+    ()
+    """
+    return galore_adamw(learning_rate, **arguments)
+
+
+_APOLLO = {
+    "eps": 1e-6,
+    "projector": projectors.random("gaussian", stored=False),
+    "refresh": "together",
+}
+
+
+@_with_arguments_of(galore_adamw, **_APOLLO, rank=256, scale=1.0, residual="channel")
+def apollo_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """APOLLO (Zhu et al. 2024, arXiv 2412.05270): the gradient itself, each channel scaled as Adam scales a random sketch of it.
+
+    State of a projected m x n matrix with K = max(m, n): 2 r K numbers, a seed and a norm; no basis and no factorisation.  The
+    update needs the whole gradient, as :func:`fira_adamw`'s.  The paper has 256 as rank, also where a quarter of the smaller
+    side would be less.
+
+    Args:
+      learning_rate: a number or a schedule.  The paper trains 60M to 7B models at 0.01.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> sorted(x.size for x in jax.tree.leaves(apollo_adamw(0.01, rank=8).init(params)) if x.size > 1)
+    [2048, 2048]
+    """
+    return galore_adamw(learning_rate, **arguments)
+
+
+@_with_arguments_of(galore_adamw, **_APOLLO, rank=1, scale=128**0.5, residual="tensor")
+def apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """APOLLO-Mini (Zhu et al. 2024, arXiv 2412.05270): the gradient, scaled as a whole as Adam scales one random row of it.
+
+    :func:`apollo_adamw` with other defaults; the state of a projected matrix is two vectors along its larger side, about that of
+    momentum-free SGD.
+
+    Args:
+      learning_rate: a number or a schedule.  The paper trains at 0.01, or 0.02.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> sorted(x.size for x in jax.tree.leaves(apollo_mini(0.01).init(params)) if x.size > 1)
+    [256, 256]
+    """
+    return galore_adamw(learning_rate, **arguments)
 
 
 def _adamw_8bit(
@@ -180,6 +245,7 @@ def galore_adafactor(
     refresh: str | policies.Together | None = None,
     transport: str = "keep",
     basis_codec: str = "float32",
+    residual: str | residuals.Residual | None = None,
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -201,7 +267,7 @@ def galore_adafactor(
       multiply_by_parameter_scale: multiply each update by the root mean square of the full weight.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, residual, diagnostics, mask,
         weight_dimension_numbers, seed: of :func:`galore`.
 
     >>> params = {"kernel": jnp.ones((256, 512))}
@@ -226,6 +292,7 @@ def galore_adafactor(
         refresh=refresh,
         transport=transport,
         basis_codec=basis_codec,
+        residual=residual,
         diagnostics=diagnostics,
         mask=mask,
         weight_dimension_numbers=weight_dimension_numbers,

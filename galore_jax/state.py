@@ -27,6 +27,7 @@ class GaLoreState(NamedTuple):
     right: Any  # (*batch, n, r), the same
     schedule: Any  # what the refresh policy remembers of each parameter, () for most policies
     diagnostics: Any  # galore_jax.diagnostics.Diagnostics, or () without them
+    residual: Any  # what the rule for the gradient outside remembers of each parameter; () without a rule
     inner_state: Any
 
 

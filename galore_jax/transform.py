@@ -8,7 +8,7 @@ For a weight W in R^(m x n) with gradient G_t and, say, a basis P in R^(m x r) o
                       state <- the inner state, carried from the old basis to P            galore_jax.transport
     project           R_t   =  Pᵀ G_t                      the inner transformation and its state see r x n
     inner             N_t   =  inner(R_t), with params PᵀW if it asks for them
-    lift              ΔW_t  =  α P N_t
+    lift              ΔW_t  =  α P N_t                     and the gradient outside: galore_jax.residual
 
 The update number 0 refreshes and projects with that same gradient.
 """
@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,12 +34,14 @@ from galore_jax import (
     output,
     projectors,
     refresh as policies,
+    residual as residuals,
     seeds,
     sharding,
     subspace,
 )
 from galore_jax.bare import BareGaLore, warned_once
 from galore_jax.dtypes import promoted
+from galore_jax.leaf import Leaf, measured
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.per_matrix import owners, per_matrix
 from galore_jax.state import GaLoreState
@@ -58,6 +60,7 @@ def galore(
     refresh: str | policies.Together | None = None,
     transport: str = "keep",
     basis_codec: str = "float32",
+    residual: str | residuals.Residual | None = None,
     diagnostics: bool = False,
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -89,6 +92,8 @@ def galore(
       transport: what becomes of the inner state when a basis turns: ``"keep"``, ``"rotate"`` or ``"reset"``; see
         :mod:`galore_jax.transport`.
       basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; see :mod:`galore_jax.basis_codecs`.
+      residual: what the update does with the gradient outside the subspace: None leaves it out, as GaLore does; ``"fira"``,
+        ``"sgd"``, ``"sign"``, ``"channel"``, ``"tensor"``, ``"orthogonal"`` or an object of :mod:`galore_jax.residual`.
       diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
       mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
       weight_dimension_numbers: tree of :class:`GaLoreDimensionNumbers` or None (or a prefix, or a callable): which axes are
@@ -120,12 +125,19 @@ def galore(
         refresh = "together" if projector.name == "svd" else "staggered"
     refresh = policies.get(refresh, update_proj_gap)
     check_transport(transport)
+    residual = residuals.get(residual)
+    if residual is not None and proj_type == "full":
+        raise ValueError(
+            f'residual={residual.name!r} goes by the channels of a basis on one side, but proj_type is "full": write "std", '
+            '"reverse_std", "left" or "right".'
+        )
 
     def bind(inner: optax.GradientTransformation) -> _GaLore:
         if not isinstance(inner, optax.GradientTransformation):
             raise TypeError(
                 f"inner is {inner!r}: write an Optax transformation, for example galore(optax.adam(1e-3), rank=8)."
             )
+        residuals.check_direction(inner, residual)
         return _GaLore(
             optax.with_extra_args_support(inner),
             functools.partial(
@@ -134,6 +146,7 @@ def galore(
             projector,
             refresh,
             transport,
+            residual,
             diagnostics,
             scale,
             seed,
@@ -147,17 +160,6 @@ def galore(
     return optax.GradientTransformationExtraArgs(*bind(inner).pair)
 
 
-class _Leaf(NamedTuple):
-    """The gradient of one parameter, and whether it can be used."""
-
-    view: MatrixView | None
-    gradient: jax.Array
-    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
-    peak: jax.Array  # [*batch] largest magnitude
-    finite: jax.Array  # [*batch]
-    good: jax.Array  # [*batch] finite and, where it is projected, not zero
-
-
 @dataclasses.dataclass(frozen=True)
 class _GaLore:
     """The ``init`` and ``update`` of one :func:`galore`."""
@@ -167,6 +169,7 @@ class _GaLore:
     projector: projectors.Projector
     refresh: policies.Together
     transport: str
+    residual: residuals.Residual | None
     diagnostics: bool
     scale: float | jax.Array | str
     seed: int | jax.Array
@@ -192,6 +195,7 @@ class _GaLore:
             right=treedef.unflatten([right for _, right in bases]),
             schedule=treedef.unflatten(schedule),
             diagnostics=diagnosis.initial(views, treedef) if self.diagnostics else (),
+            residual=self._residual_of(views, treedef),
             inner_state=inner_state,
         )
 
@@ -208,9 +212,14 @@ class _GaLore:
             request.answered = True
         if projected is not None:
             projected.answered = True
+            if self.residual is not None:
+                raise ValueError(
+                    f"residual={self.residual.name!r} needs the whole gradient, which low-rank accumulation does not keep: "
+                    "accumulate whole gradients, or leave residual out."
+                )
             likes = map(promoted, treedef.flatten_up_to(params))
-            leaves = [_measured(view, r, like) for view, r, like in zip(views, gradients, likes, strict=True)]
-            low_rank = [jnp.where(_over(leaf.good, leaf), leaf.matrices, 0) for leaf in leaves]
+            leaves = [measured(view, r, like) for view, r, like in zip(views, gradients, likes, strict=True)]
+            low_rank = [jnp.where(leaf.over(leaf.good), leaf.matrices, 0) for leaf in leaves]
             return self._step(leaves, treedef, low_rank, state, params, whole=False, **extra_args)
         if not any(views):
             if collect is not None:
@@ -220,16 +229,20 @@ class _GaLore:
             return (
                 self._update_whole(inner, updates, state, params, **extra_args) if request is None else (updates, state)
             )
-        leaves = [_measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
+        leaves = [measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
         everything = request is not None
         allowed = True if collect is None else collect.refresh
         state, low_rank = self._turn_all(leaves, treedef, state, layer, everything, allowed)
         if collect is not None:
             bad = zip(leaves, low_rank, strict=True)
-            collect.answer(treedef.unflatten(jnp.where(_over(leaf.finite, leaf), x, jnp.nan) for leaf, x in bad))
+            collect.answer(treedef.unflatten(jnp.where(leaf.over(leaf.finite), x, jnp.nan) for leaf, x in bad))
         if request is not None or collect is not None:
             return updates, state
         return self._step(leaves, treedef, low_rank, state, params, **extra_args)
+
+    def _residual_of(self, views: list[MatrixView | None], treedef: Any) -> Any:
+        rule = self.residual
+        return () if rule is None else treedef.unflatten(() if v is None else rule.init(v.batch_shape) for v in views)
 
     @property
     def _storage(self) -> Any:
@@ -241,7 +254,7 @@ class _GaLore:
 
     def _turn_all(
         self,
-        leaves: list[_Leaf],
+        leaves: list[Leaf],
         treedef: Any,
         state: GaLoreState,
         layer: policies.Layer | None,
@@ -304,7 +317,7 @@ class _GaLore:
 
     def _step(
         self,
-        leaves: list[_Leaf],
+        leaves: list[Leaf],
         treedef: Any,
         low_rank: list[jax.Array],
         state: GaLoreState,
@@ -327,17 +340,21 @@ class _GaLore:
         inner = self._inner_of(views)
         replies, inner_state = inner.update(treedef.unflatten(low_rank), state.inner_state, coordinates, **extra_args)
         good = [leaf.good for leaf in leaves]
+        residual = state.residual and treedef.flatten_up_to(state.residual)
         updates, update_rms = [], []
-        for leaf, reply, sides in zip(leaves, treedef.flatten_up_to(replies), bases, strict=True):
-            update, rms = self._lift(leaf, reply, *sides)
+        for i, (leaf, reply, sides) in enumerate(zip(leaves, treedef.flatten_up_to(replies), bases, strict=True)):
+            update, rms, rest = self._lift(leaf, low_rank[i], reply, *sides, residual and residual[i])
             updates.append(update)
             update_rms.append(rms)
+            if residual:
+                residual[i] = rest
         new_state = state._replace(
             count=state.count + _any(good).astype(jnp.int32),
             skipped=state.skipped + _any([~leaf.finite for leaf in leaves]).astype(jnp.int32),
             inner_state=guards.hold_bad(
                 owners(inner, inner_state, treedef), new=inner_state, old=state.inner_state, good=good
             ),
+            residual=residual and treedef.unflatten(residual),
         )
         if self.diagnostics:
             captured = treedef.flatten_up_to(state.diagnostics.captured_energy)
@@ -376,31 +393,28 @@ class _GaLore:
             count=state.count + good, skipped=state.skipped + 1 - good, inner_state=inner_state
         )
 
-    def _lift(self, leaf: _Leaf, reply: jax.Array, left: Any, right: Any) -> tuple[jax.Array, Any]:
-        """The inner update as an update of the parameter, zero where the gradient is bad; and its RMS, matrix by matrix."""
+    def _lift(
+        self, leaf: Leaf, low_rank: jax.Array, reply: jax.Array, left: Any, right: Any, residual: Any
+    ) -> tuple[jax.Array, Any, Any]:
+        """The update of a parameter, zero where its gradient is bad; its RMS, matrix by matrix; what the residual remembers."""
         if leaf.view is None:
-            return jnp.where(leaf.good, reply, 0).astype(leaf.gradient.dtype), optax.MaskedNode()
-        reply = jnp.where(leaf.good[..., None, None], reply, 0)
-        matrices = output.lifted(self._storage, leaf.view, reply, left, right, self.scale, leaf.gradient)
+            return jnp.where(leaf.good, reply, 0).astype(leaf.gradient.dtype), optax.MaskedNode(), residual
+        good = leaf.good[..., None, None]
+        alpha, sides = output.alpha(leaf.view, self.scale, low_rank.dtype), subspace.sides(leaf.view, left, right)
+        lift = functools.partial(
+            lambda sides, shape, x: subspace.lift(self._storage, x, *sides, shape), sides, leaf.view.matrix_shape
+        )
+        reply = jnp.where(good, reply, 0)
+        if self.residual is None:
+            matrices = lift(reply * alpha)
+        else:
+            gradient = promoted(jnp.where(good, leaf.matrices, 0))
+            parts = residuals.Parts(gradient, low_rank, reply, lift, alpha, -2 if leaf.view.left else -1)
+            matrices, new = self.residual.combine(parts, residual)
+            residual = jax.tree.map(lambda new, old: jnp.where(leaf.good, new, old), new, residual)
+        matrices = matrices.astype(leaf.gradient.dtype)
         rms = diagnosis.root_mean_square(matrices) if self.diagnostics else optax.MaskedNode()
-        return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms
-
-
-def _measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> _Leaf:
-    """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""
-    if like is None:
-        matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
-    else:
-        matrices, gradient = gradient, like
-    axes = None if view is None else (-2, -1)
-    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
-    finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
-    return _Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
-
-
-def _over(flags: jax.Array, leaf: _Leaf) -> jax.Array:
-    """[*batch] flags of a leaf, to be broadcast over its matrices."""
-    return flags if leaf.view is None else flags[..., None, None]
+        return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms, residual
 
 
 def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) -> list[policies.Slots | None]:

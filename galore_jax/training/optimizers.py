@@ -152,6 +152,7 @@ def _muon_dimension_numbers(params: optax.Params) -> Any:
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
     "galore_adamw": _galore(galore_jax.galore_adamw),
     "galore_adafactor": _galore(galore_jax.galore_adafactor),
+    "fira_adamw": _galore(galore_jax.fira_adamw),
     "galore_adamw_8bit": _galore(galore_jax.galore_adamw_8bit),
     "q_galore_adamw_8bit": _galore(galore_jax.q_galore_adamw_8bit),
     "adamw": _adamw,

@@ -1,0 +1,40 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One gradient as a batch of matrices, and which of them can be used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.dtypes import promoted
+from galore_jax.matrix_view import MatrixView
+
+
+class Leaf(NamedTuple):
+    """The gradient of one parameter, and whether it can be used."""
+
+    view: MatrixView | None
+    gradient: jax.Array
+    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
+    peak: jax.Array  # [*batch] largest magnitude
+    finite: jax.Array  # [*batch]
+    good: jax.Array  # [*batch] finite and, where it is projected, not zero
+
+    def over(self, flags: jax.Array) -> jax.Array:
+        """[*batch] flags, to be broadcast over the matrices."""
+        return flags if self.view is None else flags[..., None, None]
+
+
+def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> Leaf:
+    """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""
+    if like is None:
+        matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
+    else:
+        matrices, gradient = gradient, like
+    axes = None if view is None else (-2, -1)
+    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
+    finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
+    return Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))

@@ -1,0 +1,176 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Rules for the gradient outside the subspace, against their published formulas in float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax import galore, residual
+from galore_jax.accumulate import update_from_low_rank
+
+RANK, B1, B2, EPS, ALPHA = 4, 0.9, 0.999, 1e-8, 0.25
+
+
+def gradients(shape):
+    """Of very different size, so that the bound on the growth of the norm is met."""
+    return [jax.random.normal(jax.random.key(i), shape) * size for i, size in enumerate((1.0, 3.0, 0.5, 0.6))]
+
+
+def adam(state, r):
+    m, v, t = state
+    m, v, t = B1 * m + (1 - B1) * r, B2 * v + (1 - B2) * r**2, t + 1
+    return (m, v, t), (m / (1 - B1**t)) / (np.sqrt(v / (1 - B2**t)) + EPS)
+
+
+def norms(x, axis):
+    return np.sqrt(np.sum(x**2, axis=axis, keepdims=True))
+
+
+def bounded(x, before):
+    size = np.linalg.norm(x)
+    if before is not None and size > 1.01 * before:
+        x, size = x * 1.01 * before / size, 1.01 * before
+    return x, size
+
+
+def expected(name, g, p, r, n, before):
+    """Of a basis on the left; the update, and the norm that is kept."""
+    outside = g - p @ r
+    if name == "fira":
+        scaled, before = bounded(outside * (norms(n, 0) / norms(r, 0)), before)
+        return ALPHA * p @ n + scaled, before
+    if name == "channel":
+        scaled, before = bounded(g * (norms(n, 0) / norms(r, 0)), before)
+        return ALPHA * scaled, before
+    if name == "tensor":
+        scaled, before = bounded(g * np.linalg.norm(n) / np.linalg.norm(r), before)
+        return ALPHA * scaled, before
+    if name == "sgd":
+        return ALPHA * p @ n + outside, before
+    return ALPHA * p @ n + np.sign(outside), before
+
+
+def run(tx, shape):
+    params, state, seen = {"w": jnp.zeros(shape)}, tx.init({"w": jnp.zeros(shape)}), []
+    update = jax.jit(tx.update)
+    for g in gradients(shape):
+        updates, state = update({"w": g}, state, params)
+        seen.append((np.asarray(g, np.float64), np.asarray(updates["w"], np.float64), state))
+    return seen
+
+
+@pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
+@pytest.mark.parametrize("name", ["fira", "channel", "tensor", "sgd", "sign"])
+def test_the_published_formula(name, tall):
+    """Over a change of basis, which is the state's own: how it is found is tested elsewhere."""
+    shape = (20, 12) if tall else (12, 20)
+    tx = galore(optax.scale_by_adam(B1, B2, EPS), rank=RANK, scale=ALPHA, update_proj_gap=2, residual=name)
+    inner, before, bases = (np.zeros((RANK, 20)), np.zeros((RANK, 20)), 0), None, []
+    for g, update, state in run(tx, shape):
+        basis = state.right["w"] if tall else state.left["w"]
+        if tall:
+            g, update = g.T, update.T
+        p = np.asarray(basis, np.float64)
+        bases.append(p)
+        r = p.T @ g
+        inner, n = adam(inner, r)
+        wanted, before = expected(name, g, p, r, n, before)
+        np.testing.assert_allclose(update, wanted, atol=2e-5 * np.abs(wanted).max())
+    assert np.array_equal(bases[0], bases[1])
+    assert not np.allclose(bases[1], bases[2])
+
+
+def test_what_is_outside_is_orthogonal_to_the_basis_and_independent_of_the_scale():
+    parts = []
+    for scale in (0.25, 2.0):
+        tx = galore(optax.scale_by_adam(), rank=RANK, scale=scale, residual="fira")
+        _, update, state = run(tx, (12, 20))[0]
+        p = np.asarray(state.left["w"], np.float64)
+        parts.append(update - p @ (p.T @ update))
+        without = galore(optax.scale_by_adam(), rank=RANK, scale=scale)
+        np.testing.assert_allclose(p @ (p.T @ update), run(without, (12, 20))[0][1], atol=1e-5)
+    np.testing.assert_allclose(*parts, atol=1e-5)
+    assert np.abs(parts[0]).max() > 0.1
+
+
+def test_the_growth_of_the_norm_is_bounded_or_not():
+    sizes = {}
+    for growth in (1.01, None):
+        tx = galore(optax.identity(), rank=RANK, scale=0.0, residual=residual.fira(growth))
+        sizes[growth] = [np.linalg.norm(update) for _, update, _ in run(tx, (12, 20))]
+    assert sizes[1.01][1] == pytest.approx(1.01 * sizes[1.01][0], rel=1e-5)
+    assert sizes[None][1] > 2 * sizes[None][0]
+    with pytest.raises(ValueError, match="growth is 0"):
+        residual.fira(0)
+
+
+def test_orthogonal_moves_all_singular_values_to_one_and_reaches_outside_the_subspace():
+    tx = galore(
+        optax.trace(0.95, nesterov=True), rank=RANK, scale=1.0, transport="rotate", residual=residual.orthogonal(16.0)
+    )
+    for _, update, _ in run(tx, (12, 20)):
+        values = np.linalg.svd(update / (0.2 * 20**0.5), compute_uv=False)
+        assert values.min() > 0.5
+        assert values.max() < 1.3
+    exact = np.linalg.svd(np.asarray(gradients((12, 20))[0]))
+    found = np.asarray(residual.newton_schulz(gradients((12, 20))[0]))
+    direction = exact[0] @ exact[2][:12]
+    assert np.sum(found * direction) / (np.linalg.norm(found) * np.linalg.norm(direction)) > 0.97
+    assert not np.any(residual.newton_schulz(jnp.zeros((2, 3, 4))))
+
+
+@pytest.mark.parametrize("name", ["fira", "tensor", "orthogonal"])
+def test_a_stack_equals_separate_leaves_and_a_bad_matrix_is_left_alone(name):
+    tx = galore(optax.scale_by_adam(), rank=RANK, residual=name, refresh="together")
+    stack = jax.random.normal(jax.random.key(0), (3, 12, 20))
+    both, alone = {"w": stack}, {str(i): stack[i] for i in range(3)}
+    states = tx.init(both), tx.init(alone)
+    for step in range(3):
+        factor = jnp.array([1.0, jnp.nan if step == 1 else 2.0, 0.5])[:, None, None] * (step + 1)
+        g = jnp.roll(stack, step, axis=1) * factor
+        one, first = tx.update({"w": g}, states[0], both)
+        many, second = tx.update({str(i): g[i] for i in range(3)}, states[1], alone)
+        states = first, second
+        for i in range(3):
+            np.testing.assert_allclose(one["w"][i], many[str(i)], atol=2e-5)
+        assert bool(jnp.all(one["w"][1] == 0)) == (step == 1)
+    assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(states))
+
+
+@pytest.mark.parametrize("preset", [galore_jax.fira_adamw, galore_jax.apollo_adamw, galore_jax.apollo_mini])
+def test_the_presets_learn_a_regression(preset):
+    x = jax.random.normal(jax.random.key(0), (64, 32))
+    y = x @ jax.random.normal(jax.random.key(1), (32, 48)) / 6
+    params = {"w": jnp.zeros((32, 48))}
+    tx = preset(0.02) if preset is galore_jax.apollo_mini else preset(0.02, rank=8)
+    state = tx.init(params)
+
+    def loss(p):
+        return jnp.mean((x @ p["w"] - y) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    before = float(loss(params))
+    for _ in range(60):
+        params, state = step(params, state)
+    assert float(loss(params)) < 0.2 * before
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(ValueError, match=r"residual is 'fire'.*fira, sgd, sign, channel, tensor, orthogonal"):
+        galore(optax.scale_by_adam(), residual="fire")
+    with pytest.raises(ValueError, match=r"residual='fira'.*proj_type is \"full\""):
+        galore(optax.scale_by_adam(), residual="fira", proj_type="full")
+    with pytest.raises(ValueError, match="inner goes against it: take the learning rate out"):
+        galore(optax.adam(1e-3), residual="fira")
+    params = {"w": jnp.zeros((12, 20))}
+    tx = galore(optax.scale_by_adam(), rank=RANK, residual="fira")
+    with pytest.raises(ValueError, match="residual='fira' needs the whole gradient"):
+        update_from_low_rank(tx, {"w": jnp.zeros((RANK, 20))}, tx.init(params), params)
