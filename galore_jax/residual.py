@@ -143,8 +143,8 @@ def check_direction(inner: optax.GradientTransformation, residual: Residual | No
         return
     ones = {"w": jnp.ones((2, 2))}
     with jax.ensure_compile_time_eval():
-        reply, _ = inner.update(ones, inner.init(ones), ones)
-        backwards = bool(jnp.sum(reply["w"]) < 0)
+        [reply] = jax.tree.leaves(inner.update(ones, inner.init(ones), ones)[0])
+        backwards = bool(jnp.sum(reply) < 0)
     if backwards:
         raise ValueError(
             f"residual={residual.name!r} adds up with an inner transformation that answers in the direction of the gradient, but "

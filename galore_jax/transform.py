@@ -58,7 +58,7 @@ def galore(
     proj_type: str = "std",
     projector: str | projectors.Projector = "power",
     refresh: str | policies.Together | None = None,
-    transport: str = "keep",
+    transport: str | None = None,
     basis_codec: str = "float32",
     residual: str | residuals.Residual | None = None,
     diagnostics: bool = False,
@@ -90,7 +90,7 @@ def galore(
         :mod:`galore_jax.refresh`.  None is staggered, but together for the projector ``"svd"``, which stands for GaLore as
         published.
       transport: what becomes of the inner state when a basis turns: ``"keep"``, ``"rotate"`` or ``"reset"``; see
-        :mod:`galore_jax.transport`.
+        :mod:`galore_jax.transport`.  None is keep.
       basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; see :mod:`galore_jax.basis_codecs`.
       residual: what the update does with the gradient outside the subspace: None leaves it out, as GaLore does; ``"fira"``,
         ``"sgd"``, ``"sign"``, ``"channel"``, ``"tensor"``, ``"orthogonal"`` or an object of :mod:`galore_jax.residual`.
@@ -124,6 +124,7 @@ def galore(
     if refresh is None:
         refresh = "together" if projector.name == "svd" else "staggered"
     refresh = policies.get(refresh, update_proj_gap)
+    transport = "keep" if transport is None else transport
     check_transport(transport)
     residual = residuals.get(residual)
     if residual is not None and proj_type == "full":
@@ -401,9 +402,11 @@ class _GaLore:
             return jnp.where(leaf.good, reply, 0).astype(leaf.gradient.dtype), optax.MaskedNode(), residual
         good = leaf.good[..., None, None]
         alpha, sides = output.alpha(leaf.view, self.scale, low_rank.dtype), subspace.sides(leaf.view, left, right)
-        lift = functools.partial(
-            lambda sides, shape, x: subspace.lift(self._storage, x, *sides, shape), sides, leaf.view.matrix_shape
-        )
+        shape = leaf.view.matrix_shape
+
+        def lift(x: jax.Array) -> jax.Array:
+            return subspace.lift(self._storage, x, *sides, shape)
+
         reply = jnp.where(good, reply, 0)
         if self.residual is None:
             matrices = lift(reply * alpha)

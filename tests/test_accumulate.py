@@ -60,6 +60,7 @@ def test_it_equals_the_mean_gradient_between_refreshes(preset, proj_type):
         rank=4,
         update_proj_gap=3,
         projector="random",
+        transport="rotate",
         proj_type=proj_type,
         weight_decay=0.1,
         basis_codec="float32",

@@ -106,9 +106,9 @@ def assert_same_run(found, expected):
 
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, STEPS)
 GALORE = {
-    "staggered": galore_adamw(SCHEDULE, rank=4, update_proj_gap=7, weight_decay=0.1),
+    "staggered": galore_adamw(SCHEDULE, rank=4, update_proj_gap=7, weight_decay=0.1, transport="rotate"),
     "together": galore_adamw(SCHEDULE, rank=4, update_proj_gap=7, refresh="together", transport="keep"),
-    "lazy": galore_adamw(SCHEDULE, rank=4, refresh=lazy(3, threshold=0.1, window=2)),
+    "lazy": galore_adamw(SCHEDULE, rank=4, refresh=lazy(3, threshold=0.1, window=2), transport="rotate"),
 }
 
 

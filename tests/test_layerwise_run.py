@@ -58,11 +58,14 @@ def test_an_int8_run_resumes_bit_for_bit(text, tmp_path):
 @pytest.mark.slow
 def test_a_layer_wise_run_with_8_bit_state_has_the_losses_of_a_plain_one(text, tmp_path):
     """To rounding while no code differs; from then on, as the two steps add up in another order and a sum that lies between
-    two codes is rounded to one of them here and to the other there, to a small part of what 8 bits change anyway."""
+    two codes is rounded to one of them here and to the other there, to a small part of what 8 bits change anyway.
+
+    Rotated: two columns of nearly equal energy that change places are a rotation then, and a jump for moments that are kept.
+    """
     losses = []
     for layerwise in (True, False):
         out = tmp_path / str(layerwise)
-        settings = QUICK | {"layerwise": layerwise, "steps": 12}
+        settings = QUICK | {"layerwise": layerwise, "steps": 12, "transport": "rotate"}
         finished(PretrainConfig(optimizer="galore_adamw_8bit", data=text, out=out, **settings))
         losses.append([r["loss"] for r in read_metrics(out) if "loss" in r])
     np.testing.assert_allclose(losses[0][:4], losses[1][:4], rtol=1e-5)

@@ -120,7 +120,7 @@ def test_config_json_round_trips(tmp_path):
     }
     assert model == TINY
     assert loaded == dataclasses.replace(
-        config, out=tmp_path, resume=True, warmup_steps=4, proj_type="std", transport="rotate"
+        config, out=tmp_path, resume=True, warmup_steps=4, proj_type="std", transport="keep"
     )
     assert isinstance(loaded.rank, float)
     versions = json.loads((tmp_path / "config.json").read_text())["versions"]

@@ -43,7 +43,9 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch():
 
 def test_micro_batches_summed_in_random_subspaces_give_the_step_of_the_whole_batch():
     graphdef, params = tiny_model()
-    config = PretrainConfig(rank=4, update_proj_gap=2, projector="random", steps=20, learning_rate=0.05, clip=0)
+    config = PretrainConfig(
+        rank=4, update_proj_gap=2, projector="random", transport="rotate", steps=20, learning_rate=0.05, clip=0
+    )
     tx = make_optimizer(config, make_schedule(config))
     results = []
     for settings in ((1,), (4, True)):
