@@ -103,8 +103,10 @@ def test_a_round_trip_keeps_the_extremes_and_a_second_one_changes_nothing(codec,
     assert stored.scales.dtype == jnp.float32
     again, twice = round_trip(codec, once)
     np.testing.assert_array_equal(twice, once)
-    for first, second in zip(stored, again, strict=True):
-        np.testing.assert_array_equal(first, second)
+    np.testing.assert_array_equal(stored.scales, again.scales)
+    # Where the smallest values of a map are below the smallest normal number, they may be flushed, which is another code.
+    normal = np.repeat(np.abs(stored.scales) >= 2.0**-104, BLOCK, axis=-1)[..., : shape[-1]]
+    np.testing.assert_array_equal(np.where(normal, stored.codes, 0), np.where(normal, again.codes, 0))
     if codec is UnsignedBlocks:
         np.testing.assert_array_equal(once > 0, x > 0)
     for start in range(0, shape[-1], BLOCK):
