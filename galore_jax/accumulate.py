@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.state import galore_states_of
+from galore_jax.state import check_reached, galore_states_of
 
 
 class Collect:
@@ -92,11 +92,7 @@ def low_rank_mean(
         kept, grads = gradient(batch)
         request = Collect(first)
         updated = optax.with_extra_args_support(tx).update(grads, state, params, **{Collect.ARGUMENT: request})[1]
-        if request.low_rank is None:
-            raise ValueError(
-                "Low-rank accumulation reached no galore in tx: give it a transformation that has one, without wrappers that "
-                "keep extra arguments to themselves."
-            )
+        check_reached(request.low_rank is not None, "Low-rank accumulation")
         low_rank = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), request.low_rank)
         return kept, low_rank, galore_states_of(updated, state)
 
@@ -128,9 +124,5 @@ def update_from_low_rank(
     request = Projected()
     extra_args[Projected.ARGUMENT] = request
     updates, new_state = optax.with_extra_args_support(tx).update(low_rank, state, params, **extra_args)
-    if not request.answered:
-        raise ValueError(
-            "Low-rank accumulation reached no galore in tx: give it a transformation that has one, without wrappers that keep "
-            "extra arguments to themselves."
-        )
+    check_reached(request.answered, "Low-rank accumulation")
     return updates, new_state

@@ -27,6 +27,10 @@ class Leaf(NamedTuple):
         """[*batch] flags, to be broadcast over the matrices."""
         return flags if self.view is None else flags[..., None, None]
 
+    def where_good(self, x: jax.Array) -> jax.Array:
+        """x with a matrix for each of this gradient's, zeros where the gradient cannot be used."""
+        return jnp.where(self.over(self.good), x, 0)
+
 
 def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> Leaf:
     """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax.state import galore_states_of
+from galore_jax.state import check_reached, galore_states_of
 
 Gap = int | jax.Array | None
 
@@ -250,11 +250,7 @@ def refresh_bases(
     request = Request()
     tx = optax.with_extra_args_support(tx)
     _, refreshed = tx.update(grads, state, params, **{Request.ARGUMENT: request})
-    if not request.answered:
-        raise ValueError(
-            "refresh_bases() reached no galore in tx: give it a transformation that has one, without wrappers that keep extra "
-            "arguments to themselves."
-        )
+    check_reached(request.answered, "refresh_bases()")
     return galore_states_of(refreshed, state)
 
 

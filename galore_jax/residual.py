@@ -64,7 +64,7 @@ def fira(growth: float | None = 1.01) -> Residual:
 
     def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
         outside, norm = _bounded(_outside(parts) * _ratio(parts, parts.axis), norm, growth)
-        return parts.alpha * parts.lift(parts.reply) + outside, norm
+        return _inside(parts) + outside, norm
 
     return Residual("fira", combine, _norms(growth))
 
@@ -81,22 +81,12 @@ def sign(factor: float = 1.0) -> Residual:
 
 def channel(growth: float | None = 1.01) -> Residual:
     """The whole gradient, scaled channel by channel as the inner transformation scales inside; nothing is lifted."""
-
-    def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
-        scaled, norm = _bounded(parts.gradient * _ratio(parts, parts.axis), norm, growth)
-        return parts.alpha * scaled, norm
-
-    return Residual("channel", combine, _norms(growth))
+    return _scaled("channel", lambda parts: _ratio(parts, parts.axis), growth)
 
 
 def tensor(growth: float | None = 1.01) -> Residual:
     """The whole gradient, scaled as a whole as the inner transformation scales inside; nothing is lifted."""
-
-    def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
-        scaled, norm = _bounded(parts.gradient * _ratio(parts, (-2, -1)), norm, growth)
-        return parts.alpha * scaled, norm
-
-    return Residual("tensor", combine, _norms(growth))
+    return _scaled("tensor", lambda parts: _ratio(parts, (-2, -1)), growth)
 
 
 def orthogonal(factor: float = 16.0) -> Residual:
@@ -169,6 +159,14 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
     return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _scaled(name: str, ratio: Callable[[Parts], jax.Array], growth: float | None) -> Residual:
+    def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
+        scaled, norm = _bounded(parts.gradient * ratio(parts), norm, growth)
+        return parts.alpha * scaled, norm
+
+    return Residual(name, combine, _norms(growth))
 
 
 def _inside(parts: Parts) -> jax.Array:

@@ -38,3 +38,12 @@ def galore_states_of(new: Any, old: Any) -> Any:
         return isinstance(x, GaLoreState)
 
     return jax.tree.map(lambda old, new: new if is_node(old) else old, old, new, is_leaf=is_node)
+
+
+def check_reached(reached: bool, who: str) -> None:
+    """Raises a ValueError if a request that ``who`` sent through a transformation has met no galore."""
+    if not reached:
+        raise ValueError(
+            f"{who} reached no galore in tx: give it a transformation that has one, without wrappers that keep extra "
+            "arguments to themselves."
+        )

@@ -220,7 +220,7 @@ class _GaLore:
                 )
             likes = map(promoted, treedef.flatten_up_to(params))
             leaves = [measured(view, r, like) for view, r, like in zip(views, gradients, likes, strict=True)]
-            low_rank = [jnp.where(leaf.over(leaf.good), leaf.matrices, 0) for leaf in leaves]
+            low_rank = [leaf.where_good(leaf.matrices) for leaf in leaves]
             return self._step(leaves, treedef, low_rank, state, params, whole=False, **extra_args)
         if not any(views):
             if collect is not None:
@@ -272,7 +272,7 @@ class _GaLore:
         kept, rejected, low_rank = state.kept, state.rejected, []
         for i, (leaf, slots) in enumerate(zip(leaves, _slots(views, layer), strict=True)):
             if leaf.view is None or slots is None:
-                low_rank.append(jnp.where(leaf.good, leaf.matrices, 0))
+                low_rank.append(leaf.where_good(leaf.matrices))
                 continue
             mine = {j: carrier for j, carrier in enumerate(carried) if carrier is not None and carrier.parameter == i}
             sides = subspace.sides(leaf.view, lefts[i], rights[i])
@@ -303,7 +303,7 @@ class _GaLore:
             projected = coordinates_in_constant_bases(
                 self._storage, leaf.view, current.low_rank, leaf.matrices, current.left, current.right
             )
-            low_rank.append(jnp.where(leaf.good[..., None, None], projected, 0))
+            low_rank.append(leaf.where_good(projected))
         state = state._replace(
             kept=kept,
             rejected=rejected,
@@ -398,20 +398,19 @@ class _GaLore:
         self, leaf: Leaf, low_rank: jax.Array, reply: jax.Array, left: Any, right: Any, residual: Any
     ) -> tuple[jax.Array, Any, Any]:
         """The update of a parameter, zero where its gradient is bad; its RMS, matrix by matrix; what the residual remembers."""
+        reply = leaf.where_good(reply)
         if leaf.view is None:
-            return jnp.where(leaf.good, reply, 0).astype(leaf.gradient.dtype), optax.MaskedNode(), residual
-        good = leaf.good[..., None, None]
+            return reply.astype(leaf.gradient.dtype), optax.MaskedNode(), residual
         alpha, sides = output.alpha(leaf.view, self.scale, low_rank.dtype), subspace.sides(leaf.view, left, right)
         shape = leaf.view.matrix_shape
 
         def lift(x: jax.Array) -> jax.Array:
             return subspace.lift(self._storage, x, *sides, shape)
 
-        reply = jnp.where(good, reply, 0)
         if self.residual is None:
             matrices = lift(reply * alpha)
         else:
-            gradient = promoted(jnp.where(good, leaf.matrices, 0))
+            gradient = promoted(leaf.where_good(leaf.matrices))
             parts = residuals.Parts(gradient, low_rank, reply, lift, alpha, -2 if leaf.view.left else -1)
             matrices, new = self.residual.combine(parts, residual)
             residual = jax.tree.map(lambda new, old: jnp.where(leaf.good, new, old), new, residual)

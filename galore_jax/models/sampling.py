@@ -58,8 +58,7 @@ def generate(
     (5,)
     """
     prompt = _checked(model, prompt, length, temperature, top_k, top_p)
-    how = {"greedy": temperature == 0, "filtered": top_k is not None or top_p is not None}
-    sampler = _sampler(model, key, temperature, top_k, top_p)
+    sampler, how = _sampler(model, key, temperature, top_k, top_p)
     graphdef, state = nnx.split(model)
     first, cache = _first(graphdef, state, prompt, sampler, room=prompt.size + length, **how)
     if length == 1:
@@ -87,8 +86,7 @@ def stream(
     True
     """
     prompt = _checked(model, prompt, length, temperature, top_k, top_p)
-    how = {"greedy": temperature == 0, "filtered": top_k is not None or top_p is not None}
-    sampler = _sampler(model, key, temperature, top_k, top_p)
+    sampler, how = _sampler(model, key, temperature, top_k, top_p)
 
     def tokens() -> Iterator[int]:
         graphdef, state = nnx.split(model)
@@ -132,10 +130,14 @@ def _checked(
     return prompt.astype(np.int32)
 
 
-def _sampler(model: Llama, key: jax.Array, temperature: float, top_k: int | None, top_p: float | None) -> _Sampler:
+def _sampler(
+    model: Llama, key: jax.Array, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[_Sampler, dict[str, bool]]:
+    """The sampler, and what of it is compiled into the program."""
+    how = {"greedy": temperature == 0, "filtered": top_k is not None or top_p is not None}
     vocabulary = model.config.vocab_size
     top_k = vocabulary if top_k is None else min(top_k, vocabulary)
-    return _Sampler(key, np.float32(temperature), np.int32(top_k), np.float32(1.0 if top_p is None else top_p))
+    return _Sampler(key, np.float32(temperature), np.int32(top_k), np.float32(1.0 if top_p is None else top_p)), how
 
 
 @partial(jax.jit, static_argnames=("graphdef", "room", "greedy", "filtered"))

@@ -201,11 +201,10 @@ def check(config: PretrainConfig) -> None:
     """
     sizes = ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every", "update_proj_gap")
     for name in sizes:
-        _at_least(name, getattr(config, name), 1)
+        at_least(name, getattr(config, name), 1)
     if config.eval_tokens is not None:
-        _at_least("eval_tokens", config.eval_tokens, 1)
-    for name in ("sample_tokens", "seed"):
-        _at_least(name, getattr(config, name), 0)
+        at_least("eval_tokens", config.eval_tokens, 1)
+    at_least("sample_tokens", config.sample_tokens, 0)
     for name in ("clip", "weight_decay"):
         value = getattr(config, name)
         if not (value >= 0 and math.isfinite(value)):
@@ -223,8 +222,7 @@ def check(config: PretrainConfig) -> None:
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
     if not isinstance(config.scale, str) and not (config.scale > 0 and math.isfinite(config.scale)):
         raise ValueError(f"--scale {config.scale} must be a positive finite number or rms.")
-    if config.seed >= 2**31:
-        raise ValueError(f"--seed {config.seed} must be less than 2**31.")
+    check_seed(config.seed)
     if config.weights == "int8" and not config.layerwise:
         raise ValueError(
             "--weights int8 needs --layerwise: a step on the whole model would widen all of its weights at once."
@@ -420,9 +418,17 @@ def _tokenizer_fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
-def _at_least(name: str, value: int, least: int) -> None:
+def at_least(name: str, value: int, least: int) -> None:
+    """Raises a ValueError if the field ``name`` is less than it can be."""
     if value < least:
         raise ValueError(f"{flag(name)} {value} must be at least {least}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises a ValueError unless ``seed`` can be that of a PRNG key."""
+    at_least("seed", seed, 0)
+    if seed >= 2**31:
+        raise ValueError(f"--seed {seed} must be less than 2**31.")
 
 
 def _own_version() -> str:

@@ -56,12 +56,10 @@ def check(config: GenerateConfig) -> None:
     Traceback (most recent call last):
     ValueError: --top-p 1.5 must be greater than 0 and at most 1.
     """
-    for name, least in (("max_new_tokens", 1), ("top_k", 1), ("seed", 0)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ValueError(f"{settings.flag(name)} {value} must be at least {least}.")
-    if config.seed >= 2**31:
-        raise ValueError(f"--seed {config.seed} must be less than 2**31.")
+    settings.at_least("max_new_tokens", config.max_new_tokens, 1)
+    if config.top_k is not None:
+        settings.at_least("top_k", config.top_k, 1)
+    settings.check_seed(config.seed)
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise ValueError(f"--temperature {config.temperature} must be a finite number of at least 0.")
     if config.top_p is not None and not 0 < config.top_p <= 1:
