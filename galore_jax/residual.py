@@ -128,14 +128,18 @@ def get(residual: str | Residual | None) -> Residual | None:
 
 
 def check_direction(inner: optax.GradientTransformation, residual: Residual | None) -> None:
-    """Raises a ValueError if ``inner`` answers against the gradient, so that a residual would go uphill."""
+    """Raises a ValueError if ``inner`` answers against the gradient, so that a residual would go uphill.
+
+    Of an inner transformation with traced hyperparameters nothing is known: ``optax.inject_hyperparams`` makes one anew in each
+    traced update, after one with numbers in ``init``.
+    """
     if residual is None:
         return
     ones = {"w": jnp.ones((2, 2))}
     with jax.ensure_compile_time_eval():
         [reply] = jax.tree.leaves(inner.update(ones, inner.init(ones), ones)[0])
-        backwards = bool(jnp.sum(reply) < 0)
-    if backwards:
+        total = jnp.sum(reply)
+    if not isinstance(total, jax.core.Tracer) and total < 0:
         raise ValueError(
             f"residual={residual.name!r} adds up with an inner transformation that answers in the direction of the gradient, but "
             "inner goes against it: take the learning rate out, for example optax.chain(galore(optax.scale_by_adam(), ...), "

@@ -163,6 +163,15 @@ def test_the_presets_learn_a_regression(preset):
     assert float(loss(params)) < 0.2 * before
 
 
+@pytest.mark.parametrize("preset", [galore_jax.fira_adamw, galore_jax.apollo_adamw])
+def test_hyperparameters_can_be_injected(preset):
+    params = {"w": jnp.ones((12, 20))}
+    plain = preset(0.02, rank=RANK)
+    injected = optax.inject_hyperparams(preset, static_args=("rank", "update_proj_gap"))(0.02, rank=RANK)
+    updates = [jax.jit(tx.update)(params, tx.init(params), params)[0]["w"] for tx in (plain, injected)]
+    np.testing.assert_allclose(*updates, rtol=1e-5)
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ValueError, match=r"residual is 'fire'.*fira, sgd, sign, channel, tensor, orthogonal"):
         galore(optax.scale_by_adam(), residual="fire")
