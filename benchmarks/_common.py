@@ -21,11 +21,16 @@ from galore_jax.training.step import token_losses
 FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf", "orgqr")
 
 
+def language_text(data: str, batch: int, seq: int, tokenizer: str = "bytes", seed: int = 0):
+    """The text as windows of ``seq`` + 1 tokens."""
+    return load_data(data, tokenizer=tokenizer, sequence_length=seq, batch_size=batch, seed=seed, vocab_size=4096)
+
+
 def language_model(
     preset: str, batch: int, seq: int, layers: int | None = None, data: str = "python", tokenizer: str = "bytes"
 ):
     """(loss(params, tokens), init(), iterator of int32 [batch, seq + 1]) of a preset on a text."""
-    text = load_data(data, tokenizer=tokenizer, sequence_length=seq, batch_size=batch, seed=0, vocab_size=4096)
+    text = language_text(data, batch, seq, tokenizer)
     overrides = {} if layers is None else {"num_hidden_layers": layers}
     config = LlamaConfig.preset(preset, vocab_size=text.tokenizer.vocab_size, **overrides)
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)

@@ -196,7 +196,7 @@ def _scales(array: jax.Array, signed: bool) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(array, jnp.uint32)
     positive = 1 - (bits >> 31) if signed else jnp.ones_like(bits)
-    largest = jnp.max(sharding.blocked((bits << 1) | positive, BLOCK), axis=-1)
+    largest = sharding.maxima((bits << 1) | positive, BLOCK)
     magnitude = largest >> 1
     scale = jax.lax.bitcast_convert_type(magnitude | ((1 - (largest & 1)) << 31), jnp.float32)
     if signed:

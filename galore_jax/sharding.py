@@ -10,7 +10,7 @@ Factorisations accept no sharded matrix dimension, so the refresh gathers its ma
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -75,10 +75,51 @@ def merged(blocks: jax.Array) -> jax.Array:
 
 
 def spread(values: jax.Array, array: jax.Array, width: int) -> jax.Array:
-    """(*lead, blocks) -> (*lead, n), each value all over its block of ``array``, and sharded like it."""
+    """(*lead, blocks) -> (*lead, n), each value, a float32, all over its block of ``array``, and sharded like it."""
     n = array.shape[-1]
-    whole = merged(jnp.broadcast_to(values[..., None], (*values.shape, max(min(n, width), 1))))
-    return like(jax.lax.slice_in_dim(whole, 0, n, axis=-1), array)
+
+    def by_reshape(values: jax.Array) -> jax.Array:
+        whole = merged(jnp.broadcast_to(values[..., None], (*values.shape, max(min(n, width), 1))))
+        return like(jax.lax.slice_in_dim(whole, 0, n, axis=-1), array)
+
+    def by_product(values: jax.Array) -> jax.Array:
+        here = jnp.arange(n)[None, :] // width == jnp.arange(values.shape[-1])[:, None]
+        bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
+        whole = jnp.zeros((*values.shape[:-1], n), jnp.uint32)
+        for shift in range(0, 32, 8):  # a byte is exact in bfloat16, whatever the number is
+            byte = ((bits >> shift) & 0xFF).astype(jnp.bfloat16)
+            spread_byte = jnp.matmul(byte, here.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+            whole |= spread_byte.astype(jnp.uint32) << shift
+        return jax.lax.bitcast_convert_type(whole, jnp.float32)
+
+    return _on_tiles(by_product, by_reshape, values, array, width)
+
+
+def maxima(array: jax.Array, width: int) -> jax.Array:
+    """(*lead, n) -> (*lead, ⌈n / w⌉), the largest of each block of numbers none of which is negative."""
+
+    def by_reshape(array: jax.Array) -> jax.Array:
+        return jnp.max(blocked(array, width), axis=-1)
+
+    def by_window(array: jax.Array) -> jax.Array:
+        window = (*(1,) * (array.ndim - 1), width)
+        padding = (*((0, 0),) * (array.ndim - 1), (0, -array.shape[-1] % width))
+        return jax.lax.reduce_window(array, jnp.zeros([], array.dtype), jax.lax.max, window, window, padding)
+
+    return _on_tiles(by_window, by_reshape, array, array, width)
+
+
+def _on_tiles(
+    tiled: Callable[[jax.Array], jax.Array],
+    default: Callable[[jax.Array], jax.Array],
+    operand: jax.Array,
+    array: jax.Array,
+    width: int,
+) -> jax.Array:
+    """``tiled`` on a TPU, where arrays lie in tiles of their last two axes, and to cut or merge the last would copy the array."""
+    if spec_of(array) is not None or array.ndim < 2 or array.shape[-1] <= width:
+        return default(operand)
+    return jax.lax.platform_dependent(operand, tpu=tiled, default=default)
 
 
 def _parts(array: Any, entry: Any) -> int:

@@ -146,7 +146,7 @@ def _scale_for(peaks: jax.Array) -> jax.Array:
 
 def _block_peaks(x: jax.Array) -> jax.Array:
     """(..., n) -> (..., ⌈n / 256⌉), the largest magnitude in each block."""
-    return jnp.max(jnp.abs(sharding.blocked(x, BLOCK)), axis=-1)
+    return sharding.maxima(jnp.abs(x), BLOCK)
 
 
 def _spread(scales: jax.Array, array: jax.Array) -> jax.Array:

@@ -1,0 +1,334 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What learns best?  Optimizers for the matrices of a small LLaMA, at equal tokens, everything else on the same AdamW.
+
+    python benchmarks/quality.py OUT --data TEXT               about two hours on two cores; a run that is in OUT is not repeated
+    python benchmarks/quality.py OUT --data TEXT --short       five minutes: five optimizers, 40 steps, two learning rates
+    python benchmarks/quality.py OUT --data TEXT --ablation    projector x transport x residual of galore, at one learning rate
+
+A byte-level LLaMA of 3.3 million parameters (the preset 20m), 2,048 tokens a step, float32, warm-up over a tenth of the steps
+and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and takes
+each learning rate of one grid; embeddings, head and norms are on AdamW at --rest-rate in every run, so that what differs is the
+treatment of the matrices.  The best --leaders, and AdamW and Muon, are run with more seeds at their best rate.
+
+Low-rank optimizers keep --rank of each matrix's smaller side.  State is counted for the matrices, in bytes, and as a share of
+AdamW's.  The update's RMS is the mean over the run of the root mean square of what is added to the matrices, over the rate.
+Writes OUT/runs/*.json, OUT/quality.json and OUT/quality.png, and prints a Markdown table.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from _common import language_text
+from flax import nnx
+
+import galore_jax
+from galore_jax import galore, residual
+from galore_jax.matrix_view import is_matrix_name
+from galore_jax.models import Llama, LlamaConfig
+from galore_jax.training.step import token_losses
+
+ADAMW, MUON = "adamw", "muon"
+
+
+def low_rank(inner=None, alpha=1.0, **settings):
+    """rank -> galore around ``inner``, Adam unless told, in the direction of the gradient."""
+    inner = inner or optax.scale_by_adam
+    return lambda rank: galore(inner(), rank=rank, scale=alpha, **settings)
+
+
+def momentum():
+    return optax.trace(0.95, nesterov=True)
+
+
+def orthogonal(factor, gap, **settings):
+    rule = residual.orthogonal(factor)
+    return low_rank(momentum, residual=rule, transport="rotate", update_proj_gap=gap, **settings)
+
+
+def column_normalised():
+    """SCALE (arXiv 2506.16659): the gradient over the norm of each of its columns; no state at all."""
+
+    def normalise(updates, params=None):
+        del params
+        return jax.tree.map(
+            lambda g: g / jnp.maximum(jnp.linalg.norm(g, axis=-2, keepdims=True), 1e-12) * g.shape[-2] ** -0.5, updates
+        )
+
+    return optax.stateless(normalise)
+
+
+def muon():
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    against = optax.contrib.muon(
+        1.0, consistent_rms=0.2, muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params)
+    )
+    return optax.chain(against, optax.scale(-1.0))
+
+
+CONTESTANTS = {
+    ADAMW: lambda rank: optax.scale_by_adam(),
+    MUON: lambda rank: muon(),
+    "adamw_8bit": lambda rank: galore_jax.quantize_state(optax.scale_by_adam()),
+    "adafactor": lambda rank: optax.scale_by_factored_rms(min_dim_size_to_factor=32),
+    "scale": lambda rank: column_normalised(),
+    "galore_adamw": low_rank(update_proj_gap=50, alpha=0.25),
+    "galore_adamw_8bit": lambda rank: galore(
+        galore_jax.quantize_state(optax.scale_by_adam()), rank=rank, scale=0.25, update_proj_gap=50
+    ),
+    "golore_adamw": low_rank(update_proj_gap=50, alpha=0.25, projector="random", transport="rotate"),
+    "grass_adamw": low_rank(update_proj_gap=50, alpha=0.25, projector="rows"),
+    "fira_adamw": low_rank(update_proj_gap=50, alpha=0.25, residual="fira"),
+    "frugal_sign": low_rank(update_proj_gap=50, residual=residual.sign(1.0)),
+    "apollo_adamw": low_rank(update_proj_gap=200, projector="random", residual="channel"),
+    "apollo_mini": lambda rank: galore(
+        optax.scale_by_adam(), rank=1, scale=128**0.5, update_proj_gap=200, projector="random", residual="tensor"
+    ),
+    "orthogonal c=16 T=100": orthogonal(16.0, 100),
+    "orthogonal c=16 T=200": orthogonal(16.0, 200),
+    "orthogonal c=8 T=100": orthogonal(8.0, 100),
+}
+SHORT = (ADAMW, MUON, "galore_adamw", "fira_adamw", "orthogonal c=16 T=100")
+
+
+def ablation() -> dict:
+    """galore with each projector, transport and residual."""
+    found = {}
+    for projector, transport, rule in itertools.product(
+        ("power", "random", "rows"), ("keep", "rotate"), (None, "fira", "orthogonal")
+    ):
+        inner, alpha = (momentum, 1.0) if rule == "orthogonal" else (None, 0.25)
+        name = f"{projector}, {transport}, {rule or 'none'}"
+        if projector == "rows" and rule == "orthogonal" and transport == "rotate":
+            continue  # a basis of rows turns by jumps of whole rows; nothing of a momentum would be left to carry
+        found[name] = low_rank(
+            inner, alpha, projector=projector, transport=transport, residual=rule, update_proj_gap=50
+        )
+    return found
+
+
+def matrices_and_rest(params):
+    """ "matrices" or "rest" for each parameter."""
+
+    def kind(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return "matrices" if leaf.ndim >= 2 and is_matrix_name(name) else "rest"
+
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
+class Task:
+    """The model and its text; the same for all runs of one seed."""
+
+    def __init__(self, args: argparse.Namespace, seed: int):
+        self.args, self.seed = args, seed
+        self.text = language_text(args.data, args.batch, args.seq, seed=seed)
+        config = LlamaConfig.preset(args.model, vocab_size=self.text.tokenizer.vocab_size)
+        self.graphdef, params = nnx.split(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param)
+        self.params = nnx.to_pure_dict(params)
+        self.labels = matrices_and_rest(self.params)
+
+    def loss(self, params, tokens):
+        return jnp.mean(token_losses(self.graphdef, params, tokens))
+
+    def schedule(self, peak):
+        steps = self.args.steps
+        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps, 0.1 * peak)
+
+    def optimizer(self, make, rate):
+        parts = {
+            "matrices": optax.chain(make(self.args.rank), optax.scale_by_learning_rate(self.schedule(rate))),
+            "rest": optax.adam(self.schedule(self.args.rest_rate)),
+        }
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, self.labels))
+
+    def matrices(self, tree):
+        return [
+            x for x, kind in zip(jax.tree.leaves(tree), jax.tree.leaves(self.labels), strict=True) if kind == "matrices"
+        ]
+
+
+def run(task: Task, make, rate: float) -> dict:
+    """One training run: its curve, its held-out losses, the bytes of its state and its seconds."""
+    tx, steps = task.optimizer(make, rate), task.args.steps
+    params, state = jax.tree.map(jnp.copy, task.params), tx.init(task.params)
+    state_bytes = galore_jax.tree_bytes(state[1].inner_states["matrices"])
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, tokens):
+        value, grads = jax.value_and_grad(task.loss)(params, tokens)
+        updates, state = tx.update(grads, state, params)
+        changed = task.matrices(updates)
+        square = sum(jnp.sum(jnp.square(x)) for x in changed) / sum(x.size for x in changed)
+        return optax.apply_updates(params, updates), state, (value, jnp.sqrt(square))
+
+    evaluate = jax.jit(task.loss)
+    held_out = list(task.text.validation_batches(task.args.val_tokens))
+
+    def validation(params):
+        return float(np.mean([evaluate(params, batch) for batch in held_out]))
+
+    batches, schedule = task.text.train_iterator(), task.schedule(rate)
+    curve, rms, seconds, validations = [], [], [], []
+    for number in range(steps):
+        start = time.perf_counter()
+        params, state, (value, size) = step(params, state, jnp.asarray(next(batches)))
+        curve.append(float(value))
+        seconds.append(time.perf_counter() - start)
+        if number:
+            rms.append(float(size) / float(schedule(number)))
+        if (number + 1) % max(1, steps // 8) == 0 or number + 1 == steps:
+            validations.append((number + 1, validation(params)))
+    return {
+        "train_loss": curve, "validation": validations, "val_loss": validations[-1][1], "update_rms": statistics.fmean(rms),
+        "matrix_state_bytes": state_bytes, "seconds_per_step": statistics.median(seconds),
+    }  # fmt: skip
+
+
+class Runs:
+    """The runs in OUT, made when they are asked for and not there."""
+
+    def __init__(self, args: argparse.Namespace, contestants: dict):
+        self.args, self.contestants = args, contestants
+        self.settings = {
+            name: str(getattr(args, name)) for name in ("model", "data", "steps", "batch", "seq", "rank", "rest_rate")
+        }
+        self.task = functools.lru_cache(maxsize=1)(lambda seed: Task(args, seed))
+        (args.out / "runs").mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, rate: float, seed: int) -> dict:
+        path = self.args.out / "runs" / f"{name}-{rate:g}-{seed}.json".replace(" ", "_").replace("/", "_")
+        if path.exists():
+            record = json.loads(path.read_text())
+            if record["settings"] != self.settings:
+                raise SystemExit(
+                    f"{path} is of a run with {record['settings']}, not {self.settings}: choose another OUT."
+                )
+            return record
+        record = {"optimizer": name, "learning_rate": rate, "seed": seed, "settings": self.settings}
+        record |= run(self.task(seed), self.contestants[name], rate)
+        path.write_text(json.dumps(record) + "\n")
+        print(f"{name}, {rate:g}, seed {seed}: {record['val_loss']:.4f}", file=sys.stderr, flush=True)
+        return record
+
+    def grid(self) -> dict[str, dict]:
+        """Each contestant's best run with the first seed."""
+        best = {}
+        for name in self.contestants:
+            tried = [self.get(name, rate, 0) for rate in self.args.rates]
+            best[name] = min(tried, key=lambda record: np.nan_to_num(record["val_loss"], nan=np.inf))
+        return best
+
+
+def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> list[dict]:
+    """One line a contestant, the lowest loss first."""
+    order = sorted(best, key=lambda name: best[name]["val_loss"])
+    again = {*order[:leaders], ADAMW, MUON} & set(order)
+    adamw = best[ADAMW]["matrix_state_bytes"] if ADAMW in best else None
+    lines = []
+    for name in order:
+        found = best[name]
+        others = [runs.get(name, found["learning_rate"], seed) for seed in range(1, seeds)] if name in again else []
+        losses = [record["val_loss"] for record in (found, *others)]
+        line = {
+            key: found[key]
+            for key in ("optimizer", "learning_rate", "matrix_state_bytes", "update_rms", "seconds_per_step")
+        }
+        lines.append(line | {"val_losses": losses, "share": adamw and found["matrix_state_bytes"] / adamw})
+    return sorted(lines, key=lambda line: statistics.fmean(line["val_losses"]))
+
+
+def table(lines: list[dict]) -> str:
+    text = [
+        "| matrices on | learning rate | validation loss, nats a byte | of AdamW's | matrix state, MB | of AdamW's | update RMS "
+        "| s a step |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    reference = next((statistics.fmean(line["val_losses"]) for line in lines if line["optimizer"] == ADAMW), None)
+    for line in lines:
+        losses = line["val_losses"]
+        mean = statistics.fmean(losses)
+        shown = f"{mean:.4f}" + (f" ± {statistics.stdev(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else "")
+        share = "" if line["share"] is None else f"{line['share']:.1%}"
+        text.append(
+            f"| {line['optimizer']} | {line['learning_rate']:g} | {shown} | {f'{mean / reference:.3f}' if reference else ''} "
+            f"| {line['matrix_state_bytes'] / 1e6:.2f} | {share} | {line['update_rms']:.2g} | {line['seconds_per_step']:.2f} |"
+        )
+    return "\n".join(text)
+
+
+def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
+    figure, (state, steps, clock) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
+    for number, line in enumerate(lines):
+        name, losses = line["optimizer"], line["val_losses"]
+        look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
+        megabytes = line["matrix_state_bytes"] / 1e6
+        spread = (max(losses) - min(losses)) / 2
+        state.errorbar(megabytes, statistics.fmean(losses), yerr=spread, linestyle="", label=name, **look)
+        record = runs.get(name, line["learning_rate"], 0)
+        numbers, values = np.array(record["validation"]).T
+        steps.plot(numbers, values, markersize=4, linewidth=1, label=name, **look)
+        clock.plot(numbers * line["seconds_per_step"], values, markersize=4, linewidth=1, **look)
+    state.set(xlabel="optimizer state of the matrices (MB)", xscale="symlog", ylabel="validation loss (nats a byte)")
+    state.set_title("Loss against state")
+    steps.set(xlabel="step", title="Loss against steps")
+    clock.set(xlabel="seconds of training", title="Loss against time")
+    low = min(min(line["val_losses"]) for line in lines)
+    for axis in (steps, clock):
+        axis.set_ylim(low - 0.03, low + 0.8)
+    for axis in (state, steps, clock):
+        axis.grid(alpha=0.25)
+    figure.legend(*state.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
+    parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
+    parser.add_argument("--model", default="20m")
+    parser.add_argument("--only", nargs="+", help="names of optimizers; the others are left out")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rest-rate", type=float, default=3e-3, help="of AdamW on embeddings, head and norms")
+    parser.add_argument("--rank", type=float, default=0.25)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seq", type=int, default=128)
+    parser.add_argument("--val-tokens", type=int, default=65_536)
+    parser.add_argument("--seeds", type=int, default=3, help="of the leaders")
+    parser.add_argument("--leaders", type=int, default=3)
+    parser.add_argument("--short", action="store_true")
+    parser.add_argument("--ablation", action="store_true")
+    args = parser.parse_args()
+    contestants = ablation() if args.ablation else CONTESTANTS
+    if args.ablation:
+        args.rates, args.leaders, args.seeds = [1e-2], 0, 1
+    if args.short:
+        args.only, args.rates, args.steps, args.seeds = args.only or SHORT, [3e-3, 1e-2], 40, 1
+    unknown = set(args.only or ()) - set(contestants)
+    if unknown:
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: not known; there are {', '.join(contestants)}.")
+    contestants = {name: make for name, make in contestants.items() if not args.only or name in args.only}
+    matplotlib.use("Agg")
+    runs = Runs(args, contestants)
+    lines = summaries(runs, runs.grid(), args.seeds, args.leaders)
+    name = "ablation" if args.ablation else "quality"
+    (args.out / f"{name}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
+    plot(runs, lines, args.out / f"{name}.png")
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
