@@ -125,7 +125,7 @@ def fira_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax
 
 _APOLLO = {
     "eps": 1e-6,
-    "projector": projectors.random("gaussian", stored=False),
+    "projector": "gaussian",
     "refresh": "together",
 }
 
@@ -328,3 +328,17 @@ def _decayed(
             optax.scale_by_learning_rate(learning_rate),
         )
     )
+
+
+PRESETS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
+    preset.__name__: preset
+    for preset in (
+        galore_adamw,
+        galore_adafactor,
+        galore_adamw_8bit,
+        q_galore_adamw_8bit,
+        fira_adamw,
+        apollo_adamw,
+        apollo_mini,
+    )
+}

@@ -17,6 +17,7 @@ import optax
 
 import galore_jax
 from galore_jax.matrix_view import is_matrix_name
+from galore_jax.presets import PRESETS
 from galore_jax.training.config import PretrainConfig
 
 
@@ -150,11 +151,7 @@ def _muon_dimension_numbers(params: optax.Params) -> Any:
 
 
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
-    "galore_adamw": _galore(galore_jax.galore_adamw),
-    "galore_adafactor": _galore(galore_jax.galore_adafactor),
-    "fira_adamw": _galore(galore_jax.fira_adamw),
-    "galore_adamw_8bit": _galore(galore_jax.galore_adamw_8bit),
-    "q_galore_adamw_8bit": _galore(galore_jax.q_galore_adamw_8bit),
+    **{name: _galore(preset) for name, preset in PRESETS.items()},
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
