@@ -87,9 +87,17 @@ def galore_adamw(
 
 
 def _with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable], _Preset]:
-    """Decorates a preset that takes the arguments of another, some with other defaults, and is called with all of them."""
+    """Decorates a preset that takes the arguments of another, some with other defaults, and is called with all of them.
+
+    A name that the other has not is an argument of its own; ``inspect.Parameter.empty`` is no default.
+    """
     parameters = inspect.signature(preset).parameters
-    signature = inspect.Signature([p.replace(default=defaults.get(name, p.default)) for name, p in parameters.items()])
+    arguments = [
+        argument.replace(default=defaults.get(name, argument.default)) for name, argument in parameters.items()
+    ]
+    own = {name: default for name, default in defaults.items() if name not in parameters}
+    arguments += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own[name]) for name in own]
+    signature = inspect.Signature(arguments)
 
     def decorate(function: Callable) -> Any:
         @functools.wraps(function)
@@ -165,6 +173,55 @@ def apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> opta
     [256, 256]
     """
     return galore_adamw(learning_rate, **arguments)
+
+
+@_with_arguments_of(galore_adamw, projector="rows", transport="reset")
+def grass_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Grass (Muhamed et al. 2024, arXiv 2406.17660): Adam on the r rows of the gradient of largest norm, chosen every T updates.
+
+    State of a projected m x n matrix with K = max(m, n): 2 r K numbers, r indices and factors, and a count; no matrix products
+    and no factorisation.  Rows hold less of a gradient than singular directions do, so choose it where the time or the memory of
+    a dense basis is too much, and where gradients are sparse in their rows.  Moments start again when the rows change, because
+    most of them belong to other rows then.  The paper's unbiased draw is ``projector=projectors.rows("sampled")``; its scale
+    is tuned, and has no default there.  Micro-batches can be summed in the subspaces.
+
+    Args:
+      learning_rate: a number or a schedule.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> state = grass_adamw(0.01, rank=8).init(params)
+    >>> left = optax.tree.get(state, "left")["kernel"]
+    >>> left.index.shape, [x.shape for x in jax.tree.leaves(state) if x.size > 8]
+    ((8,), [(8, 256), (8, 256)])
+    """
+    return galore_adamw(learning_rate, **arguments)
+
+
+@_with_arguments_of(galore_adamw, transport="rotate", random_from=inspect.Parameter.empty)
+def golore_adamw(
+    learning_rate: optax.ScalarOrSchedule, *, random_from: int, projector: str | projectors.Projector, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """GoLore (He et al. 2024, arXiv 2410.11289): :func:`galore_adamw` that ends on random subspaces, with proof of convergence.
+
+    Near a minimum the leading directions of a gradient are mostly those of its noise, and a method that follows them alone need
+    not converge; uniformly random ones leave no direction out.  The state is that of :func:`galore_adamw`, r(k + 2K) numbers.
+    Choose it for long runs with small batches.  Both moments are carried into each new subspace.  Micro-batches can be summed in
+    the subspaces.
+
+    Args:
+      learning_rate: a number or a schedule.
+      random_from: number of the update from which on new subspaces are random; the paper's is 0.8 of all updates.
+      projector: for the subspaces before.
+      **arguments: the others of :func:`galore_adamw`.
+
+    >>> params = {"kernel": jnp.ones((64, 256))}
+    >>> tx = golore_adamw(optax.cosine_decay_schedule(0.01, 10_000), random_from=8_000, rank=8)
+    >>> optax.tree.get(tx.init(params), "left")["kernel"].shape
+    (64, 8)
+    """
+    switching = projectors.switch(projector, "random", at=random_from)
+    return galore_adamw(learning_rate, projector=switching, **arguments)
 
 
 def _adamw_8bit(
@@ -340,5 +397,7 @@ PRESETS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
         fira_adamw,
         apollo_adamw,
         apollo_mini,
+        grass_adamw,
+        golore_adamw,
     )
 }

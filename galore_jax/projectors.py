@@ -224,7 +224,8 @@ def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
         )
 
     def refresh(seen: Observation) -> tuple[Basis, jax.Array]:
-        return jax.lax.cond(seen.step < at, first.refresh, then.refresh, seen)
+        # By closure: as an operand, the flag whether it is transposed would become an array.
+        return jax.lax.cond(seen.step < at, lambda: first.refresh(seen), lambda: then.refresh(seen))
 
     return Projector("switch", refresh, first.storage)
 

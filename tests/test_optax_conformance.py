@@ -24,13 +24,16 @@ from problems import (
 
 import galore_jax
 
-# One line a preset; a small smallest factored side, so that Adafactor factors these small matrices.
+# One line for each way to make an update, which presets that differ in numbers share; a small smallest factored side, so that
+# Adafactor factors these small matrices.
 PRESETS = [
     (galore_jax.galore_adamw, {"weight_decay": 0.1}),
     (galore_jax.galore_adafactor, {"min_dim_size_to_factor": 2, "momentum": 0.9, "multiply_by_parameter_scale": True}),
+    (galore_jax.fira_adamw, {"weight_decay": 0.1}),
+    (galore_jax.golore_adamw, {"random_from": 1}),
 ]
 # Arguments that fix shapes or the program, which Optax can inject no arrays for.
-STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor")
+STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor", "random_from")
 
 presets = pytest.mark.parametrize(("preset", "kwargs"), PRESETS, ids=[preset.__name__ for preset, _ in PRESETS])
 

@@ -68,7 +68,7 @@ class PretrainConfig:
     model: str = "demo"
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
-    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor;
+    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
     with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini;
     full-rank: adamw, adamw_8bit, adafactor, muon. Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None

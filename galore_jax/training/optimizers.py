@@ -86,6 +86,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
         settings = config.resolved
+        own = {"random_from": round(0.8 * settings.steps)} if make is galore_jax.golore_adamw else {}
         return make(
             schedule,
             rank=settings.rank,
@@ -98,6 +99,7 @@ def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
             diagnostics=settings.diagnostics,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
+            **own,
         )
 
     return build
