@@ -5,6 +5,7 @@
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
 from galore_jax._chain import chain as chain
 from galore_jax.bare import GaLoreMemoryWarning as GaLoreMemoryWarning
+from galore_jax.limiter import limit_norm_growth as limit_norm_growth
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.presets import (
