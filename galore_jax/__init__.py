@@ -17,6 +17,7 @@ from galore_jax.presets import (
     galore_adamw_8bit as galore_adamw_8bit,
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
+    ldadam as ldadam,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
 )
 from galore_jax.quantize import quantize_state as quantize_state

@@ -55,6 +55,9 @@ _OF_THE_PRESET = ("rank", "update_proj_gap", "scale", "proj_type", "projector", 
 _RANK = 0.25
 """But for the rank: the 128 or 256 of most presets is no less than the smaller side of a small model's matrices."""
 
+_WHOLE_GRADIENT = ("ldadam",)
+"""Presets that need the whole gradient for something else than a residual."""
+
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
@@ -69,7 +72,7 @@ class PretrainConfig:
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
-    with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini;
+    with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, ldadam;
     full-rank: adamw, adamw_8bit, adafactor, muon. Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None
     """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25."""
@@ -153,7 +156,7 @@ class PretrainConfig:
         >>> PretrainConfig(optimizer="apollo_mini").resolved.projector
         'gaussian'
         """
-        arguments = preset_arguments(self.optimizer) or preset_arguments("galore_adamw")
+        arguments = preset_arguments("galore_adamw") | preset_arguments(self.optimizer)
         defaults = {name: arguments[name] for name in _OF_THE_PRESET}
         if defaults["rank"] != 1:
             defaults["rank"] = _RANK
@@ -269,7 +272,7 @@ def _check_low_rank(config: PretrainConfig) -> None:
     wrong = {
         f"an optimizer with subspaces, which --optimizer {config.optimizer} is not": not arguments,
         f"an optimizer that does without the gradient outside the subspaces, and --optimizer {config.optimizer} uses the whole "
-        "gradient": bool(arguments) and arguments["residual"] is not None,
+        "gradient": arguments.get("residual") is not None or config.optimizer in _WHOLE_GRADIENT,
         f"--clip 0 instead of {config.clip}: the norm of the whole gradient is not known": config.clip > 0,
         "a step without --layerwise, which sums one layer's gradients at a time already": config.layerwise,
     }

@@ -8,6 +8,8 @@ that two runs with different names differ in the optimizer alone.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -85,21 +87,11 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-        settings = config.resolved
-        own = {"random_from": round(0.8 * settings.steps)} if make is galore_jax.golore_adamw else {}
+        settings = dataclasses.asdict(config.resolved)
+        settings["random_from"] = round(0.8 * config.steps)
+        taken = inspect.signature(make).parameters
         return make(
-            schedule,
-            rank=settings.rank,
-            update_proj_gap=settings.update_proj_gap,
-            scale=settings.scale,
-            proj_type=settings.proj_type,
-            projector=settings.projector,
-            refresh=settings.refresh,
-            transport=settings.transport,
-            diagnostics=settings.diagnostics,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-            **own,
+            schedule, **{name: value for name, value in settings.items() if name in taken and name != "learning_rate"}
         )
 
     return build
