@@ -15,9 +15,11 @@ from galore_jax.presets import (
     galore_adafactor as galore_adafactor,
     galore_adamw as galore_adamw,
     galore_adamw_8bit as galore_adamw_8bit,
+    galore_muon as galore_muon,
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
     ldadam as ldadam,
+    q_apollo_mini as q_apollo_mini,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
 )
 from galore_jax.quantize import quantize_state as quantize_state

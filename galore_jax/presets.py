@@ -277,6 +277,81 @@ def ldadam(
     return _decayed(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
+def galore_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: float | jax.Array = 0.95,
+    nesterov: bool = True,
+    factor: float | jax.Array = 16.0,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-8,
+    adam_scale: float | jax.Array = 1.0,
+    weight_decay: float | jax.Array = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    rank: Rank = 128,
+    update_proj_gap: int | jax.Array = 200,
+    scale: float | jax.Array | str = 1.0,
+    proj_type: str = "std",
+    projector: str | projectors.Projector = "power",
+    refresh: str | policies.Together | None = None,
+    transport: str | None = "rotate",
+    basis_codec: str = "float32",
+    diagnostics: bool = False,
+    mask: Any = None,
+    weight_dimension_numbers: Any = None,
+    seed: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon's step from a low-rank momentum: the rule ``"orthogonal"`` of :mod:`galore_jax.residual` on matrices, AdamW elsewhere.
+
+    Inside the subspace there is a momentum, outside it the gradient of the step alone, and their sum is orthogonalised as Muon
+    does with a momentum of full size (K. Jordan 2024).  Not published; judged by measurement only.  State of a projected m x n
+    matrix with k = min(m, n) and K = max(m, n): r(k + K) numbers, about half of :func:`galore_adamw`'s and, at a quarter of the
+    rank of a square matrix, half of Muon's; the step has full rank.  It costs Muon's products of full-size matrices at every
+    update.  Choose it for quality at little memory where matrices make up the model.  It needs the whole gradient, so
+    micro-batches cannot be summed in the subspaces.
+
+    Args:
+      learning_rate: a number or a schedule, for updates that have the root mean square of AdamW's.
+      momentum, nesterov: of the momentum in the subspace.
+      factor: weight of the gradient outside; the momentum inside sums about 1 / (1 - momentum) gradients.
+      b1, b2, eps: of Adam, on embeddings, LM head, norms and everything else that is not projected.
+      adam_scale: factor of the learning rate there.
+      weight_decay: decoupled, multiplied by the learning rate.
+      weight_decay_mask: tree of bools or callable: which parameters decay.
+      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
+        weight_dimension_numbers, seed: of :func:`galore`; not ``proj_type="full"``.
+
+    >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
+    >>> sorted(x.size for x in jax.tree.leaves(galore_muon(0.01, rank=8).init(params)) if x.size > 1)
+    [64, 64, 512, 2048]
+    """
+
+    def build(numbers: Any) -> optax.GradientTransformation:
+        return galore(
+            optax.trace(momentum, nesterov),
+            rank=rank,
+            update_proj_gap=update_proj_gap,
+            scale=scale,
+            proj_type=proj_type,
+            projector=projector,
+            refresh=refresh,
+            transport=transport,
+            basis_codec=basis_codec,
+            residual=residuals.orthogonal(factor),
+            diagnostics=diagnostics,
+            weight_dimension_numbers=numbers,
+            seed=seed,
+        )
+
+    build(None)  # raises for a bad argument
+    views_of = functools.partial(
+        select, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
+    )
+    adam = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.scale(adam_scale))
+    return _decayed(on_matrices(build, adam, views_of), learning_rate, weight_decay, weight_decay_mask)
+
+
 def _adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -332,6 +407,28 @@ def q_galore_adamw_8bit(
     >>> state = q_galore_adamw_8bit(0.01, rank=32).init(params)
     >>> optax.tree.get(state, "right")["kernel"].packed.shape
     (256, 16)
+    """
+    return _adamw_8bit(learning_rate, **arguments)
+
+
+@_with_arguments_of(apollo_mini)
+def q_apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Q-APOLLO-Mini (Zhu et al. 2024, arXiv 2412.05270): :func:`apollo_mini` beside int8 weights, with 8-bit moments elsewhere.
+
+    State of a projected m x n matrix: two vectors along its larger side, a seed and a norm.  What is left is the moments of
+    embeddings and LM head, which this preset keeps in 8 bits (see :func:`galore_jax.quantize_state`).  The smallest footprint of
+    all presets, so choose it when nothing else fits.  The paper's other part, weights in int8 with stochastic rounding, is up to
+    the training step: see :mod:`galore_jax.weights`, and ``galore-jax pretrain --optimizer q_apollo_mini --weights int8
+    --layerwise``.
+
+    Args:
+      learning_rate: a number or a schedule.  The paper trains at 0.01, or 0.02.
+      **arguments: those of :func:`galore_adamw`.
+
+    >>> params = {"embed": jnp.ones((1000, 64)), "kernel": jnp.ones((64, 256))}
+    >>> state = q_apollo_mini(0.01).init(params)
+    >>> optax.tree.get(state, "nu")["embed"].codes.dtype, optax.tree.get(state, "nu")["kernel"].shape
+    (dtype('uint8'), (1, 256))
     """
     return _adamw_8bit(learning_rate, **arguments)
 
@@ -450,8 +547,10 @@ PRESETS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
         fira_adamw,
         apollo_adamw,
         apollo_mini,
+        q_apollo_mini,
         grass_adamw,
         golore_adamw,
         ldadam,
+        galore_muon,
     )
 }

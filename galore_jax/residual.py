@@ -89,7 +89,7 @@ def tensor(growth: float | None = GAMMA) -> Residual:
     return _scaled("tensor", lambda parts: _ratio(parts, (-2, -1)), growth)
 
 
-def orthogonal(factor: float = 16.0) -> Residual:
+def orthogonal(factor: float | jax.Array = 16.0) -> Residual:
     """The direction P N + ``factor`` S with all its singular values moved to about 1, in root mean square as AdamW's updates.
 
     With a momentum inside, N sums about 1/(1-β) gradients, and S wants a factor of that order.

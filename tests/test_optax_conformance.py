@@ -33,6 +33,7 @@ PRESETS = [
     (galore_jax.fira_adamw, {"weight_decay": 0.1}),
     (galore_jax.golore_adamw, {"random_from": 1}),
     (galore_jax.ldadam, {"weight_decay": 0.1}),
+    (galore_jax.galore_muon, {"weight_decay": 0.1}),
 ]
 # Arguments that fix shapes or the program, which Optax can inject no arrays for.
 STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor", "random_from")

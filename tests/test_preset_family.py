@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import galore_states, leniency, quick_compilation  # noqa: F401
 from reference import Adam
 
 import galore_jax
@@ -38,7 +38,9 @@ def run(tx, gradients):
 
 def as_wide(tall, seen):
     """A basis on the right of G is one on the left of its transpose."""
-    return [(g.T, u.T, s[0].right["w"]) if tall else (g, u, s[0].left["w"]) for g, u, s in seen]
+    nodes = [galore_states(state)[0] for _, _, state in seen]
+    triples = [(g, u, node) for (g, u, _), node in zip(seen, nodes, strict=True)]
+    return [(g.T, u.T, node.right["w"]) if tall else (g, u, node.left["w"]) for g, u, node in triples]
 
 
 def gradients(tall, steps=5):
@@ -87,6 +89,52 @@ def test_golore_carries_both_moments_into_a_random_subspace_that_no_gradient_dec
     assert not same_span(bases[3], bases[4])
 
 
+def newton_schulz(x):
+    """Five steps of the quintic of K. Jordan's Muon, on the side that is smaller."""
+    if x.shape[0] > x.shape[1]:
+        return newton_schulz(x.T).T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+@both_sides
+def test_galore_muon_orthogonalises_a_momentum_inside_and_the_gradient_outside_together(tall):
+    tx = galore_jax.galore_muon(-1.0, rank=RANK, update_proj_gap=2, refresh="together", momentum=0.8, factor=3.0)
+    momentum, bases = np.zeros((RANK, 20)), []
+    for g, update, basis in as_wide(tall, run(tx, gradients(tall))):
+        p = np.asarray(basis, np.float64)
+        momentum = p.T @ bases[-1] @ momentum if bases else momentum
+        bases.append(p)
+        r = p.T @ g
+        momentum = 0.8 * momentum + r
+        whole = p @ (r + 0.8 * momentum) + 3.0 * (g - p @ r)
+        np.testing.assert_allclose(update, 0.2 * 20**0.5 * newton_schulz(whole), atol=2e-4)
+    assert np.array_equal(bases[0], bases[1])
+    assert not np.allclose(bases[1], bases[2])
+
+
+def test_galore_muon_leaves_what_is_not_projected_to_adamw_at_its_own_scale():
+    """Also a matrix whose rank would not be smaller than its side."""
+    params = {
+        "kernel": normal(0, (12, 20)),
+        "small": normal(1, (4, 9)),
+        "embed": normal(2, (9, 12)),
+        "bias": normal(3, (20,)),
+    }
+    tx = galore_jax.galore_muon(0.1, rank=RANK, adam_scale=0.5, weight_decay=0.2)
+    adamw = optax.adamw(0.05, weight_decay=0.4)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    expected, _ = jax.jit(adamw.update)(params, adamw.init(params), params)
+    for name in ("small", "embed", "bias"):
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
+    decay = -0.1 * 0.2 * np.asarray(params["kernel"])
+    values = np.linalg.svd((np.asarray(updates["kernel"]) - decay) / (0.1 * 0.2 * 20**0.5), compute_uv=False)
+    assert 0.5 < values.min() < values.max() < 1.3
+
+
 TREE = {"wide": (16, 24), "stack": (2, 30, 16), "norm": (16,), "embed": (20, 16)}
 MATRICES = [(16, 24), (16, 30), (16, 30)]  # smaller and larger side of each
 UNPROJECTED = 16 + 20 * 16
@@ -104,7 +152,9 @@ BYTES = {
     "fira_adamw": (lambda r, k, K: dense(r, k, K) + 4, COUNTS, {}),
     "apollo_adamw": (lambda r, k, K: 8 * r * K + 8, COUNTS, {}),
     "apollo_mini": (lambda r, k, K: 8 * K + 8, COUNTS, {"rank": 1}),
+    "q_apollo_mini": (lambda r, k, K: 8 * K + 8, COUNTS + 4, {"rank": 1}),  # too small a tree for 8 bits
     "grass_adamw": (lambda r, k, K: 8 * r * K + 8 * r + 4, COUNTS, {}),
+    "galore_muon": (lambda r, k, K: 4 * r * (k + K), COUNTS, {}),
     "ldadam": (lambda r, k, K: dense(r, k, K) + 4 * k * K, 2 * 4, {}),
 }
 
@@ -118,14 +168,27 @@ def test_the_bytes_are_those_of_the_formula(name):
     assert galore_jax.state_bytes(PRESETS[name](0.1, **arguments), params) == expected
 
 
+def test_the_bytes_of_q_apollo_mini_where_moments_are_in_8_bits():
+    """A byte each and 4 for each block of 256, of an embedding and of a matrix whose larger side, on its right, is 8,192."""
+    params = {
+        "embed": jax.ShapeDtypeStruct((100, 64), jnp.float32),
+        "w": jax.ShapeDtypeStruct((3, 64, 8192), jnp.float32),
+    }
+    embed, moment = 100 * (64 + 4), 3 * (8192 + 4 * 8192 // 256)
+    found = galore_jax.state_bytes(galore_jax.q_apollo_mini(0.1), params)
+    assert found == 2 * (embed + moment) + 3 * 8 + COUNTS + 4
+
+
 # One line a preset: what it is called with in the tests below.
 FAMILY = {
     "fira_adamw": {},
     "apollo_adamw": {},
     "apollo_mini": {"rank": 1},
+    "q_apollo_mini": {"rank": 1},
     "grass_adamw": {},
     "golore_adamw": {"random_from": 3},
     "ldadam": {},
+    "galore_muon": {"factor": 4.0},
 }
 family = pytest.mark.parametrize("name", FAMILY)
 
@@ -185,20 +248,22 @@ def test_it_learns_and_layer_by_layer_it_is_the_same(name):
 @family
 def test_its_moments_can_be_kept_in_8_bits(name):
     """Of 64 x 4,200: also at rank 1 a moment is large enough."""
-    tx = galore_jax.quantize_state(preset(name))
+    tx = preset(name) if name == "q_apollo_mini" else galore_jax.quantize_state(preset(name))
     params = {"w": normal(0, (64, 4200))}
     state = jax.eval_shape(tx.init, params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
+    number = 1 if name == "galore_muon" else 2
     error = [64 * 4200] if name == "ldadam" else []
-    assert sorted(leaf.size for leaf in moments) == [FAMILY[name].get("rank", RANK) * 4200] * 2 + error
+    assert sorted(leaf.size for leaf in moments) == [FAMILY[name].get("rank", RANK) * 4200] * number + error
     with leniency():
         updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-        exact, _ = jax.jit(preset(name).update)(params, preset(name).init(params), params)
+        plain = preset(name.removeprefix("q_"))
+        exact, _ = jax.jit(plain.update)(params, plain.init(params), params)
     # The first update is read from moments that are not stored yet.
     np.testing.assert_allclose(updates["w"], exact["w"], atol=1e-6)
 
 
-WHOLE_GRADIENT = {"fira_adamw", "apollo_adamw", "apollo_mini", "ldadam"}
+WHOLE_GRADIENT = {"fira_adamw", "apollo_adamw", "apollo_mini", "q_apollo_mini", "ldadam", "galore_muon"}
 
 
 @family

@@ -27,7 +27,7 @@ from galore_jax.training.config import (
 )
 from galore_jax.training.optimizers import make_optimizer
 
-WHOLE_GRADIENT = ("fira_adamw", "apollo_adamw", "apollo_mini", "ldadam")
+WHOLE_GRADIENT = ("fira_adamw", "apollo_adamw", "apollo_mini", "q_apollo_mini", "ldadam", "galore_muon")
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ _OF_THE_PRESET = ("rank", "update_proj_gap", "scale", "proj_type", "projector", 
 _RANK = 0.25
 """But for the rank: the 128 or 256 of most presets is no less than the smaller side of a small model's matrices."""
 
-_WHOLE_GRADIENT = ("ldadam",)
-"""Presets that need the whole gradient for something else than a residual."""
+_WHOLE_GRADIENT = ("ldadam", "galore_muon")
+"""Presets that need the whole gradient, and not by an argument ``residual``."""
 
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
@@ -72,7 +72,7 @@ class PretrainConfig:
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
-    with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, ldadam;
+    with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
     full-rank: adamw, adamw_8bit, adafactor, muon. Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None
     """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25."""
