@@ -19,6 +19,7 @@ of its own.  B is never made: P enters it by its coordinates alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import seeds
+from galore_jax import seeds, sharding, subspace
 from galore_jax.dtypes import promoted, state_dtype
 from galore_jax.leaf import measured
 from galore_jax.matrix_view import MatrixView
@@ -108,14 +109,15 @@ def scale_by_ldadam(
         replies, new, any_good = [], [], jnp.array(False)
         for view, gradient, old in zip(_views(views_of, updates), gradients, remembered, strict=True):
             leaf = measured(view, gradient)
-            matrices = promoted(leaf.where_good(leaf.matrices))
-            step = lambda matrix, good, old: _step(settings, state.count, key, matrix, good, old)  # noqa: E731
+            matrices = sharding.gather(promoted(leaf.where_good(leaf.matrices)))
+            step = functools.partial(_step, settings, state.count, key)
             for _ in view.batch_shape:
                 step = jax.vmap(step)
-            direction, remember = step(_basis_first(view, matrices), leaf.good, _Matrix(*old))
+            gathered = _Matrix(*map(sharding.gather, old))
+            direction, remember = step(_basis_first(view, matrices), sharding.gather(leaf.good), gathered)
             direction = _basis_first(view, direction).astype(gradient.dtype)
-            replies.append(view.from_matrices(direction))
-            new.append(remember)
+            replies.append(sharding.like(view.from_matrices(direction), gradient))
+            new.append(_Matrix(*map(sharding.like, remember, old)))
             any_good |= jnp.any(leaf.good)
         count = state.count + any_good.astype(jnp.int32)
         return treedef.unflatten(replies), LDAdamState(count, *_trees(new, treedef))
@@ -191,8 +193,16 @@ def _basis_first(view: MatrixView, matrices: jax.Array) -> jax.Array:
 
 def _fresh(view: MatrixView, leaf: Any) -> _Matrix:
     side, other = view.matrix_shape if view.left else view.matrix_shape[::-1]
-    shapes = ((side, view.rank), (view.rank, other), (view.rank, other), (side, other))
-    return _Matrix(*(jnp.zeros((*view.batch_shape, *shape), state_dtype(leaf)) for shape in shapes))
+    spec = subspace.matrix_spec(view, leaf)
+    *batch, first, second = spec or (None,) * (len(view.batch_shape) + 2)
+    if not view.left:
+        first, second = second, first
+
+    def zeros(shape: tuple[int, int], *sides: Any) -> jax.Array:
+        return sharding.zeros((*view.batch_shape, *shape), state_dtype(leaf), spec and (*batch, *sides), leaf)
+
+    mu, nu = (zeros((view.rank, other), None, second) for _ in range(2))
+    return _Matrix(zeros((side, view.rank), first, None), mu, nu, zeros((side, other), first, second))
 
 
 def _trees(matrices: list[_Matrix], treedef: Any) -> list[Any]:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax import sharding
 from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -154,6 +155,7 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     >>> bool(jnp.all(jnp.abs(jnp.diagonal(newton_schulz(x)) - 1) < 0.4))
     True
     """
+    matrices = sharding.gather(matrices, (matrices.ndim - 2, matrices.ndim - 1))
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = jnp.swapaxes(matrices, -1, -2) if tall else matrices
     norm = norm_of(x, (-2, -1))

@@ -284,3 +284,21 @@ def test_micro_batches_are_summed_in_the_subspaces_or_it_is_said_why_not(name):
 
     expected, _ = jax.jit(tx.update)({"w": gradient}, state, params)
     np.testing.assert_allclose(accumulated(state)["w"], expected["w"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["apollo_mini", "grass_adamw", "ldadam", "galore_muon"])
+def test_sharded_it_is_the_same_and_types_are_stable(name):
+    """On a mesh with explicit axes, where the sharding is part of each type; both kinds of side."""
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    host = {"wide": normal(0, (2, 16, 24)), "tall": normal(1, (24, 16)), "b": normal(2, (24,))}
+    specs = {"wide": (None, "a", "b"), "tall": ("a", "b"), "b": ("b",)}
+    tx = preset(name)
+    expected, _ = jax.jit(tx.update)(host, tx.init(host), host)
+    with jax.set_mesh(mesh):
+        params = {path: jax.device_put(leaf, jax.P(*specs[path])) for path, leaf in host.items()}
+        state = tx.init(params)
+        updates, after = jax.jit(tx.update)(params, state, params)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+    for path in host:
+        np.testing.assert_allclose(updates[path], expected[path], atol=1e-5)
