@@ -15,8 +15,8 @@ from reference import Adam
 
 import galore_jax
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
+from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.layerwise import BlockStack, layerwise
-from galore_jax.presets import PRESETS
 
 RANK, ALPHA = 4, 0.25
 both_sides = pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
@@ -255,15 +255,14 @@ def test_its_moments_can_be_kept_in_8_bits(name):
     number = 1 if name == "galore_muon" else 2
     error = [64 * 4200] if name == "ldadam" else []
     assert sorted(leaf.size for leaf in moments) == [FAMILY[name].get("rank", RANK) * 4200] * number + error
+    if name not in ("q_apollo_mini", "grass_adamw", "ldadam", "galore_muon"):  # one of each kind of state is run
+        return
     with leniency():
         updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
         plain = preset(name.removeprefix("q_"))
         exact, _ = jax.jit(plain.update)(params, plain.init(params), params)
     # The first update is read from moments that are not stored yet.
     np.testing.assert_allclose(updates["w"], exact["w"], atol=1e-6)
-
-
-WHOLE_GRADIENT = {"fira_adamw", "apollo_adamw", "apollo_mini", "q_apollo_mini", "ldadam", "galore_muon"}
 
 
 @family

@@ -14,7 +14,7 @@ from problems import quick_compilation  # noqa: F401
 from runs import TINY, small_tree
 
 import galore_jax
-from galore_jax.presets import PRESETS
+from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.training.config import (
     PretrainConfig,
     check,
@@ -26,8 +26,6 @@ from galore_jax.training.config import (
     save_config,
 )
 from galore_jax.training.optimizers import make_optimizer
-
-WHOLE_GRADIENT = ("fira_adamw", "apollo_adamw", "apollo_mini", "q_apollo_mini", "ldadam", "galore_muon")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_what_is_given_wins_over_the_default_of_the_preset():
     assert {name: getattr(resolved, name) for name in given} == given
 
 
-@pytest.mark.parametrize("optimizer", PRESETS.keys() - WHOLE_GRADIENT)
+@pytest.mark.parametrize("optimizer", PRESETS.keys() - WHOLE_GRADIENT.keys())
 def test_presets_that_drop_the_gradient_outside_can_sum_micro_batches_in_the_subspaces(optimizer):
     check(PretrainConfig(optimizer=optimizer, accumulate_low_rank=True, accumulate=2, clip=0))
 

@@ -23,9 +23,9 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
-from galore_jax.presets import PRESETS
 from galore_jax.projectors import PROJECTORS
 from galore_jax.refresh import REFRESHES
 from galore_jax.transport import TRANSPORTS
@@ -54,9 +54,6 @@ _OF_THE_PRESET = ("rank", "update_proj_gap", "scale", "proj_type", "projector", 
 
 _RANK = 0.25
 """But for the rank: the 128 or 256 of most presets is no less than the smaller side of a small model's matrices."""
-
-_WHOLE_GRADIENT = ("ldadam", "galore_muon")
-"""Presets that need the whole gradient, and not by an argument ``residual``."""
 
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
@@ -268,11 +265,11 @@ def check(config: PretrainConfig) -> None:
 
 
 def _check_low_rank(config: PretrainConfig) -> None:
-    arguments = preset_arguments(config.optimizer)
+    optimizer = f"--optimizer {config.optimizer}"
     wrong = {
-        f"an optimizer with subspaces, which --optimizer {config.optimizer} is not": not arguments,
-        f"an optimizer that does without the gradient outside the subspaces, and --optimizer {config.optimizer} uses the whole "
-        "gradient": arguments.get("residual") is not None or config.optimizer in _WHOLE_GRADIENT,
+        f"an optimizer with subspaces, which {optimizer} is not": config.optimizer not in PRESETS,
+        "an optimizer that does without the gradient outside the subspaces, and "
+        f"{optimizer} uses the whole gradient": config.optimizer in WHOLE_GRADIENT,
         f"--clip 0 instead of {config.clip}: the norm of the whole gradient is not known": config.clip > 0,
         "a step without --layerwise, which sums one layer's gradients at a time already": config.layerwise,
     }
