@@ -35,6 +35,7 @@ def fira_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax
       learning_rate: a number or a schedule.
       **arguments: those of :func:`galore_adamw`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> tx = fira_adamw(0.01, rank=8)
     >>> optax.tree.get(tx.init(params), "residual")["kernel"].shape
@@ -51,13 +52,14 @@ def apollo_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> opt
     """APOLLO (Zhu et al. 2024, arXiv 2412.05270): the gradient itself, each channel scaled as Adam scales a random sketch of it.
 
     State of a projected m x n matrix with K = max(m, n): 2 r K numbers, a seed and a norm; no basis and no factorisation.  The
-    update needs the whole gradient, as :func:`fira_adamw`'s.  Choose it to have no factorisation in the step.  The paper has 256 as rank, also where a quarter of the smaller
-    side would be less.
+    update needs the whole gradient, as :func:`fira_adamw`'s.  Choose it to have no factorisation in the step.  The paper has 256
+    as rank, also where a quarter of the smaller side would be less.
 
     Args:
       learning_rate: a number or a schedule.  The paper trains 60M to 7B models at 0.01.
       **arguments: those of :func:`galore_adamw`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> sorted(x.size for x in jax.tree.leaves(apollo_adamw(0.01, rank=8).init(params)) if x.size > 1)
     [2048, 2048]
@@ -76,6 +78,7 @@ def apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> opta
       learning_rate: a number or a schedule.  The paper trains at 0.01, or 0.02.
       **arguments: those of :func:`galore_adamw`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> sorted(x.size for x in jax.tree.leaves(apollo_mini(0.01).init(params)) if x.size > 1)
     [256, 256]
@@ -97,6 +100,7 @@ def q_apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> op
       learning_rate: a number or a schedule.  The paper trains at 0.01, or 0.02.
       **arguments: those of :func:`galore_adamw`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((1000, 64)), "kernel": jnp.ones((64, 256))}
     >>> state = q_apollo_mini(0.01).init(params)
     >>> optax.tree.get(state, "nu")["embed"].codes.dtype, optax.tree.get(state, "nu")["kernel"].shape
@@ -136,6 +140,7 @@ def ldadam(
       weight_decay_mask: tree of bools or callable: which parameters decay.
       rank, proj_type, mask, weight_dimension_numbers, seed: of :func:`galore`; not ``proj_type="full"``.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> sorted(x.size for x in jax.tree.leaves(ldadam(0.001, rank=8).init(params)) if x.size > 1)
     [512, 2048, 2048, 16384]
@@ -201,6 +206,7 @@ def galore_muon(
       rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
         weight_dimension_numbers, seed: of :func:`galore`; not ``proj_type="full"``.
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> sorted(x.size for x in jax.tree.leaves(galore_muon(0.01, rank=8).init(params)) if x.size > 1)
     [64, 64, 512, 2048]
