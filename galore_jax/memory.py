@@ -33,7 +33,7 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
     """Bytes of an optimizer state, which may be abstract, by what they are for; together they are ``tree_bytes(state)``.
 
     ``bases``: of the subspaces.  ``scales``: the factors beside values that are stored in few bits.  ``moments``: every
-    other array.  ``other``: counters, diagnostics, and what refresh policies and residuals remember.
+    other array, such as LDAdam's error.  ``other``: counters, diagnostics, and what refresh policies and residuals remember.
 
     >>> from galore_jax import galore_adamw
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}
@@ -48,7 +48,7 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
             kind = "other"
         elif fields & {"scale", "scales"}:
             kind = "scales"
-        elif fields & {"left", "right"}:
+        elif fields & {"left", "right", "basis"}:
             kind = "bases"
         else:  # a counter has as many axes as layers are stacked in front of it
             kind = "other" if leaf.ndim == 0 or leaf.dtype == "int32" else "moments"

@@ -7,7 +7,8 @@ leaves that are not projected go through the same inner transformation whole, so
 learning rate; weight decay is decoupled and acts on the full weight, before the update (Loshchilov and Hutter 2019).
 
 A preset that differs from another in its defaults and its inner transformation takes the same arguments
-(:func:`_with_arguments_of`), which ``help``, type checkers and ``optax.inject_hyperparams`` see.
+(:func:`with_arguments_of`), which ``help``, type checkers and ``optax.inject_hyperparams`` see.  Presets that use the gradient
+outside the subspaces too are in :mod:`galore_jax.whole_gradient`.
 """
 
 from __future__ import annotations
@@ -83,13 +84,21 @@ def galore_adamw(
         weight_dimension_numbers=weight_dimension_numbers,
         seed=seed,
     )
-    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+    return decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
 
 
-def _with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable], _Preset]:
-    """Decorates a preset that takes the arguments of another, some with other defaults, and is called with all of them."""
+def with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable], _Preset]:
+    """Decorates a preset that takes the arguments of another, some with other defaults, and is called with all of them.
+
+    A name that the other has not is an argument of its own; ``inspect.Parameter.empty`` is no default.
+    """
     parameters = inspect.signature(preset).parameters
-    signature = inspect.Signature([p.replace(default=defaults.get(name, p.default)) for name, p in parameters.items()])
+    arguments = [
+        argument.replace(default=defaults.get(name, argument.default)) for name, argument in parameters.items()
+    ]
+    own = {name: default for name, default in defaults.items() if name not in parameters}
+    arguments += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=own[name]) for name in own]
+    signature = inspect.Signature(arguments)
 
     def decorate(function: Callable) -> Any:
         @functools.wraps(function)
@@ -104,70 +113,56 @@ def _with_arguments_of(preset: _Preset, **defaults: Any) -> Callable[[Callable],
     return decorate
 
 
-@_with_arguments_of(galore_adamw, residual="fira")
-def fira_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """Fira (Chen et al. 2024, arXiv 2410.01623): :func:`galore_adamw`, and outside the subspace the gradient, scaled alike.
+@with_arguments_of(galore_adamw, projector="rows", transport="reset")
+def grass_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """Grass (Muhamed et al. 2024, arXiv 2406.17660): Adam on the r rows of the gradient of largest norm, chosen every T updates.
 
-    The update has full rank, for the state of :func:`galore_adamw` and one number a matrix.  It needs the whole gradient, which a
-    layer-wise step has for one layer at a time; micro-batches cannot be summed in the subspaces.
+    State of a projected m x n matrix with K = max(m, n): 2 r K numbers, r indices and factors, and a count; no matrix products
+    and no factorisation.  Rows hold less of a gradient than singular directions do, so choose it where the time or the memory of
+    a dense basis is too much, and where gradients are sparse in their rows.  Moments start again when the rows change, because
+    most of them belong to other rows then.  The paper's unbiased draw is ``projector=projectors.rows("sampled")``; its scale
+    is tuned, and has no default there.  Micro-batches can be summed in the subspaces.
 
     Args:
       learning_rate: a number or a schedule.
       **arguments: those of :func:`galore_adamw`.
 
     >>> params = {"kernel": jnp.ones((64, 256))}
-    >>> tx = fira_adamw(0.01, rank=8)
-    >>> optax.tree.get(tx.init(params), "residual")["kernel"].shape
-    ()
+    >>> state = grass_adamw(0.01, rank=8).init(params)
+    >>> left = optax.tree.get(state, "left")["kernel"]
+    >>> left.index.shape, [x.shape for x in jax.tree.leaves(state) if x.size > 8]
+    ((8,), [(8, 256), (8, 256)])
     """
     return galore_adamw(learning_rate, **arguments)
 
 
-_APOLLO = {
-    "eps": 1e-6,
-    "projector": projectors.random("gaussian", stored=False),
-    "refresh": "together",
-}
+@with_arguments_of(galore_adamw, transport="rotate", random_from=inspect.Parameter.empty)
+def golore_adamw(
+    learning_rate: optax.ScalarOrSchedule, *, random_from: int, projector: str | projectors.Projector, **arguments: Any
+) -> optax.GradientTransformationExtraArgs:
+    """GoLore (He et al. 2024, arXiv 2410.11289): :func:`galore_adamw` that ends on random subspaces, with proof of convergence.
 
-
-@_with_arguments_of(galore_adamw, **_APOLLO, rank=256, scale=1.0, residual="channel")
-def apollo_adamw(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """APOLLO (Zhu et al. 2024, arXiv 2412.05270): the gradient itself, each channel scaled as Adam scales a random sketch of it.
-
-    State of a projected m x n matrix with K = max(m, n): 2 r K numbers, a seed and a norm; no basis and no factorisation.  The
-    update needs the whole gradient, as :func:`fira_adamw`'s.  The paper has 256 as rank, also where a quarter of the smaller
-    side would be less.
+    Near a minimum the leading directions of a gradient are mostly those of its noise, and a method that follows them alone need
+    not converge; uniformly random ones leave no direction out.  The state is that of :func:`galore_adamw`, r(k + 2K) numbers.
+    Choose it for long runs with small batches.  Both moments are carried into each new subspace.  Micro-batches can be summed in
+    the subspaces.
 
     Args:
-      learning_rate: a number or a schedule.  The paper trains 60M to 7B models at 0.01.
-      **arguments: those of :func:`galore_adamw`.
+      learning_rate: a number or a schedule.
+      random_from: number of the update from which on new subspaces are random; the paper's is 0.8 of all updates.
+      projector: for the subspaces before.
+      **arguments: the others of :func:`galore_adamw`.
 
     >>> params = {"kernel": jnp.ones((64, 256))}
-    >>> sorted(x.size for x in jax.tree.leaves(apollo_adamw(0.01, rank=8).init(params)) if x.size > 1)
-    [2048, 2048]
+    >>> tx = golore_adamw(optax.cosine_decay_schedule(0.01, 10_000), random_from=8_000, rank=8)
+    >>> optax.tree.get(tx.init(params), "left")["kernel"].shape
+    (64, 8)
     """
-    return galore_adamw(learning_rate, **arguments)
+    switching = projectors.switch(projector, "random", at=random_from)
+    return galore_adamw(learning_rate, projector=switching, **arguments)
 
 
-@_with_arguments_of(galore_adamw, **_APOLLO, rank=1, scale=128**0.5, residual="tensor")
-def apollo_mini(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """APOLLO-Mini (Zhu et al. 2024, arXiv 2412.05270): the gradient, scaled as a whole as Adam scales one random row of it.
-
-    :func:`apollo_adamw` with other defaults; the state of a projected matrix is two vectors along its larger side, about that of
-    momentum-free SGD.
-
-    Args:
-      learning_rate: a number or a schedule.  The paper trains at 0.01, or 0.02.
-      **arguments: those of :func:`galore_adamw`.
-
-    >>> params = {"kernel": jnp.ones((64, 256))}
-    >>> sorted(x.size for x in jax.tree.leaves(apollo_mini(0.01).init(params)) if x.size > 1)
-    [256, 256]
-    """
-    return galore_adamw(learning_rate, **arguments)
-
-
-def _adamw_8bit(
+def adamw_8bit(
     learning_rate: optax.ScalarOrSchedule,
     *,
     b1: float | jax.Array,
@@ -177,11 +172,12 @@ def _adamw_8bit(
     weight_decay_mask: Any,
     **galore_arguments: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    """A preset around Adam with its large moments in 8 bits, from all arguments of :func:`galore_adamw`."""
     low_rank = galore(quantize_state(optax.scale_by_adam(b1=b1, b2=b2, eps=eps)), **galore_arguments)
-    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+    return decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
 
 
-@_with_arguments_of(galore_adamw, basis_codec="bfloat16")
+@with_arguments_of(galore_adamw, basis_codec="bfloat16")
 def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
     """:func:`galore_adamw` with moments in 8 bits and bases in bfloat16 (Zhao et al. 2024, arXiv 2403.03507, section 4.3).
 
@@ -199,10 +195,10 @@ def galore_adamw_8bit(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -
     >>> optax.tree.get(state, "nu")["kernel"].codes.dtype
     dtype('uint8')
     """
-    return _adamw_8bit(learning_rate, **arguments)
+    return adamw_8bit(learning_rate, **arguments)
 
 
-@_with_arguments_of(galore_adamw, proj_type="reverse_std", refresh="lazy", basis_codec="int4")
+@with_arguments_of(galore_adamw, proj_type="reverse_std", refresh="lazy", basis_codec="int4")
 def q_galore_adamw_8bit(
     learning_rate: optax.ScalarOrSchedule, **arguments: Any
 ) -> optax.GradientTransformationExtraArgs:
@@ -223,7 +219,7 @@ def q_galore_adamw_8bit(
     >>> optax.tree.get(state, "right")["kernel"].packed.shape
     (256, 16)
     """
-    return _adamw_8bit(learning_rate, **arguments)
+    return adamw_8bit(learning_rate, **arguments)
 
 
 def galore_adafactor(
@@ -300,7 +296,7 @@ def galore_adafactor(
     )
     if multiply_by_parameter_scale:
         low_rank = optax.chain(low_rank, optax.scale_by_param_block_rms())
-    return _decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
+    return decayed(low_rank, learning_rate, weight_decay, weight_decay_mask)
 
 
 def _clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
@@ -314,7 +310,7 @@ def _clip_by_matrix_rms(threshold: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
-def _decayed(
+def decayed(
     tx: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float | jax.Array,

@@ -9,6 +9,7 @@
     power        P = orth(G (P_oldᵀG)ᵀ)                          a block power step from the basis in use; from a sketch and
                                                                  two such steps when there is none
     random       P uniform on the Stiefel manifold, or Gaussian  E[P Pᵀ] = (r/m) I, or I with entries of variance 1/r
+    gaussian     the latter, of which the state has a seed only  (APOLLO, arXiv 2412.05270)
     rows         P = the r rows of largest norm, or drawn with   E[P Pᵀ] = I for the latter (Grass, arXiv 2406.17660)
                  probability q_i ∝ ‖G_i‖² and factor (r q_i)^-½
     sampled      r of the columns of U, without replacement,     (SARA, arXiv 2502.05790)
@@ -22,6 +23,7 @@ signs to the routine, as the published implementations do, and a random basis th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -222,7 +224,8 @@ def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
         )
 
     def refresh(seen: Observation) -> tuple[Basis, jax.Array]:
-        return jax.lax.cond(seen.step < at, first.refresh, then.refresh, seen)
+        # By closure: as an operand, the flag whether it is transposed would become an array.
+        return jax.lax.cond(seen.step < at, lambda: first.refresh(seen), lambda: then.refresh(seen))
 
     return Projector("switch", refresh, first.storage)
 
@@ -233,6 +236,7 @@ PROJECTORS: dict[str, Callable[[], Projector]] = {
     "svd": svd,
     "eigh": eigh,
     "random": random,
+    "gaussian": functools.partial(random, "gaussian", stored=False),
     "rows": rows,
     "sampled": sampled,
 }

@@ -10,10 +10,8 @@
     orthogonal    α 0.2 √max(m, n) NS(P N + c S)                     Muon's step (K. Jordan 2024) from a low-rank momentum
 
 j goes over the columns for a basis on the left, over the rows for one on the right.  S is orthogonal to an orthonormal P, and α
-is not in it.  fira, channel and tensor bound the growth of the norm of what they scale, X_t = S diag(φ), G diag(φ) or φ G, from
-one update to the next, matrix by matrix:
-
-    ‖X_t‖ > γ ‖X_(t-1)‖   =>   X_t <- X_t γ ‖X_(t-1)‖ / ‖X_t‖          γ = 1.01, the norm that is kept is the bounded one
+is not in it.  fira, channel and tensor bound the growth of the norm of what they scale, S diag(φ), G diag(φ) or φ G, from one
+update to the next, matrix by matrix: see :mod:`galore_jax.limiter`.
 
 NS is five steps of a Newton-Schulz iteration that moves all singular values to about 1.  Every rule needs the whole gradient, and
 an inner transformation that answers in the direction of the gradient, with the learning rate outside: ``optax.scale_by_adam()``,
@@ -28,6 +26,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+
+from galore_jax import sharding
+from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
@@ -52,7 +53,7 @@ class Residual(NamedTuple):
     init: Callable[[tuple[int, ...]], Any] = lambda batch_shape: ()
 
 
-def fira(growth: float | None = 1.01) -> Residual:
+def fira(growth: float | None = GAMMA) -> Residual:
     """The gradient outside, scaled channel by channel as the inner transformation scales inside.
 
     Args:
@@ -79,17 +80,17 @@ def sign(factor: float = 1.0) -> Residual:
     return Residual("sign", lambda parts, state: (_inside(parts) + factor * jnp.sign(_outside(parts)), state))
 
 
-def channel(growth: float | None = 1.01) -> Residual:
+def channel(growth: float | None = GAMMA) -> Residual:
     """The whole gradient, scaled channel by channel as the inner transformation scales inside; nothing is lifted."""
     return _scaled("channel", lambda parts: _ratio(parts, parts.axis), growth)
 
 
-def tensor(growth: float | None = 1.01) -> Residual:
+def tensor(growth: float | None = GAMMA) -> Residual:
     """The whole gradient, scaled as a whole as the inner transformation scales inside; nothing is lifted."""
     return _scaled("tensor", lambda parts: _ratio(parts, (-2, -1)), growth)
 
 
-def orthogonal(factor: float = 16.0) -> Residual:
+def orthogonal(factor: float | jax.Array = 16.0) -> Residual:
     """The direction P N + ``factor`` S with all its singular values moved to about 1, in root mean square as AdamW's updates.
 
     With a momentum inside, N sums about 1/(1-β) gradients, and S wants a factor of that order.
@@ -154,9 +155,10 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     >>> bool(jnp.all(jnp.abs(jnp.diagonal(newton_schulz(x)) - 1) < 0.4))
     True
     """
+    matrices = sharding.gather(matrices, (matrices.ndim - 2, matrices.ndim - 1))
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = jnp.swapaxes(matrices, -1, -2) if tall else matrices
-    norm = _norm(x, (-2, -1))
+    norm = norm_of(x, (-2, -1))
     x = x / jnp.where(norm > 0, norm, 1)
     a, b, c = _NEWTON_SCHULZ
     for _ in range(_STEPS):
@@ -183,30 +185,17 @@ def _outside(parts: Parts) -> jax.Array:
 
 def _ratio(parts: Parts, axes: int | tuple[int, int]) -> jax.Array:
     """‖N_j‖ / ‖R_j‖, 0 where R_j is zero."""
-    below = _norm(parts.low_rank, axes)
-    return jnp.where(below > 0, _norm(parts.reply, axes) / jnp.where(below > 0, below, 1), 0)
+    below = norm_of(parts.low_rank, axes)
+    return jnp.where(below > 0, norm_of(parts.reply, axes) / jnp.where(below > 0, below, 1), 0)
 
 
 def _norms(growth: float | None) -> Callable[[tuple[int, ...]], Any]:
     """[*batch] float32, 0 before the first update; no state without a bound."""
     if growth is None:
         return lambda batch_shape: ()
-    if not growth > 0:
-        raise ValueError(f"growth is {growth}: write a positive factor, or None for no bound.")
+    check_growth(growth, "growth")
     return lambda batch_shape: jnp.zeros(batch_shape, jnp.float32)
 
 
 def _bounded(x: jax.Array, before: Any, growth: float | None) -> tuple[jax.Array, Any]:
-    if growth is None:
-        return x, before
-    norm = _norm(x, (-2, -1))[..., 0, 0]
-    limit = jnp.where(before > 0, growth * before.astype(norm.dtype), norm)
-    factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
-    return x * factor[..., None, None], jnp.minimum(norm, limit).astype(before.dtype)
-
-
-def _norm(x: jax.Array, axes: int | tuple[int, int]) -> jax.Array:
-    """Along the axes, which stay with size 1; in parts of the largest entry, so that no square over- or underflows."""
-    peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-    scaled = x / jnp.where(peak > 0, peak, 1)
-    return peak * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
+    return (x, before) if growth is None else bounded(x, before, growth)

@@ -56,7 +56,7 @@ def zero_bases(storage: Storage, view: MatrixView | None, leaf: Any) -> tuple[An
     """The (left, right) bases before the first refresh: all zeros, ``optax.MaskedNode()`` on a side that has none."""
     if view is None:
         return optax.MaskedNode(), optax.MaskedNode()
-    spec = _matrix_spec(view, leaf)
+    spec = matrix_spec(view, leaf)
     m, n = view.matrix_shape
 
     def zeros(side: int, axis: int) -> Basis:
@@ -72,13 +72,13 @@ def zero_coordinates(view: MatrixView | None, leaf: Any) -> Any:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf), sharding=leaf.sharding)
         return promoted(leaf)
-    spec = _matrix_spec(view, leaf)
+    spec = matrix_spec(view, leaf)
     if spec is not None:
         spec = (*spec[:-2], None if view.left else spec[-2], None if view.right else spec[-1])
     return sharding.zeros(view.low_rank_shape, state_dtype(leaf), spec, leaf)
 
 
-def _matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
+def matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
     """The explicit sharding of (*batch, m, n); axes that are merged into one lose theirs."""
     spec = sharding.spec_of(leaf)
     if spec is None:

@@ -84,8 +84,8 @@ def galore(
       scale: α, or ``"rms"``: the update keeps the root mean square of the inner update, √(m/r) for a basis on the left, so
         that a learning rate carries over between ranks and sides.
       proj_type: ``"std"`` (basis on the smaller side), ``"reverse_std"``, ``"left"``, ``"right"`` or ``"full"``.
-      projector: how a basis is made: ``"power"``, ``"randomized"``, ``"svd"``, ``"eigh"``, ``"random"``, ``"rows"``,
-        ``"sampled"`` or an object of :mod:`galore_jax.projectors`.
+      projector: how a basis is made: ``"power"``, ``"randomized"``, ``"svd"``, ``"eigh"``, ``"random"``, ``"gaussian"``,
+        ``"rows"``, ``"sampled"`` or an object of :mod:`galore_jax.projectors`.
       refresh: when: ``"staggered"``, ``"together"``, ``"lazy"``, ``"every_step"``, ``"manual"`` or an object of
         :mod:`galore_jax.refresh`.  None is staggered, but together for the projector ``"svd"``, which stands for GaLore as
         published.

@@ -80,7 +80,7 @@ def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
     results = json.loads((tmp_path / "refresh.json").read_text())
     found = {record["projector"]: record for record in results["refreshes"]}
     assert found.keys() >= {"power (default)", "randomized", "svd", "eigh", "optax.contrib.galore"}
-    assert found.keys() >= projectors.PROJECTORS.keys() - {"power"}
+    assert found.keys() >= projectors.PROJECTORS.keys() - {"power", "gaussian"}  # which captures no share of the energy
     for name, record in found.items():
         assert (record["preset"], record["shape"], record["rank"]) == ("demo", [128, 352], 32)
         assert len(record["captured_energy"]) == len(steps)

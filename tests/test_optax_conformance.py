@@ -4,6 +4,7 @@
 
 import contextlib
 import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from problems import (
     RANK,
     SHAPES,
-    assert_projected,
+    assert_projected as assert_galore,
     assert_trees_close,
     assert_trees_equal,
     leniency,
@@ -24,21 +25,46 @@ from problems import (
 
 import galore_jax
 
-# One line a preset; a small smallest factored side, so that Adafactor factors these small matrices.
+# One line for each way to make an update, which presets that differ in numbers share; a small smallest factored side, so that
+# Adafactor factors these small matrices.
 PRESETS = [
     (galore_jax.galore_adamw, {"weight_decay": 0.1}),
     (galore_jax.galore_adafactor, {"min_dim_size_to_factor": 2, "momentum": 0.9, "multiply_by_parameter_scale": True}),
+    (galore_jax.fira_adamw, {"weight_decay": 0.1}),
+    (galore_jax.golore_adamw, {"random_from": 1}),
+    (galore_jax.ldadam, {"weight_decay": 0.1}),
+    (galore_jax.galore_muon, {"weight_decay": 0.1}),
 ]
 # Arguments that fix shapes or the program, which Optax can inject no arrays for.
-STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor")
+STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor", "random_from")
 
 presets = pytest.mark.parametrize(("preset", "kwargs"), PRESETS, ids=[preset.__name__ for preset, _ in PRESETS])
 
 
 def build(preset, kwargs, **overrides):
     """The preset with a small rank; the SVD compiles three times as fast as the default projector."""
-    defaults = {"learning_rate": 0.01, "rank": RANK, "update_proj_gap": 2, "projector": "svd"}
-    return preset(**defaults | kwargs | overrides)
+    chosen = {"learning_rate": 0.01, "rank": RANK, "update_proj_gap": 2, "projector": "svd"} | kwargs | overrides
+    if preset_of(preset) is galore_jax.ldadam:  # its subspaces move at every update, in one way
+        del chosen["update_proj_gap"], chosen["projector"]
+    return preset(**chosen)
+
+
+def preset_of(preset):
+    """Behind ``optax.inject_hyperparams``."""
+    return inspect.unwrap(preset)
+
+
+def assert_projected(state):
+    """The one node with bases inside ``state``, with its fields by their names in a GaLoreState."""
+    ldadam = [node for _, node in optax.tree.get_all_with_path(state, "LDAdamState")]
+    if not ldadam:
+        return assert_galore(state)
+    (node,) = ldadam
+    assert {name: node.basis[name].shape for name in ("kernel", "stack")} == {
+        "kernel": (6, RANK),
+        "stack": (2, 8, RANK),
+    }
+    return types.SimpleNamespace(left=node.basis, right=node.basis, count=node.count)
 
 
 @presets
@@ -95,7 +121,7 @@ def test_injected_hyperparameters_equal_constants(preset, kwargs):
     state, injected_state = plain.init(params), jax.jit(injected.init)(params)
     assert_projected(state)
     assert_projected(injected_state)
-    assert "scale" in injected_state.hyperparams
+    assert "weight_decay" in injected_state.hyperparams
     assert "rank" not in injected_state.hyperparams
     for seed in range(3):
         updates, state = jax.jit(plain.update)(tree(seed + 1), state, params)

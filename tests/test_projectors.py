@@ -30,7 +30,7 @@ MAKERS = {
     "rows, sampled": lambda: projectors.rows("sampled"),
     "sampled": projectors.sampled,
     "switch, before": lambda: projectors.switch("power", "random", at=100),
-    "switch, after": lambda: projectors.switch("power", "random", at=1),
+    "switch, after": lambda: projectors.switch("svd", "random", at=1),
 }
 EXACT = ("svd", "eigh")
 SKETCHED = ("randomized", "power", "power, two iterations", "switch, before")

@@ -14,6 +14,7 @@ from problems import quick_compilation  # noqa: F401
 from runs import TINY, small_tree
 
 import galore_jax
+from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.training.config import (
     PretrainConfig,
     check,
@@ -43,7 +44,7 @@ from galore_jax.training.optimizers import make_optimizer
         ({"proj_type": "up"}, "--proj-type 'up' is not known; choose one of std, reverse_std, left, right, full."),
         (
             {"projector": "magic"},
-            "--projector 'magic' is not known; choose one of power, randomized, svd, eigh, random, rows, sampled.",
+            "--projector 'magic' is not known; choose one of power, randomized, svd, eigh, random, gaussian, rows, sampled.",
         ),
         ({"refresh": "now"}, "--refresh 'now' is not known; choose one of together, staggered, lazy, every_step."),
         (
@@ -59,6 +60,14 @@ from galore_jax.training.optimizers import make_optimizer
         (
             {"accumulate_low_rank": True, "optimizer": "adamw"},
             "--accumulate-low-rank needs an optimizer with subspaces, which --optimizer adamw is not.",
+        ),
+        *(
+            (
+                {"accumulate_low_rank": True, "clip": 0, "optimizer": optimizer},
+                "--accumulate-low-rank needs an optimizer that does without the gradient outside the subspaces, and "
+                f"--optimizer {optimizer} uses the whole gradient.",
+            )
+            for optimizer in WHOLE_GRADIENT
         ),
         ({"accumulate_low_rank": True}, "--accumulate-low-rank needs --clip 0 instead of 1.0: the norm of the whole"),
         (
@@ -78,7 +87,7 @@ def test_bad_settings_are_named(changes, message):
     [
         ("refresh", ["together", "staggered", "lazy", "every_step"]),
         ("transport", ["keep", "rotate", "reset"]),
-        ("projector", ["svd", "eigh", "randomized", "power", "random", "rows", "sampled"]),
+        ("projector", ["svd", "eigh", "randomized", "power", "random", "gaussian", "rows", "sampled"]),
     ],
 )
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
@@ -90,14 +99,36 @@ def test_every_value_of_a_setting_makes_an_optimizer(setting, values, optimizer)
         jax.eval_shape(make_optimizer(config, optax.constant_schedule(1e-3)).init, params)
 
 
-def test_the_settings_of_galore_default_to_those_of_the_library():
-    library = inspect.signature(galore_jax.galore_adamw).parameters
-    for name in ("update_proj_gap", "scale", "projector", "refresh", "transport"):
-        assert getattr(PretrainConfig(), name) == library[name].default
-    assert PretrainConfig().resolved.proj_type == library["proj_type"].default
-    quantized = inspect.signature(galore_jax.q_galore_adamw_8bit).parameters
-    resolved = PretrainConfig(optimizer="q_galore_adamw_8bit").resolved
-    assert (resolved.proj_type, resolved.refresh) == (quantized["proj_type"].default, quantized["refresh"].default)
+@pytest.mark.parametrize("optimizer", PRESETS)
+def test_the_settings_of_galore_default_to_those_of_the_preset(optimizer):
+    """But for the rank, which 128 or 256 would not be one for a small model, and what None resolves to in the library."""
+    library = inspect.signature(PRESETS[optimizer]).parameters
+    resolved = PretrainConfig(optimizer=optimizer).resolved
+    assert resolved.rank == (1 if library["rank"].default == 1 else 0.25)
+    for name in library.keys() & {"update_proj_gap", "scale", "proj_type", "projector"}:
+        assert getattr(resolved, name) == library[name].default
+    for name, otherwise in {"refresh": "staggered", "transport": "keep"}.items():
+        if name in library:
+            assert getattr(resolved, name) == (library[name].default or otherwise)
+
+
+def test_what_is_given_wins_over_the_default_of_the_preset():
+    given = {
+        "rank": 8,
+        "update_proj_gap": 7,
+        "scale": "rms",
+        "proj_type": "left",
+        "projector": "rows",
+        "refresh": "lazy",
+    }
+    given["transport"] = "reset"
+    resolved = PretrainConfig(optimizer="apollo_mini", **given).resolved
+    assert {name: getattr(resolved, name) for name in given} == given
+
+
+@pytest.mark.parametrize("optimizer", PRESETS.keys() - WHOLE_GRADIENT.keys())
+def test_presets_that_drop_the_gradient_outside_can_sum_micro_batches_in_the_subspaces(optimizer):
+    check(PretrainConfig(optimizer=optimizer, accumulate_low_rank=True, accumulate=2, clip=0))
 
 
 def test_sequences_and_samples_must_fit_the_positions_of_the_model():
@@ -120,7 +151,14 @@ def test_config_json_round_trips(tmp_path):
     }
     assert model == TINY
     assert loaded == dataclasses.replace(
-        config, out=tmp_path, resume=True, warmup_steps=4, proj_type="std", transport="keep"
+        config,
+        out=tmp_path,
+        resume=True,
+        warmup_steps=4,
+        update_proj_gap=200,
+        proj_type="std",
+        projector="power",
+        transport="keep",
     )
     assert isinstance(loaded.rank, float)
     versions = json.loads((tmp_path / "config.json").read_text())["versions"]
@@ -199,7 +237,7 @@ def test_what_none_stands_for_is_what_the_library_does_on_its_own(optimizer, pro
         (["steps"], "abc"),
         (["refresh"], 3),
         (["diagnostics"], None),
-        (["rank"], None),
+        (["rank"], "abc"),
         (["remat"], 1),
         (["seed"], True),
         (["dtype"], "f16"),

@@ -10,6 +10,7 @@ import pytest
 from problems import galore_states, quick_compilation  # noqa: F401
 from runs import small_tree, tiny_model
 
+from galore_jax.catalogue import PRESETS
 from galore_jax.training import report
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer
@@ -24,11 +25,12 @@ def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(na
     updates, state = jax.jit(tx.update)(params, state, params)
     coded = {"uint8"} if name.endswith("8bit") else set()
     bases = {"bfloat16"} if name == "galore_adamw_8bit" else set()
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"} | coded | bases
+    seeds = {"uint32"} if "apollo" in name else set()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"} | coded | bases | seeds
     for node in galore_states(state):  # bases may be in bfloat16, moments never
         assert "bfloat16" not in {leaf.dtype.name for leaf in jax.tree.leaves(node.inner_state)}
     # Ours answer in the dtype of the gradients, which the plain step hands over in float32.
-    kept = "bfloat16" if "galore" in name or name == "fira_adamw" or coded else "float32"
+    kept = "bfloat16" if name in PRESETS or coded else "float32"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(updates)} == {kept}
     assert all(bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates))
 

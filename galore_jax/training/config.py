@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
 from galore_jax.projectors import PROJECTORS
@@ -47,8 +49,11 @@ _ONCE_CALLED = {"param_dtype": "weights"}
 _WHERE_NULL = {"refresh": "staggered", "transport": "rotate"}
 """What a run did whose ``config.json`` has null there, which is not written any more; with svd it did as before the fields."""
 
-_PRESET_DEFAULTS = {"q_galore_adamw_8bit": {"proj_type": "reverse_std", "refresh": "lazy"}}
-"""What None stands for with presets that differ from the others."""
+_OF_THE_PRESET = ("rank", "update_proj_gap", "scale", "proj_type", "projector", "refresh", "transport")
+"""Fields in which None stands for the default of the preset that ``optimizer`` names."""
+
+_RANK = 0.25
+"""But for the rank: the 128 or 256 of most presets is no less than the smaller side of a small model's matrices."""
 
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
@@ -63,21 +68,23 @@ class PretrainConfig:
     model: str = "demo"
     """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
     optimizer: str = "galore_adamw"
-    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor; full-rank: adamw, adamw_8bit, adafactor, muon."""
-    rank: int | float = 0.25
-    """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
-    update_proj_gap: int = 200
-    """GaLore: steps between two refreshes of the subspaces."""
-    scale: float | Literal["rms"] = 0.25
-    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
+    """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
+    with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
+    full-rank: adamw, adamw_8bit, adafactor, muon. Settings of GaLore that are None are what suits the optimizer."""
+    rank: int | float | None = None
+    """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25."""
+    update_proj_gap: int | None = None
+    """GaLore: steps between two refreshes of the subspaces. None: mostly 200."""
+    scale: float | Literal["rms"] | None = None
+    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it. None: mostly 0.25."""
     proj_type: str | None = None
-    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
-    projector: str = "power"
-    """GaLore: how subspaces are found: power or randomized (fast), svd or eigh (exact, slow), random, rows or sampled."""
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: mostly std."""
+    projector: str | None = None
+    """GaLore: how subspaces are found: power, randomized, svd, eigh, random, gaussian, rows or sampled. None: mostly power."""
     refresh: str | None = None
-    """GaLore: refresh subspaces together, staggered (a few a step), lazy (rarer if stable) or every_step. None: automatic."""
+    """GaLore: refresh subspaces together, staggered, lazy (rarer if stable) or every_step. None: mostly staggered."""
     transport: str | None = None
-    """GaLore: when a subspace changes, rotate the moments into it, keep them as they are, or reset them. None: automatic."""
+    """GaLore: when a subspace changes, rotate the moments into it, keep them as they are, or reset them. None: mostly keep."""
     diagnostics: bool = True
     """GaLore: measure how well the subspaces do, matrix by matrix, for metrics.jsonl and subspace.png; costs little."""
     learning_rate: float = 0.01
@@ -141,13 +148,19 @@ class PretrainConfig:
         """The same settings, with what None stands for in place of it, but for ``weights``, which follow ``dtype``.
 
         >>> settings = PretrainConfig(steps=50, projector="svd").resolved
-        >>> settings.warmup_steps, settings.proj_type, settings.refresh, settings.transport
-        (5, 'std', 'together', 'keep')
+        >>> settings.warmup_steps, settings.rank, settings.proj_type, settings.refresh, settings.transport
+        (5, 0.25, 'std', 'together', 'keep')
+        >>> PretrainConfig(optimizer="apollo_mini").resolved.projector
+        'gaussian'
         """
-        refresh = "together" if self.projector == "svd" else "staggered"
-        defaults = {"proj_type": "std", "refresh": refresh, "transport": "keep"}
-        defaults |= _PRESET_DEFAULTS.get(self.optimizer, {})
-        chosen = {name: getattr(self, name) or default for name, default in defaults.items()}
+        arguments = preset_arguments("galore_adamw") | preset_arguments(self.optimizer)
+        defaults = {name: arguments[name] for name in _OF_THE_PRESET}
+        if defaults["rank"] != 1:
+            defaults["rank"] = _RANK
+        given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
+        chosen = defaults | given
+        chosen["refresh"] = chosen["refresh"] or ("together" if chosen["projector"] == "svd" else "staggered")
+        chosen["transport"] = chosen["transport"] or "keep"
         return dataclasses.replace(self, warmup_steps=self.resolved_warmup_steps, **chosen)
 
     def model_config(self, vocab_size: int) -> LlamaConfig:
@@ -170,6 +183,17 @@ class PretrainConfig:
             "param_dtype": DTYPES[self.weights if self.weights in DTYPES else self.dtype],
             "remat": self.remat,
         }
+
+
+def preset_arguments(optimizer: str) -> dict[str, Any]:
+    """The arguments of a preset of the library, and their defaults; {} for any other optimizer.
+
+    >>> preset_arguments("fira_adamw")["residual"], preset_arguments("adamw")
+    ('fira', {})
+    """
+    if optimizer not in PRESETS:
+        return {}
+    return {name: argument.default for name, argument in inspect.signature(PRESETS[optimizer]).parameters.items()}
 
 
 def flag(field: str) -> str:
@@ -199,29 +223,29 @@ def check(config: PretrainConfig) -> None:
     Traceback (most recent call last):
     ValueError: --batch 6 is not a multiple of --accumulate 4; choose micro-batches of equal size.
     """
-    sizes = ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every", "update_proj_gap")
+    sizes = ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every")
     for name in sizes:
         at_least(name, getattr(config, name), 1)
-    if config.eval_tokens is not None:
-        at_least("eval_tokens", config.eval_tokens, 1)
+    for name in ("update_proj_gap", "eval_tokens"):
+        if getattr(config, name) is not None:
+            at_least(name, getattr(config, name), 1)
     at_least("sample_tokens", config.sample_tokens, 0)
     for name in ("clip", "weight_decay"):
         value = getattr(config, name)
         if not (value >= 0 and math.isfinite(value)):
             raise ValueError(f"{flag(name)} {value} must be a finite number of at least 0.")
-    if not (config.rank >= 1 if isinstance(config.rank, int) else 0 < config.rank <= 1):
-        raise ValueError(
-            f"--rank {config.rank} must be a positive whole number, or a fraction of the smaller side in (0, 1]."
-        )
+    rank, scale = config.rank, config.scale
+    if rank is not None and not (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1):
+        raise ValueError(f"--rank {rank} must be a positive whole number, or a fraction of the smaller side in (0, 1].")
     known = {"proj_type": PROJ_TYPES, "projector": PROJECTORS, "refresh": _REFRESHES, "transport": TRANSPORTS}
     for name, choices in known.items():
         value = getattr(config, name)
-        if value not in choices and not (value is None and name != "projector"):
+        if value is not None and value not in choices:
             raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
-    if not isinstance(config.scale, str) and not (config.scale > 0 and math.isfinite(config.scale)):
-        raise ValueError(f"--scale {config.scale} must be a positive finite number or rms.")
+    if scale is not None and not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"--scale {scale} must be a positive finite number or rms.")
     check_seed(config.seed)
     if config.weights == "int8" and not config.layerwise:
         raise ValueError(
@@ -241,8 +265,11 @@ def check(config: PretrainConfig) -> None:
 
 
 def _check_low_rank(config: PretrainConfig) -> None:
+    optimizer = f"--optimizer {config.optimizer}"
     wrong = {
-        f"an optimizer with subspaces, which --optimizer {config.optimizer} is not": "galore" not in config.optimizer,
+        f"an optimizer with subspaces, which {optimizer} is not": config.optimizer not in PRESETS,
+        "an optimizer that does without the gradient outside the subspaces, and "
+        f"{optimizer} uses the whole gradient": config.optimizer in WHOLE_GRADIENT,
         f"--clip 0 instead of {config.clip}: the norm of the whole gradient is not known": config.clip > 0,
         "a step without --layerwise, which sums one layer's gradients at a time already": config.layerwise,
     }

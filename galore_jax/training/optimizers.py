@@ -8,6 +8,8 @@ that two runs with different names differ in the optimizer alone.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
+from galore_jax.catalogue import PRESETS
 from galore_jax.matrix_view import is_matrix_name
 from galore_jax.training.config import PretrainConfig
 
@@ -84,19 +87,11 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 def _galore(make: Callable[..., optax.GradientTransformation]) -> Callable:
     def build(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-        settings = config.resolved
+        settings = dataclasses.asdict(config.resolved)
+        settings["random_from"] = round(0.8 * config.steps)
+        taken = inspect.signature(make).parameters
         return make(
-            schedule,
-            rank=settings.rank,
-            update_proj_gap=settings.update_proj_gap,
-            scale=settings.scale,
-            proj_type=settings.proj_type,
-            projector=settings.projector,
-            refresh=settings.refresh,
-            transport=settings.transport,
-            diagnostics=settings.diagnostics,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
+            schedule, **{name: value for name, value in settings.items() if name in taken and name != "learning_rate"}
         )
 
     return build
@@ -150,11 +145,7 @@ def _muon_dimension_numbers(params: optax.Params) -> Any:
 
 
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
-    "galore_adamw": _galore(galore_jax.galore_adamw),
-    "galore_adafactor": _galore(galore_jax.galore_adafactor),
-    "fira_adamw": _galore(galore_jax.fira_adamw),
-    "galore_adamw_8bit": _galore(galore_jax.galore_adamw_8bit),
-    "q_galore_adamw_8bit": _galore(galore_jax.q_galore_adamw_8bit),
+    **{name: _galore(preset) for name, preset in PRESETS.items()},
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,

@@ -43,18 +43,18 @@ class PlanConfig:
     """An optimizer of galore-jax pretrain."""
     compare: str | None = None
     """Several optimizers, separated by commas, instead of --optimizer: one row each."""
-    rank: int | float = 0.25
-    """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
-    update_proj_gap: int = 200
+    rank: int | float | None = None
+    """GaLore: rank of the projected gradients, as in galore-jax pretrain."""
+    update_proj_gap: int | None = None
     """GaLore: steps between two refreshes of the subspaces; the refresh is part of the step."""
     proj_type: str | None = None
-    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
-    projector: str = "power"
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full."""
+    projector: str | None = None
     """GaLore: how subspaces are found, as in galore-jax pretrain."""
     refresh: str | None = None
-    """GaLore: when subspaces are refreshed, as in galore-jax pretrain. None: automatic."""
+    """GaLore: when subspaces are refreshed, as in galore-jax pretrain."""
     transport: str | None = None
-    """GaLore: what becomes of the moments then, as in galore-jax pretrain. None: automatic."""
+    """GaLore: what becomes of the moments then, as in galore-jax pretrain."""
     diagnostics: bool = True
     """GaLore: measure how well the subspaces do, as galore-jax pretrain does."""
     dtype: Literal["bf16", "f32"] = "bf16"
