@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax import sharding
+
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
@@ -199,7 +201,7 @@ def _norms(growth: float | None) -> Callable[[tuple[int, ...]], Any]:
 def _bounded(x: jax.Array, before: Any, growth: float | None) -> tuple[jax.Array, Any]:
     if growth is None:
         return x, before
-    norm = _norm(x, (-2, -1))[..., 0, 0]
+    norm = sharding.gather(_norm(x, (-2, -1))[..., 0, 0])  # one number a matrix, replicated as ``before`` is
     limit = jnp.where(before > 0, growth * before.astype(norm.dtype), norm)
     factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
     return x * factor[..., None, None], jnp.minimum(norm, limit).astype(before.dtype)
