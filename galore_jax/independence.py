@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh
 
 _SIDE = 8
 _FACTOR = 1e6
@@ -56,7 +57,8 @@ def check_independent(tx: optax.GradientTransformation, params: Any) -> None:
         _, state = tx.update(treedef.unflatten(first), tx.init(small), small)
         return treedef.flatten_up_to(tx.update(treedef.unflatten(grads), state, small)[0])
 
-    with jax.ensure_compile_time_eval():  # also when all of this is traced
+    # Also when all of this is traced, for a mesh perhaps.
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), jax.ensure_compile_time_eval():
         results = [second_update(grads)]
         for culprit in range(len(leaves)):
             # Another gradient and a larger one: Adam's update, for one, hardly knows how large all gradients are.

@@ -119,12 +119,16 @@ def layerwise(
         if bound is not None and not bound > 0:
             raise ValueError(f"{name} is {bound}: write a positive number, or None for no bound.")
     tx = optax.with_extra_args_support(tx)
+    checked = []  # what tx has been tried on: init may be traced several times
 
     def init(params: Params) -> LayerwiseState:
         layers, rest = model.split(params)
         check_stack(layers)
         layers, rest = dequantize(layers), dequantize(rest)
-        check_independent(tx, _one_layer(layers))
+        one = _one_layer(layers)
+        if one not in checked:
+            check_independent(tx, one)
+            checked.append(one)
         return LayerwiseState(jnp.zeros([], jnp.int32), jax.vmap(tx.init)(layers), tx.init(rest))
 
     def step(params: Params, state: LayerwiseState, batch: Any) -> tuple[Params, LayerwiseState, LayerwiseMetrics]:
@@ -179,7 +183,7 @@ def layerwise(
             inputs,
             cotangent,
             tpu=functools.partial(update_all, flat=False),
-            default=functools.partial(update_all, flat=True),
+            default=functools.partial(update_all, flat=jax.sharding.get_abstract_mesh().empty),
         )
         grads = run.rest_gradient(last, first, factor)
         own = _squares(grads)
@@ -220,7 +224,7 @@ class _Stack:
     """What a loop overwrites layer by layer, each leaf (L, ...); if it is flat, as (L, elements).
 
     With their axes, XLA for GPUs would lay whole stacks out as the work on one layer likes it best, and copy them for it.  On a
-    TPU arrays lie in tiles of their last two axes, and to flatten them is what would copy them.
+    TPU arrays lie in tiles of their last two axes, and to flatten them is what would copy them; on a mesh they are cut along one.
     """
 
     tree: Any
@@ -356,14 +360,14 @@ def _each(function: Callable[[Any], Any], xs: Any) -> Any:
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """Every array (B, ...) -> (K, B / K, ...)."""
+    """Every array (B, ...) -> (K, B / K, ...), every K-th example together: where B is sharded, B / K is so in place."""
 
     def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:
             raise ValueError(
                 f"A batch of {x.shape[0]} cannot be cut into accumulate={count} micro-batches of equal size."
             )
-        return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, batch)
 

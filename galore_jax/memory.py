@@ -20,6 +20,20 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def device_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree on one of the devices that they are sharded over.
+
+    >>> device_bytes({"a": jax.ShapeDtypeStruct((3, 4), "bfloat16")})
+    24
+    """
+
+    def one(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))
+
+
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
     """Bytes of the state that ``tx.init(params)`` would make; ``params`` may be abstract.
 

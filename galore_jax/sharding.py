@@ -1,9 +1,17 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps sharding types stable on meshes with explicit axes; does nothing elsewhere.
+"""How optimizer state is sharded, and what keeps it so.
 
-On an explicit mesh the sharding is part of an array's type, and ``update`` must hand back the types it was given.  A basis and
-a low-rank gradient keep the sharding of the dimensions they share with the parameter and replicate the rank dimension.
+    parameter         (*batch, m, n)            (*b, x, y)       the mesh axes of each dimension
+    basis             (*batch, m, r)            (*b, x, -)       on the left; (*batch, n, r), (*b, y, -) on the right
+    moments           (*batch, r, n)            (*b, -, y)       on the left; (*batch, m, r), (*b, x, -) on the right
+    codes in 8 bits   as the moment             as the moment
+    their scales      one for 256 of the last   as the moment    where no block is cut by that; else the last axis is replicated
+
+Whole parameters' moments are sharded as the parameter; numbers of which there is one a matrix, or one in all, are replicated.
+
+On a mesh with explicit axes the sharding is part of an array's type, ``update`` hands back the types it was given, and the
+helpers of this module do nothing elsewhere.  On automatic axes the compiler decides, and :func:`state_sharding` tells it.
 Factorisations accept no sharded matrix dimension, so the refresh gathers its matrices.
 """
 
@@ -15,7 +23,73 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
+    """The sharding of every array of an optimizer state, for ``jax.jit(tx.init, out_shardings=...)``.
+
+    ``tx.init`` is traced, and nothing is computed, on the mesh with all of its axes explicit: so every array is sharded as the
+    code that makes it says, and none by its name or its shape.
+
+    Args:
+      tx: any transformation, a preset for one, or a :class:`galore_jax.layerwise.Layerwise`.
+      params: arrays or ``jax.ShapeDtypeStruct``, which have to have no sharding.
+      param_shardings: a ``NamedSharding`` for each, all on one mesh, whose axes may be explicit or automatic.
+
+    Returns:
+      A tree like the state, of ``NamedSharding`` on that mesh.
+
+    Raises:
+      TypeError, ValueError: a sharding is of another class, on another mesh, or does not divide its parameter.
+
+    >>> from galore_jax import galore_adamw
+    >>> mesh = jax.make_mesh((1, 1), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
+    >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}
+    >>> shardings = {"kernel": NamedSharding(mesh, PartitionSpec("fsdp", "model"))}
+    >>> tx = galore_adamw(0.01, rank=8)
+    >>> sharded = state_sharding(tx, params, shardings)
+    >>> optax.tree.get(sharded, "left")["kernel"].spec, optax.tree.get(sharded, "mu")["kernel"].spec
+    (P('fsdp', None), P(None, 'model'))
+    """
+    mesh = _checked_mesh(params, param_shardings)
+    explicit = mesh.abstract_mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Explicit))
+
+    def typed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), leaf.dtype, sharding=NamedSharding(explicit, sharding.spec))
+
+    with jax.sharding.use_abstract_mesh(explicit):
+        state = jax.eval_shape(tx.init, jax.tree.map(typed, params, param_shardings))
+    return jax.tree.map(
+        lambda leaf: NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else PartitionSpec()), state
+    )
+
+
+def _checked_mesh(params: Any, shardings: Any) -> Mesh | AbstractMesh:
+    """The mesh of all shardings."""
+    meshes = []
+
+    def check(path: tuple, leaf: Any, sharding: Any) -> None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not isinstance(sharding, NamedSharding):
+            raise TypeError(f"The sharding of {name!r} is {sharding!r}: write a jax.sharding.NamedSharding.")
+        meshes.append(sharding.mesh)
+        if sharding.mesh != meshes[0]:
+            raise ValueError(
+                f"The sharding of {name!r} is on the mesh {sharding.mesh}, and others are on {meshes[0]}: use one."
+            )
+        try:
+            sharding.shard_shape(jnp.shape(leaf))
+        except ValueError as error:
+            raise ValueError(
+                f"{name!r} of shape {jnp.shape(leaf)} cannot be sharded by {sharding.spec}: {error}"
+            ) from error
+
+    jax.tree_util.tree_map_with_path(check, params, shardings)
+    if not meshes:
+        raise ValueError("params has no array, so there is no mesh to shard a state on.")
+    return meshes[0]
 
 
 def spec_of(array: Any) -> tuple | None:

@@ -32,6 +32,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from galore_jax.collectives import Traffic, traffic
+
 _MIB, _GIB = 2**20, 2**30
 
 
@@ -53,9 +55,9 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """The smallest slice that has a device of its own, as libtpu names it."""
+    """Slices of a TPU, as libtpu names them; the first is the smallest."""
 
-    topology: str
+    topologies: dict[int, str]  # by the number of devices
     chip_config: str = "default"
 
 
@@ -74,7 +76,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says of a program; all sizes in bytes.
+    """What the compiler says of a program; all sizes in bytes, of one device.
 
     If it refuses the program because it does not fit, ``refusal`` is the first sentence of its message, ``peak_bytes`` is
     the figure in it, and the parts are None.
@@ -89,6 +91,7 @@ class Plan:
     fits: bool
     compile_seconds: float
     refusal: str | None = None
+    traffic: Traffic | None = None  # of a program for several devices
 
 
 def _gpu(memory: float, *figures: Any) -> Target:
@@ -96,8 +99,13 @@ def _gpu(memory: float, *figures: Any) -> Target:
     return Target("", "cuda", int(memory * _GIB), Gpu(*figures))
 
 
-def _tpu(memory: float, *slice_: str) -> Target:
-    return Target("", "tpu", int(memory * _GIB), Tpu(*slice_))
+def _tpu(memory: float, generation: str, shapes: dict[int, str], *chip_config: str) -> Target:
+    topologies = {number: f"{generation}:{shape}" for number, shape in shapes.items()}
+    return Target("", "tpu", int(memory * _GIB), Tpu(topologies, *chip_config))
+
+
+_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 
 
 _TARGETS = {
@@ -111,10 +119,10 @@ _TARGETS = {
     "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41),
     "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41),
     "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98),
-    "tpu-v4": _tpu(30.75, "v4:2x2x1", "megacore"),
-    "tpu-v5e": _tpu(15.75, "v5e:2x2"),
-    "tpu-v5p": _tpu(95.74, "v5p:2x2x1"),
-    "tpu-v6e": _tpu(31.25, "v6e:2x2"),
+    "tpu-v4": _tpu(30.75, "v4", _DEEP, "megacore"),
+    "tpu-v5e": _tpu(15.75, "v5e", _FLAT),
+    "tpu-v5p": _tpu(95.74, "v5p", _DEEP),
+    "tpu-v6e": _tpu(31.25, "v6e", _FLAT),
 }
 
 TARGETS: dict[str, Target] = {name: dataclasses.replace(target, name=name) for name, target in _TARGETS.items()}
@@ -169,12 +177,13 @@ def target(name: str) -> Target:
 def compile_for(
     target: Target, function: Callable[..., Any], *arguments: Any, donate_argnums: int | Sequence[int] = ()
 ) -> Plan:
-    """Compile ``function`` for one device of ``target``, run nothing, and return the compiler's memory plan.
+    """Compile ``function`` for ``target``, run nothing, and return the compiler's memory plan.
 
     Args:
       target: from :func:`target`.
       function: what ``jax.jit`` takes, or what it has returned; then ``donate_argnums`` has been decided before.
-      arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter.
+      arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter, and the ``NamedSharding`` that a
+        ``ShapeDtypeStruct`` may have, on a mesh of :func:`devices_of` the target.  All others are for one device.
       donate_argnums: of ``jax.jit``.
 
     Raises:
@@ -186,12 +195,19 @@ def compile_for(
     >>> plan.argument_bytes, plan.output_bytes, plan.alias_bytes, plan.peak_bytes, plan.fits
     (524288, 262144, 262144, 524288, True)
     """
-    placed = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array([_device(target)]), ("one",)), jax.P())
+    given = {
+        leaf.sharding.mesh
+        for leaf in jax.tree.leaves(arguments)
+        if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, jax.sharding.NamedSharding)
+    }
+    mesh = given.pop() if given else jax.sharding.Mesh(np.array(devices_of(target)), ("one",))
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
 
-    def place(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed, weak_type=leaf.weak_type)
+    def place(leaf: jax.ShapeDtypeStruct, argument: Any) -> jax.ShapeDtypeStruct:
+        asked = argument.sharding if isinstance(argument, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=asked or whole, weak_type=leaf.weak_type)
 
-    abstract = jax.tree.map(place, jax.eval_shape(lambda *leaves: leaves, *arguments))
+    abstract = jax.tree.map(place, jax.eval_shape(lambda *leaves: leaves, *arguments), arguments)
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate_argnums)
     lowered = jitted.lower(*abstract)
     start = time.perf_counter()
@@ -215,6 +231,7 @@ def compile_for(
         peak_bytes=peak,
         fits=peak <= target.memory,
         compile_seconds=seconds,
+        traffic=traffic(compiled.as_text(), mesh.size) if mesh.size > 1 else None,
     )
 
 
@@ -287,24 +304,37 @@ def _attached() -> Target:
     return Target(HERE, "cuda" if device.platform == "gpu" else device.platform, limit, None)
 
 
-def _device(target: Target) -> Any:
-    """A device of ``target`` that programs can be compiled for."""
+def devices_of(target: Target, number: int = 1) -> list[Any]:
+    """Devices of ``target`` that programs can be compiled for.
+
+    Raises:
+      MissingPackagesError: the target's compiler is not installed.
+      ValueError: there is no slice of a TPU with that number of devices, or the machine has fewer.
+    """
     if target.hardware is None:
-        return jax.devices()[0]
+        found = jax.devices()
+        if len(found) < number:
+            raise ValueError(f"This machine has {len(found)} devices, and {number} are asked for; name another target.")
+        return found[:number]
     os.environ.setdefault(*_NO_CUDA_CHECK)
     if isinstance(target.hardware, Gpu):
-        return _cuda_device(gpu_target_config(target.hardware, target.memory))
-    return _tpu_device(target.hardware)
+        return _cuda_devices(gpu_target_config(target.hardware, target.memory), number)
+    return _tpu_devices(target.hardware, number)
 
 
-def _tpu_device(tpu: Tpu) -> Any:
+def _tpu_devices(tpu: Tpu, number: int) -> list[Any]:
     from jax.experimental import topologies
 
     if not _installed("libtpu"):
         raise MissingPackagesError("To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'.")
     _describe_no_tpu()
-    topology = {"topology_name": tpu.topology, "chip_config_name": tpu.chip_config}
-    return topologies.get_topology_desc(platform="tpu", **topology).devices[0]
+    smallest = min(tpu.topologies)
+    if number > smallest and number not in tpu.topologies:
+        raise ValueError(
+            f"There is no slice of {number} such TPUs; choose one of {', '.join(map(str, tpu.topologies))}."
+        )
+    topology = {"topology_name": tpu.topologies[max(number, smallest)], "chip_config_name": tpu.chip_config}
+    return list(topologies.get_topology_desc(platform="tpu", **topology).devices[:number])
 
 
 def _describe_no_tpu() -> None:
@@ -312,7 +342,7 @@ def _describe_no_tpu() -> None:
         os.environ.setdefault(name, value)
 
 
-def _cuda_device(config: str) -> Any:
+def _cuda_devices(config: str, number: int) -> list[Any]:
     from jax.experimental import topologies
 
     plugin = next((name for name in _CUDA_PLUGINS if _installed(name)), None)
@@ -321,9 +351,9 @@ def _cuda_device(config: str) -> Any:
             "To compile for a GPU, install JAX's CUDA plugin and ptxas: pip install 'galore-jax[plan]'."
         )
 
-    def describe() -> Any:
-        topology = {"platform": "cuda", "topology_name": "", "topology": "1x1x1", "target_config": config}
-        return topologies.get_topology_desc(**topology).devices[0]
+    def describe() -> list[Any]:
+        topology = {"topology_name": "", "topology": f"1x1x{number}", "target_config": config}
+        return list(topologies.get_topology_desc(platform="cuda", **topology).devices)
 
     try:
         return describe()

@@ -413,7 +413,8 @@ class _GaLore:
             gradient = promoted(leaf.where_good(leaf.matrices))
             parts = residuals.Parts(gradient, low_rank, reply, lift, alpha, -2 if leaf.view.left else -1)
             matrices, new = self.residual.combine(parts, residual)
-            residual = jax.tree.map(lambda new, old: jnp.where(leaf.good, new, old), new, residual)
+            good = sharding.gather(leaf.good)  # what a rule remembers is replicated
+            residual = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, residual)
         matrices = matrices.astype(leaf.gradient.dtype)
         rms = diagnosis.root_mean_square(matrices) if self.diagnostics else optax.MaskedNode()
         return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms, residual

@@ -271,3 +271,29 @@ def test_the_help_names_every_target(capsys):
         main(["plan", "--help"])
     words = capsys.readouterr().out.replace("│", " ").replace(",", " ").split()
     assert {*TARGETS, "here:"} <= set(words)
+
+
+def test_a_plan_on_a_mesh_has_the_bytes_of_one_device_and_what_it_sends(tiny, capsys):
+    config = PlanConfig(model=tiny, optimizer="adamw", batch=8, target="here", mesh="fsdp=4,model=2", **SMALL)
+    row = plan(config)
+    assert row["devices"] == 8
+    whole = row["params_bytes"] + row["optimizer_state_bytes"]
+    parts = row["params_bytes_a_device"] + row["optimizer_state_bytes_a_device"]
+    batch = 8 // 4 * 17 * 4
+    assert row["argument_bytes"] == parts + batch
+    assert whole / 8 <= parts < 2 * whole / 8  # embeddings of 257 rows are whole on each device
+    assert sum(row["traffic"]["always"].values()) > 0
+    text = plan_report.table(config, [row])
+    assert "parameters a device" in text
+    assert "sent by a device, a step" in text
+
+
+def test_a_mesh_larger_than_the_machine_is_refused(tiny):
+    with pytest.raises(ValueError, match="This machine has 8 devices, and 16 are asked for; name another target"):
+        prepare(PlanConfig(model=tiny, batch=16, target="here", mesh="fsdp=16", **SMALL))
+
+
+@needs_extra
+def test_a_slice_that_does_not_exist_is_refused(tiny):
+    with pytest.raises(ValueError, match="There is no slice of 24 such TPUs; choose one of 4, 8, 16, "):
+        prepare(PlanConfig(model=tiny, batch=24, target="tpu-v5e", mesh="fsdp=24", **SMALL))

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from galore_jax.layerwise import BlockStack
 from galore_jax.models.config import LlamaConfig
@@ -98,7 +99,7 @@ class Llama(nnx.Module):
                 f"A sequence of {tokens.shape[1]} tokens is longer than max_position_embeddings={longest}; "
                 "shorten it or raise max_position_embeddings."
             )
-        return self.embed_tokens(tokens).astype(self.config.dtype)  # [B, T, D]
+        return _spread(self.embed_tokens(tokens).astype(self.config.dtype))  # [B, T, D]
 
     def run_layers(self, hidden: jax.Array) -> jax.Array:
         """The residual stream, [batch, sequence, hidden], after all blocks, in order."""
@@ -176,8 +177,8 @@ class Block(nnx.Module):
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        hidden = hidden + self.attention(self.input_norm(hidden))
-        return hidden + self.mlp(self.post_attention_norm(hidden))
+        hidden = _spread(hidden + self.attention(self.input_norm(hidden)))
+        return _spread(hidden + self.mlp(self.post_attention_norm(hidden)))
 
     def extend(self, hidden: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
         """The same for tokens at positions from `start`, on `cache`, where this is block number `layer`."""
@@ -319,6 +320,17 @@ def rotary_frequencies(config: LlamaConfig) -> jax.Array:
         kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
         return frequencies * (kept + (1 - kept) / factor)
     return frequencies
+
+
+def _spread(hidden: jax.Array) -> jax.Array:
+    """The residual stream, its sequences spread over the automatic axes "data" and "fsdp" of the mesh, where there are any.
+
+    Left to itself, the compiler may cut it along the hidden size, as it finds the weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto]
+    axes = tuple(name for name in ("data", "fsdp") if name in automatic)
+    return jax.lax.with_sharding_constraint(hidden, PartitionSpec(axes)) if axes else hidden
 
 
 def _divisor(length: int, at_least: float) -> int:

@@ -137,12 +137,13 @@ def last_step(folder: Path) -> int:
 
 
 def restore(folder: Path, step: int, abstract_params: Any, abstract_opt_state: Any) -> Checkpoint:
-    """Read a checkpoint onto the first device, exactly as it was saved.
+    """Read a checkpoint exactly as it was saved, whatever devices it was saved from.
 
     Args:
       folder: holds the checkpoints.
       step: of the one to read.
-      abstract_params, abstract_opt_state: trees of ``jax.ShapeDtypeStruct`` that it must match.
+      abstract_params, abstract_opt_state: trees of ``jax.ShapeDtypeStruct`` that it must match, whose shardings the arrays get;
+        those without one go to the first device.
 
     Raises:
       ValueError: it cannot be read, or is of another model, optimizer or format.
@@ -174,7 +175,7 @@ def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[st
         # Orbax would cast a dtype silently and report a shape at length, so both are compared first.
         for item, tree in abstract.items():
             _check_matches(folder, step, _KINDS[item], saved[item], tree)
-        trees = {item: ocp.args.StandardRestore(_on_first_device(tree)) for item, tree in abstract.items()}
+        trees = {item: ocp.args.StandardRestore(_placed(tree)) for item, tree in abstract.items()}
         args = ocp.args.Composite(data=ocp.args.JsonRestore(), **trees)
         items = _attempt_read(folder, step, lambda: manager.restore(step, args=args))
     finally:
@@ -210,8 +211,11 @@ def _data_checksum(step: int, data: dict[str, Any], losses: list[float]) -> int:
 def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     def checksum(leaf: jax.Array) -> jax.Array:
         bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32).ravel()
-        return jnp.sum(words * (2 * jnp.arange(words.size, dtype=jnp.uint32) + 1))
+        words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
+        place = jnp.zeros(words.shape, jnp.uint32)  # in row-major order; to flatten a sharded array would gather it
+        for axis, size in enumerate(words.shape):
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        return jnp.sum(words * (2 * place + 1))
 
     return [checksum(leaf) for leaf in leaves]
 
@@ -229,9 +233,14 @@ def _manager(folder: Path, keep: int | None = None, *, create: bool = False) -> 
     )
 
 
-def _on_first_device(tree: Any) -> Any:
+def _placed(tree: Any) -> Any:
+    """Where arrays are to go: as their abstract ones are sharded, else to the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
+
+    return jax.tree.map(place, tree)
 
 
 def _read_all(item: Path) -> None:

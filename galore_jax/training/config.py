@@ -28,6 +28,7 @@ from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
 from galore_jax.projectors import PROJECTORS
 from galore_jax.refresh import REFRESHES
+from galore_jax.training.mesh import axis_sizes
 from galore_jax.transport import TRANSPORTS
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
@@ -36,7 +37,7 @@ PROMPT_TOKENS = 32
 """Tokens of validation text that the sample at the end of a run continues."""
 
 _MAY_CHANGE = {
-    "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out", "resume",
+    "mesh", "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out", "resume",
 }  # fmt: skip
 """Fields that a resumed run may set anew; any other would make it a different run."""
 
@@ -119,6 +120,8 @@ class PretrainConfig:
     """Update layer by layer during the backward pass: no more than one layer's gradient exists at a time."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
+    mesh: str | None = None
+    """Devices to spread over: data=2,fsdp=4,model=1, their product being the number there is. None: the first one alone."""
     seed: int = 0
     """Decides the weights, the order of the text, and every other random number."""
     out: Path | None = None
@@ -258,6 +261,8 @@ def check(config: PretrainConfig) -> None:
         )
     if config.accumulate_low_rank:
         _check_low_rank(config)
+    if config.mesh is not None:
+        _check_mesh(config, config.mesh)
     if not 0 <= config.resolved_warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
@@ -276,6 +281,16 @@ def _check_low_rank(config: PretrainConfig) -> None:
     for need, applies in wrong.items():
         if applies:
             raise ValueError(f"--accumulate-low-rank needs {need}.")
+
+
+def _check_mesh(config: PretrainConfig, mesh: str) -> None:
+    sizes = axis_sizes(mesh)
+    micro_batch, parts = config.batch // config.accumulate, sizes["data"] * sizes["fsdp"]
+    if micro_batch % parts:
+        raise ValueError(
+            f"--mesh {mesh} cuts a batch into data x fsdp = {parts} parts, which does not divide the {micro_batch} sequences of "
+            "--batch / --accumulate."
+        )
 
 
 def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:

@@ -22,12 +22,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.models import LlamaConfig, generate
 from galore_jax.training import checkpoint, config as settings, report
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
+from galore_jax.training.mesh import batch_parts, make_mesh
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
 from galore_jax.training.optimizers import check_optimizer, make_schedule
 from galore_jax.training.program import Program, program
@@ -191,7 +193,8 @@ def _take_steps(
     train_step = _compiled_step(run)
     meter.start()
     while run.step < config.steps and not signals.received:
-        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
+        batch = jax.device_put(next(run.batches), run.program.batch.sharding)
+        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, batch)
         run.step += 1
         note(meter.add(run.step, metrics))
         progress.advance()
@@ -205,22 +208,34 @@ def _take_steps(
 
 def _compiled_step(run: Run) -> Any:
     """The training step, compiled ahead: no step can compile again, and the first is as fast as the others."""
-    return run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
+    with run.program.on_mesh():
+        return run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
 
 
 def evaluate(run: Run, eval_step: Any) -> Record:
     """Loss and perplexity of the validation text, in pieces as large as a micro-batch of training."""
     piece = run.config.batch // run.config.accumulate
-    results = [
-        eval_step(run.params, batch[start : start + piece])
+    pieces = [
+        batch[start : start + piece]
         for batch in run.data.validation_batches(run.config.eval_tokens)
         for start in range(0, len(batch), piece)
     ]
+    with run.program.on_mesh():
+        results = [eval_step(run.params, _on_devices(run.program, tokens)) for tokens in pieces]
     totals, counts = zip(*jax.device_get(results), strict=True)
     loss = math.fsum(totals) / sum(int(count) for count in counts)
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         perplexity = float(np.exp(np.float64(loss)))
     return {"step": run.step, "val_loss": loss, "val_perplexity": perplexity}
+
+
+def _on_devices(built: Program, tokens: np.ndarray) -> Any:
+    """A batch of any size where the parameters are, spread if it can be."""
+    if built.mesh is None:
+        return tokens
+    if len(tokens) % batch_parts(built.mesh):
+        return jax.device_put(tokens, NamedSharding(built.mesh, PartitionSpec()))
+    return jax.device_put(tokens, built.batch.sharding)
 
 
 class StopSignals:
@@ -271,7 +286,7 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
 
 
 def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData) -> Run:
-    run = program(config, model_config)
+    run = program(config, model_config, None if config.mesh is None else make_mesh(config.mesh))
     batches = data.train_iterator()
     if config.resume:
         checkpoints = folder / "checkpoints"
@@ -280,7 +295,8 @@ def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig,
         batches.set_state(restored.data)
         params, opt_state, losses, resumed_from = restored.params, restored.opt_state, restored.losses, step
     else:
-        params, opt_state = jax.jit(run.init)(jax.random.key(config.seed))
+        with run.on_mesh():
+            params, opt_state = run.init(jax.random.key(config.seed))
         step, losses, resumed_from = 0, [], None
     return Run(config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from)
 

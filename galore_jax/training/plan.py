@@ -9,19 +9,21 @@ that a run executes is compiled for the target (see :mod:`galore_jax.targets`), 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from galore_jax.memory import state_bytes_by_kind, tree_bytes
+from galore_jax.memory import device_bytes, state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.llama import block_stack
-from galore_jax.targets import MissingPackagesError, Plan, Target, compile_for, target
+from galore_jax.targets import MissingPackagesError, Plan, Target, compile_for, devices_of, target
 from galore_jax.training import config as settings
 from galore_jax.training.config import PretrainConfig
+from galore_jax.training.mesh import axis_sizes, make_mesh
 from galore_jax.training.program import Program, program
 from galore_jax.weights import dequantize
 
@@ -78,6 +80,8 @@ class PlanConfig:
     target: str = "rtx4090"
     """rtx5090, rtx4090, rtx3090, rtx4060ti-16gb, rtx3060-12gb, t4, l4, a100-40, a100-80, h100, tpu-v4, tpu-v5e, tpu-v5p,
     tpu-v6e, or here: the machine this runs on."""
+    mesh: str | None = None
+    """Devices of the target to spread over, as in galore-jax pretrain: data=2,fsdp=4,model=1. None: one device."""
     json: bool = False
     """Print JSON: an object, or with --compare a list of them."""
     plot: Path | None = None
@@ -137,16 +141,21 @@ class Planned:
             "optimizer_state_bytes": tree_bytes(self.opt_state),
             "optimizer_state": state_bytes_by_kind(self.opt_state),
             "gradient_bytes": self._gradient_bytes(),
+            "devices": 1 if self.program.mesh is None else self.program.mesh.size,
+            "params_bytes_a_device": device_bytes(self.params),
+            "optimizer_state_bytes_a_device": device_bytes(self.opt_state),
         }
 
     def compile(self) -> Row:
         """All of it."""
         try:
-            compiled = compile_for(self.target, self.program.step, self.params, self.opt_state, self.program.batch)
+            with self.program.on_mesh():
+                compiled = compile_for(self.target, self.program.step, self.params, self.opt_state, self.program.batch)
         except MissingPackagesError as error:
             nothing = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
             return self.exact_bytes() | nothing | {"missing": str(error)}
-        return self.exact_bytes() | dataclasses.asdict(compiled) | {"missing": None}
+        wire = None if compiled.traffic is None else compiled.traffic._asdict()
+        return self.exact_bytes() | dataclasses.asdict(compiled) | {"traffic": wire, "missing": None}
 
     def _gradient_bytes(self) -> int:
         dense = jax.eval_shape(dequantize, self.params)
@@ -164,22 +173,28 @@ def prepare(config: PlanConfig) -> Planned:
     Raises:
       ValueError: a setting is wrong.
       OSError: the model's ``config.json`` cannot be read.
+      MissingPackagesError: a mesh is asked for, and the target's compiler is not installed.
     """
     hardware, model = target(config.target), config.model_config()
     run = config.pretrain_config()
     settings.check(run)
     settings.check_lengths(dataclasses.replace(run, sample_tokens=0), model)
-    built = program(run, model)
+    mesh = None
+    if config.mesh is not None:
+        mesh = make_mesh(config.mesh, devices_of(hardware, math.prod(axis_sizes(config.mesh).values())))
+    built = program(run, model, mesh)
     return Planned(config, hardware, model, built, *built.state)
 
 
 def plan(config: PlanConfig) -> Row:
     """One plan, of ``config.optimizer``: what ``--json`` prints.
 
-    ``optimizer_state`` has the bytes of :func:`galore_jax.memory.state_bytes_by_kind`.  ``gradient_bytes`` is one gradient
-    of all parameters, or layer-wise the largest that exists at a time: of one layer, or of all that is outside the layers;
-    it is part of ``temporary_bytes``.  What could not be compiled is null: with ``missing``, a compiler that is not
-    installed; with ``refusal``, what the compiler said of a program that does not fit.
+    On a mesh all sizes that the compiler gives are of one device, and ``traffic`` has the bytes that each sends in a step,
+    outside and inside branches (:mod:`galore_jax.collectives`). ``optimizer_state`` has the bytes of
+    :func:`galore_jax.memory.state_bytes_by_kind`. ``gradient_bytes`` is one gradient of all parameters, or layer-wise the
+    largest that exists at a time: of one layer, or of all that is outside the layers; it is part of ``temporary_bytes``.
+    What could not be compiled is null: with ``missing``, a compiler that is not installed; with ``refusal``, what the
+    compiler said of a program that does not fit.
 
     Raises:
       ValueError: a setting is wrong.

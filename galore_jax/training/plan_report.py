@@ -41,7 +41,8 @@ def table(config: PlanConfig, rows: list[Row]) -> str:
 def _title(config: PlanConfig) -> str:
     how = "layer-wise, " if config.layerwise else ""
     weights = config.weights or config.dtype
-    return f"{config.model}, {weights} weights, {how}{config.batch} x {config.seq} tokens, on {config.target}"
+    where = config.target if config.mesh is None else f"{config.target}, {config.mesh}"
+    return f"{config.model}, {weights} weights, {how}{config.batch} x {config.seq} tokens, on {where}"
 
 
 def _one(row: Row) -> list[str]:
@@ -53,6 +54,9 @@ def _one(row: Row) -> list[str]:
         *kinds,
     ]
     lines = [_line(name, format_bytes(size)) for name, size in sizes]
+    if row["devices"] > 1:
+        lines.append(_line("parameters a device", format_bytes(row["params_bytes_a_device"])))
+        lines.append(_line("state a device", format_bytes(row["optimizer_state_bytes_a_device"])))
     if row["temporary_bytes"] is not None:
         lines.append(_line("temporaries", format_bytes(row["temporary_bytes"]), "gradients, activations, workspace"))
     gradients = format_bytes(row["gradient_bytes"])
@@ -63,7 +67,21 @@ def _one(row: Row) -> list[str]:
     if row["fits"] is not None:
         lines.append(_line("fits", _fits(row)))
         lines.append(_line("compiled in", _seconds(row)))
-    return lines
+    return lines + _wire(row)
+
+
+def _wire(row: Row) -> list[str]:
+    """What each device sends in a step."""
+    if row["traffic"] is None:
+        return []
+    always, refreshes = row["traffic"]["always"], row["traffic"]["in_branches"]
+    kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in always.items() if size)
+    return [
+        _line("sent by a device, a step", format_bytes(sum(always.values())), kinds),
+        _line(
+            "and to refresh all bases", format_bytes(sum(refreshes.values())), "what is inside branches of the program"
+        ),
+    ]
 
 
 def _several(rows: list[Row]) -> list[str]:

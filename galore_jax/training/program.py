@@ -8,18 +8,20 @@ that what was planned is what is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from galore_jax.layerwise import layerwise
+from galore_jax.layerwise import Layerwise, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
+from galore_jax.sharding import state_sharding
 from galore_jax.training.config import PretrainConfig
+from galore_jax.training.mesh import batch_sharding, cut_along_fsdp, param_shardings
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import Metrics, make_train_step, optimizer_metrics
 from galore_jax.weights import quantize_weights
@@ -29,18 +31,33 @@ class Program(NamedTuple):
     """What a run is made of."""
 
     graphdef: nnx.GraphDef  # of the model
-    init: Callable[[jax.Array], tuple[Any, Any]]  # PRNG key -> (params, opt_state)
+    init: Any  # jitted; PRNG key -> (params, opt_state)
     step: Any  # jitted; params, opt_state (both donated), batch -> params, opt_state, metrics
     batch: jax.ShapeDtypeStruct  # int32 [batch, sequence + 1]
+    mesh: Mesh | None
+    shardings: tuple[Any, Any] | None  # of (params, opt_state), None without a mesh
 
     @property
     def state(self) -> tuple[Any, Any]:
-        """The abstract (params, opt_state)."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """The abstract (params, opt_state), with their shardings on a mesh."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        if self.shardings is None:
+            return shapes
+
+        def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
+
+        return jax.tree.map(placed, shapes, self.shardings)
+
+    def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """In this context the functions have to be traced."""
+        return (
+            contextlib.nullcontext() if self.mesh is None else jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        )
 
 
-def program(config: PretrainConfig, model_config: LlamaConfig) -> Program:
-    """The program of a run.
+def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None = None) -> Program:
+    """The program of a run, on a mesh of :mod:`galore_jax.training.mesh` or on one device.
 
     >>> config = PretrainConfig(layerwise=True, weights="int8")
     >>> params, opt_state = program(config, config.model_config(256)).state
@@ -48,40 +65,53 @@ def program(config: PretrainConfig, model_config: LlamaConfig) -> Program:
     ((4, 128, 352), (4,))
     """
 
-    def weights(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+    def split(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
         return nnx.split(Llama(model_config, rngs=nnx.Rngs(key)), nnx.Param)
 
-    graphdef = nnx.eval_shape(weights, jax.random.key(0))[0]
-    schedule = make_schedule(config)
+    def weights(key: jax.Array) -> Any:
+        params = nnx.to_pure_dict(split(key)[1])
+        return quantize_weights(params) if config.weights == "int8" else params
+
+    graphdef = nnx.eval_shape(split, jax.random.key(0))[0]
+    tx = make_optimizer(config, make_schedule(config), clip=not config.layerwise)
+    by_layers = None
     if config.layerwise:
-        init_state, step = _layerwise(config, model_config, make_optimizer(config, schedule, clip=False))
-    else:
-        tx = make_optimizer(config, schedule)
-        init_state, step = tx.init, make_train_step(graphdef, tx, config.accumulate, config.accumulate_low_rank)
+        by_layers = layerwise(
+            block_stack(model_config),
+            tx,
+            accumulate=config.accumulate,
+            max_norm=config.clip or None,
+            seed=config.seed,
+        )
+    optimizer = by_layers or tx
 
     def init(key: jax.Array) -> tuple[Any, Any]:
-        params = nnx.to_pure_dict(weights(key)[1])
-        if config.weights == "int8":
-            params = quantize_weights(params)
-        return params, init_state(params)
+        params = weights(key)
+        return params, optimizer.init(params)
 
-    return Program(graphdef, init, step, jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32))
+    batch = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
+    shardings = out_shardings = None
+    if mesh is not None:
+        batch = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=batch_sharding(mesh))
+        shardings = _shardings(mesh, jax.eval_shape(weights, jax.random.key(0)), optimizer)
+        out_shardings = (*shardings, NamedSharding(mesh, PartitionSpec()))
+    if by_layers is None:
+        step = make_train_step(graphdef, tx, config.accumulate, config.accumulate_low_rank, out_shardings)
+    else:
+        step = _layerwise_step(by_layers, out_shardings)
+    return Program(graphdef, jax.jit(init, out_shardings=shardings), step, batch, mesh, shardings)
 
 
-def _layerwise(
-    config: PretrainConfig, model_config: LlamaConfig, tx: optax.GradientTransformation
-) -> tuple[Callable[[Any], Any], Any]:
-    """``init`` of the optimizer state, and the step."""
-    init, layerwise_step = layerwise(
-        block_stack(model_config),
-        tx,
-        accumulate=config.accumulate,
-        max_norm=config.clip or None,
-        seed=config.seed,
-    )
+def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:
+    """Of (params, opt_state)."""
+    of_params = param_shardings(mesh, params)
+    state = jax.eval_shape(optimizer.init, params)
+    return of_params, cut_along_fsdp(state, state_sharding(optimizer, params, of_params))
 
+
+def _layerwise_step(optimizer: Layerwise, out_shardings: Any) -> Any:
     def step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
-        params, opt_state, found = layerwise_step(params, opt_state, batch)
+        params, opt_state, found = optimizer.step(params, opt_state, batch)
         return params, opt_state, found._asdict() | optimizer_metrics(opt_state)
 
-    return init, jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)

@@ -26,7 +26,11 @@ COUNTS = {"skipped": "skipped", "kept_bases": "kept", "rejected_bases": "rejecte
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, tx: optax.GradientTransformation, accumulate: int = 1, low_rank: bool = False
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    low_rank: bool = False,
+    out_shardings: Any = None,
 ) -> Any:
     """A jitted ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; the first two are donated.
 
@@ -36,6 +40,7 @@ def make_train_step(
       accumulate: micro-batches that the batch is cut into; it divides the batch.
       low_rank: sum their gradients in the subspaces of the one galore in ``tx``: see :mod:`galore_jax.accumulate`.  Then
         ``grad_norm`` is that of the sum, what lies outside the subspaces left out.
+      out_shardings: of (params, opt_state, metrics), as ``jax.jit`` takes them.
 
     Returns:
       The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are on the device.  Scalars: ``loss``, ``grad_norm``
@@ -52,7 +57,8 @@ def make_train_step(
         return loss, optax.tree.cast(grads, jnp.float32)
 
     def cut(batch: jax.Array) -> jax.Array:
-        return batch.reshape(accumulate, -1, batch.shape[1])  # [K, B/K, S+1]
+        # [K, B/K, S+1], every K-th sequence together: a batch that is sharded along its sequences stays where it is.
+        return jnp.swapaxes(batch.reshape(-1, accumulate, batch.shape[1]), 0, 1)
 
     def mean_gradient(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         if accumulate == 1:
@@ -79,7 +85,7 @@ def make_train_step(
         params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
         return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
 
-    return jax.jit(train_step, donate_argnums=(0, 1))
+    return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:

@@ -1,0 +1,113 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a compiled program sends between its devices, read off its text.
+
+A collective over a group of g devices with S bytes of result on each of them sends, from every device, by ring algorithms,
+
+    all-reduce  2 S (g-1)/g      all-gather, all-to-all  S (g-1)/g      reduce-scatter  S (g-1)      collective-permute  S
+
+An instruction in a loop counts as often as the loop runs, once where that is not known before it does.  What is in a branch of a
+conditional counts apart: a training step of galore has its refreshes there, and goes through no more than some of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_CALLED = re.compile(
+    r"(?:body|calls|to_apply|true_computation|false_computation|called_computations|branch_computations)"
+    r"=(?:%?([\w.\-]+)|\{([^}]*)\})"
+)
+_ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+
+
+class Traffic(NamedTuple):
+    """Bytes that each device sends, by the kind of collective; 0 where there is none."""
+
+    always: dict[str, int]
+    in_branches: dict[str, int]  # of all branches together
+
+
+def traffic(text: str, devices: int) -> Traffic:
+    """The traffic of one execution.
+
+    Args:
+      text: of a compiled program, from ``jax.stages.Compiled.as_text``.
+      devices: that it runs on.
+
+    >>> text = '''
+    ... %body (x: f32[8]) -> f32[8] {
+    ...   ROOT %r = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+    ... }
+    ... ENTRY %main (x: f32[8]) -> f32[8] {
+    ...   ROOT %w = f32[8]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+    ... }'''
+    >>> traffic(text, 4).always["all-reduce"]  # 5 times 2 · 32 bytes · 1/2
+    160
+    """
+    computations, entry = _computations(text)
+    always, in_branches = Counter(), Counter()
+
+    def visit(name: str, times: int, into: Counter) -> None:
+        for line in computations.get(name, ()):
+            found = _INSTRUCTION.search(line)
+            if found is not None:
+                into[found[2]] += times * _sent(found, line, devices)
+                continue  # what it applies is arithmetic
+            is_branch = " conditional(" in line
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+            for one, several in _CALLED.findall(line):
+                for callee in re.findall(r"[\w.\-]+", one or several):
+                    visit(callee, times * int(trips[1]) if trips else times, in_branches if is_branch else into)
+
+    visit(entry, 1, always)
+    return Traffic(*({kind: counted[kind] for kind in _KINDS} for counted in (always, in_branches)))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by its name, and the name of the one that is run."""
+    computations: dict[str, list[str]] = {}
+    name = entry = ""
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header is not None:
+            name = header[2]
+            computations[name] = []
+            entry = name if header[1] else entry
+        elif name:
+            computations[name].append(line)
+    return computations, entry
+
+
+def _sent(found: re.Match, line: str, devices: int) -> int:
+    kind, group = found[2], _group_size(line, devices)
+    arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(found[1])]
+    if found[3] and kind != "all-reduce":  # begun here and done later: operands stand before results
+        arrays = [array for array in arrays if array[1] or kind != "collective-permute"]
+        arrays = arrays[len(arrays) // 2 :]
+    size = sum(math.prod(int(n) for n in shape.split(",") if n) * bits // 8 for bits, shape in arrays)
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter":
+        return size * (group - 1)
+    return size * (group - 1) * (2 if kind == "all-reduce" else 1) // group
+
+
+def _group_size(line: str, devices: int) -> int:
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    if listed is not None:
+        return len(listed[1].split(","))
+    shaped = re.search(r"replica_groups=\[([\d,]+)\]", line)
+    if shaped is not None:
+        return int(shaped[1].split(",")[-1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+    if named is not None:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return devices

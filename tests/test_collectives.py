@@ -1,0 +1,67 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes between devices, of programs whose collectives are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+from galore_jax.collectives import traffic
+
+FLOATS = 64  # on each device
+
+
+def text_of(function, mesh_shape=(8,), names=("a",)):
+    mesh = jax.make_mesh(mesh_shape, names, axis_types=(AxisType.Auto,) * len(names))
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(names), P()), out_specs=P(names), check_vma=False)
+    shapes = jax.ShapeDtypeStruct((8 * FLOATS,), "float32"), jax.ShapeDtypeStruct((), "int32")
+    return jax.jit(mapped).lower(*shapes).compile().as_text()
+
+
+COLLECTIVES = {
+    "all-reduce": (lambda x: jax.lax.psum(x, "a"), 2 * 4 * FLOATS * 7 // 8),
+    "all-gather": (lambda x: jax.lax.all_gather(x, "a", tiled=True)[:FLOATS] + x, 4 * 8 * FLOATS * 7 // 8),
+    "reduce-scatter": (lambda x: jax.lax.psum_scatter(x, "a", tiled=True), 4 * FLOATS // 8 * 7),
+    "collective-permute": (lambda x: jax.lax.ppermute(x, "a", [(i, (i + 1) % 8) for i in range(8)]), 4 * FLOATS),
+}
+
+
+@pytest.mark.parametrize("kind", COLLECTIVES)
+def test_one_collective_has_the_bytes_of_a_ring(kind):
+    function, size = COLLECTIVES[kind]
+    found = traffic(text_of(lambda x, n: function(x)), 8)
+    assert found.always == dict.fromkeys(found.always, 0) | {kind: size}
+    assert sum(found.in_branches.values()) == 0
+
+
+def test_a_loop_counts_its_turns_and_a_branch_apart():
+    def function(x, n):
+        x = jax.lax.fori_loop(0, 5, lambda i, x: jnp.sin(jax.lax.psum(x, "a")), x)
+        return jax.lax.cond(n > 0, functools.partial(jax.lax.psum, axis_name="a"), lambda x: x, x)
+
+    one = 2 * 4 * FLOATS * 7 // 8
+    found = traffic(text_of(function), 8)
+    assert (found.always["all-reduce"], found.in_branches["all-reduce"]) == (5 * one, one)
+
+
+def test_a_group_is_the_devices_along_the_axes_that_are_reduced():
+    found = traffic(text_of(lambda x, n: jax.lax.psum(x, "a"), (2, 4), ("a", "b")), 8)
+    assert found.always["all-reduce"] == 2 * 4 * FLOATS * 1 // 2
+
+
+@pytest.mark.parametrize(
+    ("instruction", "kind", "size"),
+    [
+        ("((f32[64]), f32[8]) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]", "reduce-scatter", 4 * 8 * 7),
+        ("(f32[8], f32[64]) all-gather-start(%x), replica_groups=[1,8]<=[8]", "all-gather", 4 * 64 * 7 // 8),
+        ("((f32[8], s8[8]), (f32[16], s8[16])) all-gather-start(%x, %y), replica_groups={}", "all-gather", 5 * 14),
+        ("(f32[8], f32[8], u32[], u32[]) collective-permute-start(%x)", "collective-permute", 4 * 8),
+        ("bf16[64]{0} all-reduce-start(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}", "all-reduce", 2 * 2 * 64 // 2),
+    ],
+)
+def test_a_collective_that_is_begun_counts_its_result_alone(instruction, kind, size):
+    found = traffic(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %r = {instruction}\n}}", 8)
+    assert found.always == dict.fromkeys(found.always, 0) | {kind: size}
