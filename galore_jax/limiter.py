@@ -85,7 +85,7 @@ def check_growth(growth: Any, name: str) -> None:
 
 def bounded(x: jax.Array, before: jax.Array, growth: float | jax.Array) -> tuple[jax.Array, jax.Array]:
     """Finite (*batch, m, n), or (n,), with norms of at most ``growth`` times those ``before`` [*batch]; and the norms to keep."""
-    norm = sharding.gather(norm_of(x, (-2, -1) if x.ndim > 1 else -1))  # one number a matrix, replicated as ``before`` is
+    norm = sharding.gather(norm_of(x, (-2, -1) if x.ndim > 1 else -1))  # replicated, as ``before`` is
     last = before.astype(norm.dtype).reshape(norm.shape)
     limit = jnp.where(last > 0, growth * last, norm)
     factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
