@@ -35,7 +35,6 @@ from _common import language_text
 from flax import nnx
 
 import galore_jax
-from galore_jax import galore, residual
 from galore_jax.matrix_view import is_matrix_name
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.training.step import token_losses
@@ -43,19 +42,14 @@ from galore_jax.training.step import token_losses
 ADAMW, MUON = "adamw", "muon"
 
 
-def low_rank(inner=None, alpha=1.0, **settings):
-    """rank -> galore around ``inner``, Adam unless told, in the direction of the gradient."""
-    inner = inner or optax.scale_by_adam
-    return lambda rank: galore(inner(), rank=rank, scale=alpha, **settings)
+def preset(make, **settings):
+    """(learning rate, rank) -> a preset."""
+    return lambda learning_rate, rank: make(learning_rate, **({"rank": rank} | settings))
 
 
-def momentum():
-    return optax.trace(0.95, nesterov=True)
-
-
-def orthogonal(factor, gap, **settings):
-    rule = residual.orthogonal(factor)
-    return low_rank(momentum, residual=rule, transport="rotate", update_proj_gap=gap, **settings)
+def direction(make):
+    """(learning rate, rank) -> what ``make`` returns, which answers in the direction of the gradient."""
+    return lambda learning_rate, rank: optax.chain(make(), optax.scale_by_learning_rate(learning_rate))
 
 
 def column_normalised():
@@ -78,44 +72,45 @@ def muon():
     return optax.chain(against, optax.scale(-1.0))
 
 
-CONTESTANTS = {
-    ADAMW: lambda rank: optax.scale_by_adam(),
-    MUON: lambda rank: muon(),
-    "adamw_8bit": lambda rank: galore_jax.quantize_state(optax.scale_by_adam()),
-    "adafactor": lambda rank: optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-    "scale": lambda rank: column_normalised(),
-    "galore_adamw": low_rank(update_proj_gap=50, alpha=0.25),
-    "galore_adamw_8bit": lambda rank: galore(
-        galore_jax.quantize_state(optax.scale_by_adam()), rank=rank, scale=0.25, update_proj_gap=50
-    ),
-    "golore_adamw": low_rank(update_proj_gap=50, alpha=0.25, projector="random", transport="rotate"),
-    "grass_adamw": low_rank(update_proj_gap=50, alpha=0.25, projector="rows"),
-    "fira_adamw": low_rank(update_proj_gap=50, alpha=0.25, residual="fira"),
-    "frugal_sign": low_rank(update_proj_gap=50, residual=residual.sign(1.0)),
-    "apollo_adamw": low_rank(update_proj_gap=200, projector="random", residual="channel"),
-    "apollo_mini": lambda rank: galore(
-        optax.scale_by_adam(), rank=1, scale=128**0.5, update_proj_gap=200, projector="random", residual="tensor"
-    ),
-    "orthogonal c=16 T=100": orthogonal(16.0, 100),
-    "orthogonal c=16 T=200": orthogonal(16.0, 200),
-    "orthogonal c=8 T=100": orthogonal(8.0, 100),
-}
-SHORT = (ADAMW, MUON, "galore_adamw", "fira_adamw", "orthogonal c=16 T=100")
+def contestants(steps: int) -> dict:
+    """Each optimizer of the comparison, a function of learning rate and rank.  Bases are refreshed eight times in a run."""
+    gap = max(1, steps // 8)
+    galore_muon = functools.partial(preset, galore_jax.galore_muon)
+    return {
+        ADAMW: direction(optax.scale_by_adam),
+        MUON: direction(muon),
+        "adamw_8bit": direction(lambda: galore_jax.quantize_state(optax.scale_by_adam())),
+        "adafactor": direction(lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=32)),
+        "scale": direction(column_normalised),
+        "galore_adamw": preset(galore_jax.galore_adamw, update_proj_gap=gap),
+        "galore_adamw_8bit": preset(galore_jax.galore_adamw_8bit, update_proj_gap=gap),
+        "galore_adamw, sign": preset(galore_jax.galore_adamw, update_proj_gap=gap, residual="sign"),
+        "golore_adamw": preset(galore_jax.golore_adamw, update_proj_gap=gap, random_from=steps * 4 // 5),
+        "grass_adamw": preset(galore_jax.grass_adamw, update_proj_gap=gap),
+        "fira_adamw": preset(galore_jax.fira_adamw, update_proj_gap=gap),
+        "apollo_adamw": preset(galore_jax.apollo_adamw, update_proj_gap=gap),
+        "apollo_mini": preset(galore_jax.apollo_mini, rank=1, update_proj_gap=gap),
+        "ldadam": preset(galore_jax.ldadam),
+        "galore_muon": galore_muon(update_proj_gap=2 * gap),
+        "galore_muon, c = 8": galore_muon(update_proj_gap=2 * gap, factor=8.0),
+        "galore_muon, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, factor=30.0),
+    }
 
 
-def ablation() -> dict:
+SHORT = (ADAMW, MUON, "galore_adamw", "fira_adamw", "galore_muon")
+
+
+def ablation(steps: int) -> dict:
     """galore with each projector, transport and residual."""
     found = {}
     for projector, transport, rule in itertools.product(
         ("power", "random", "rows"), ("keep", "rotate"), (None, "fira", "orthogonal")
     ):
-        inner, alpha = (momentum, 1.0) if rule == "orthogonal" else (None, 0.25)
-        name = f"{projector}, {transport}, {rule or 'none'}"
-        if projector == "rows" and rule == "orthogonal" and transport == "rotate":
-            continue  # a basis of rows turns by jumps of whole rows; nothing of a momentum would be left to carry
-        found[name] = low_rank(
-            inner, alpha, projector=projector, transport=transport, residual=rule, update_proj_gap=50
-        )
+        make = galore_jax.galore_adamw if rule is None else galore_jax.fira_adamw
+        make = galore_jax.galore_muon if rule == "orthogonal" else make
+        if (projector, transport) != ("rows", "rotate"):  # rows come and go whole: nothing is left to turn
+            settings = {"projector": projector, "transport": transport, "update_proj_gap": max(1, steps // 8)}
+            found[f"{projector}, {transport}, {rule or 'none'}"] = preset(make, **settings)
     return found
 
 
@@ -149,7 +144,7 @@ class Task:
 
     def optimizer(self, make, rate):
         parts = {
-            "matrices": optax.chain(make(self.args.rank), optax.scale_by_learning_rate(self.schedule(rate))),
+            "matrices": make(self.schedule(rate), self.args.rank),
             "rest": optax.adam(self.schedule(self.args.rest_rate)),
         }
         return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, self.labels))
@@ -312,17 +307,17 @@ def main() -> None:
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--ablation", action="store_true")
     args = parser.parse_args()
-    contestants = ablation() if args.ablation else CONTESTANTS
     if args.ablation:
         args.rates, args.leaders, args.seeds = [1e-2], 0, 1
     if args.short:
         args.only, args.rates, args.steps, args.seeds = args.only or SHORT, [3e-3, 1e-2], 40, 1
-    unknown = set(args.only or ()) - set(contestants)
+    known = (ablation if args.ablation else contestants)(args.steps)
+    unknown = set(args.only or ()) - set(known)
     if unknown:
-        raise SystemExit(f"--only {', '.join(sorted(unknown))}: not known; there are {', '.join(contestants)}.")
-    contestants = {name: make for name, make in contestants.items() if not args.only or name in args.only}
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: not known; there are {', '.join(known)}.")
+    chosen = {name: make for name, make in known.items() if not args.only or name in args.only}
     matplotlib.use("Agg")
-    runs = Runs(args, contestants)
+    runs = Runs(args, chosen)
     lines = summaries(runs, runs.grid(), args.seeds, args.leaders)
     name = "ablation" if args.ablation else "quality"
     (args.out / f"{name}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")

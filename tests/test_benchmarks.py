@@ -66,7 +66,7 @@ def assert_picture(path):
 
 
 def test_every_benchmark_has_a_test():
-    tested = {"learns.py", "memory.py", "refresh.py", "step.py", "transport.py"}
+    tested = {"learns.py", "memory.py", "quality.py", "refresh.py", "step.py", "transport.py"}
     elsewhere = {"optimizer_bytes.py", "huggingface.py"}  # test_memory.py, test_generate.py
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
 
@@ -104,6 +104,30 @@ def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
     assert energies[0][2:] == ["step 0", "step 2", "step 5"]
     assert [row[1] for row in energies[1:]] == ["(loss)", "(optimum, of the whole)", *found]
     assert_picture(tmp_path / "refresh.png")
+
+
+def test_quality_trains_the_same_model_with_each_optimizer(tmp_path, text):
+    arguments = (
+        "quality.py", text, tmp_path, "--model", "demo", "--steps", 3, "--batch", 2, "--seq", 16, "--val-tokens", 64,
+        "--only", "adamw", "galore_muon", "--seeds", 1, "--rates",
+    )  # fmt: skip
+    out = run(*arguments, 0.01, 0.001)
+    results = {line["optimizer"]: line for line in json.loads((tmp_path / "quality.json").read_text())["results"]}
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "runs").iterdir()}
+    assert records.keys() == {f"{name}-{rate}-0" for name in ("adamw", "galore_muon") for rate in ("0.01", "0.001")}
+    for name, line in results.items():
+        assert line["val_losses"] == [min(records[f"{name}-{rate}-0"]["val_loss"] for rate in ("0.01", "0.001"))]
+    first = [record["train_loss"][0] for record in records.values()]
+    assert first == pytest.approx([first[0]] * 4)  # the same weights and tokens
+    numbers = 2 * 4 * (4 * 128 * 128 + 3 * 128 * 352)  # Adam's, of the matrices of four layers
+    assert 4 * numbers <= results["adamw"]["matrix_state_bytes"] < 4 * numbers + 100
+    assert 0.15 < results["galore_muon"]["share"] < 0.25
+    assert rows(out)[0][0] == "matrices on"
+    assert_picture(tmp_path / "quality.png")
+
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert run(*arguments, 0.01, 0.001) == out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
 
 
 def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
