@@ -108,8 +108,8 @@ def plot_parts(rows: list[dict], path: pathlib.Path) -> None:
     models = {row["model"]: row["params_bytes"] for row in rows}
     model = "7b" if "7b" in models else max(models, key=models.get)
     rows = [row for row in rows if row["model"] == model]
-    names, left = [row["name"] for row in rows], [0.0] * len(rows)
-    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    names, left = [row["name"].replace(", ", ",\n") for row in rows], [0.0] * len(rows)
+    figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
     exact = [(row["params_bytes"], row["optimizer_state_bytes"]) for row in rows]
     rest = [row["peak_bytes"] - sum(sizes) for row, sizes in zip(rows, exact, strict=True)]
     for (part, color), column in zip(PARTS.items(), [*zip(*exact, strict=True), rest], strict=True):
@@ -119,15 +119,15 @@ def plot_parts(rows: list[dict], path: pathlib.Path) -> None:
     for name, row in zip(names, rows, strict=True):
         axis.annotate(
             f"{row['peak_bytes'] / 2**30:.1f}", (row["peak_bytes"] / 2**30, name), xytext=(4, 0), va="center",
-            textcoords="offset points",
+            textcoords="offset points", bbox={"color": "white", "pad": 0.5},
         )  # fmt: skip
     memory = rows[0]["target_bytes"] / 2**30
     axis.axvline(memory, color="black", linewidth=1, linestyle="--", label=f"{rows[0]['target']}: {memory:.1f} GiB")
-    axis.set(xlabel="GiB", title=f"One training step of the {model} model, by the compiler's plan")
+    axis.set(xlabel="GiB", title=f"Memory of one training step, {model}")
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
 
 
 def main() -> None:
