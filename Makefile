@@ -1,6 +1,7 @@
 # make pretrain   trains a small LLaMA with GaLore on the Python standard library's text
 # make test       lints, type-checks, runs the doctests and every test
-# Both set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
+# make docs       builds the documentation site into build/site
+# All set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
 
 PYTHON ?= python3
 ARGS ?=
@@ -8,13 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: pretrain test lint format clean
+.PHONY: pretrain test docs lint format clean
 
 pretrain: $(VENV)/train
 	$(BIN)/galore-jax pretrain --model demo --optimizer galore_adamw --data python $(ARGS)
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -7,8 +7,8 @@
     python benchmarks/memory.py OUT --models 7b --targets rtx4090 tpu-v5e
 
 One sequence of 256 tokens, the step of ``galore-jax pretrain``, refresh included.  Peak is arguments + outputs - aliased +
-temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json and
-OUT/memory.png, and prints a Markdown table.
+temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json,
+OUT/memory.png with all models and OUT/parts.png with the parts of the 7b (or the largest) one, and prints a Markdown table.
 
 Beside ours stand the paper's figures (arXiv 2403.03507, Tables 2 and 3), which are estimates of another thing: bfloat16 weights
 and bfloat16 optimizer state, no gradients, no activations.  Ours has float32 or 8-bit state, because a bfloat16 second moment
@@ -37,6 +37,8 @@ ROWS = {
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
     "q_galore (int8 weights), layer-wise": {"optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE},
 }
+
+PARTS = {"parameters": "#3b6fb6", "optimizer state": "#d1495b", "gradients, activations, workspace": "#edae49"}
 
 # GB of weights and optimizer state: Table 2, and for 7b Table 3.
 PAPER = {
@@ -100,6 +102,34 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_parts(rows: list[dict], path: pathlib.Path) -> None:
+    """What the peaks of one model on the first target are made of: a bar for each way to train it."""
+    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["peak_bytes"] is not None]
+    models = {row["model"]: row["params_bytes"] for row in rows}
+    model = "7b" if "7b" in models else max(models, key=models.get)
+    rows = [row for row in rows if row["model"] == model]
+    names, left = [row["name"].replace(", ", ",\n") for row in rows], [0.0] * len(rows)
+    figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+    exact = [(row["params_bytes"], row["optimizer_state_bytes"]) for row in rows]
+    rest = [row["peak_bytes"] - sum(sizes) for row, sizes in zip(rows, exact, strict=True)]
+    for (part, color), column in zip(PARTS.items(), [*zip(*exact, strict=True), rest], strict=True):
+        sizes = [size / 2**30 for size in column]
+        axis.barh(names, sizes, left=left, color=color, label=part)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for name, row in zip(names, rows, strict=True):
+        axis.annotate(
+            f"{row['peak_bytes'] / 2**30:.1f}", (row["peak_bytes"] / 2**30, name), xytext=(4, 0), va="center",
+            textcoords="offset points", bbox={"color": "white", "pad": 0.5},
+        )  # fmt: skip
+    memory = rows[0]["target_bytes"] / 2**30
+    axis.axvline(memory, color="black", linewidth=1, linestyle="--", label=f"{rows[0]['target']}: {memory:.1f} GiB")
+    axis.set(xlabel="GiB", title=f"Memory of one training step, {model}")
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=200)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the results")
@@ -123,6 +153,7 @@ def main() -> None:
                     print(f"{key}: {done[key]['peak_bytes']} bytes", flush=True)
                 rows.append(done[key])
     plot(rows, args.out / "memory.png")
+    plot_parts(rows, args.out / "parts.png")
     print(table(rows))
 
 

@@ -18,7 +18,7 @@ from galore_jax.models import Llama, LlamaConfig
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # the paper's, its Table 2 and section 5.5
 README = pathlib.Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- optimizer_bytes: begin -->\n", "<!-- optimizer_bytes: end -->\n"
+BEGIN, END = "<!-- --8<-- [start:optimizer_bytes] -->\n", "<!-- --8<-- [end:optimizer_bytes] -->\n"
 
 
 def abstract_params(model: str) -> nnx.State:

@@ -248,6 +248,7 @@ def test_memory_plans_every_row_once_and_goes_on_where_it_was(tmp_path, script, 
     states = {row["name"]: row["optimizer_state_bytes"] for row in plans}
     assert states["galore 8-bit, layer-wise"] < states["adamw"] / 3
     assert_picture(tmp_path / "memory.png")
+    assert_picture(tmp_path / "parts.png")
     monkeypatch.setattr(memory, "planned", None)  # nothing is compiled again
     memory.main()
     assert rows(capsys.readouterr().out)[1:] == found

@@ -8,8 +8,12 @@ import re
 import subprocess
 import sys
 
+from flax import nnx
+from run_pages import blocks
+
 import galore_jax
 from galore_jax.catalogue import PRESETS
+from galore_jax.models import Llama, LlamaConfig, save_hf
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
@@ -22,6 +26,19 @@ def test_the_code_blocks_print_what_they_say():
         timeout=240,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_blocks_that_are_no_doctests_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny = LlamaConfig.preset("demo", num_hidden_layers=1, vocab_size=64)
+    save_hf(Llama(tiny, rngs=nnx.Rngs(0)), "SmolLM2-135M")
+    code = [
+        block.body for block in blocks(README.read_text()) if block.language == "python" and ">>> " not in block.body
+    ]
+    assert code
+    for body in code:
+        exec(body, {})
+    assert (tmp_path / "SmolLM2-135M-mine" / "config.json").is_file()
 
 
 def test_the_table_of_presets_names_every_public_preset_and_no_other():

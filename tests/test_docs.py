@@ -1,0 +1,134 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The documentation: its code runs, its commands are ones that exist, and the site builds without a warning."""
+
+import importlib.util
+import os
+import pathlib
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+import types
+
+import pytest
+from run_pages import blocks
+
+import galore_jax
+from galore_jax import cli
+from galore_jax.training import config, generation, plan
+
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+SETTINGS = {"pretrain": config.PretrainConfig, "plan": plan.PlanConfig, "generate": generation.GenerateConfig}
+NEEDS_EQUINOX = {"own-model.md"}
+
+
+def test_python_blocks_run_and_print_what_they_say():
+    """In a process of its own, with JAX's defaults and warnings as errors; for the README see test_readme.py."""
+    left_out = set() if importlib.util.find_spec("equinox") else NEEDS_EQUINOX
+    pages = [str(page) for page in DOCS if page.name not in left_out]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(ROOT / "tests" / "run_pages.py"), *pages],
+        capture_output=True,
+        text=True,
+        timeout=480,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if left_out:
+        pytest.skip(f"{', '.join(left_out)} was left out: Equinox is not installed (extra test)")
+
+
+def test_a_page_that_is_wrong_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nprint(1)\n```\n\n```text\n2\n```\n\n```python\nprint(3)\n```\n\n```python\n1 / 0\n```\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "run_pages.py"), str(page)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    for line in ("page.md:6: printed\n1\n", "prints\n3\n", "ZeroDivisionError"):
+        assert line in done.stdout
+
+
+def commands(page):
+    """The command lines of the blocks of ``console``: words, without comments."""
+    for block in blocks(page.read_text()):
+        if block.language == "console":
+            lines = block.body.replace("\\\n", " ").splitlines()
+            prompted = [line[2:] for line in lines if line.startswith("$ ")]  # the rest is what they print
+            for line in prompted or lines:
+                if words := shlex.split(line, comments=True):
+                    yield words
+
+
+COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: getattr(value, "name", None))
+def test_commands_exist_and_take_these_flags(page, words):
+    match words:
+        case ["galore-jax", command, *flags]:
+            cli.parse(SETTINGS[command], [flag for flag in flags if flag != "..."], command)
+        case ["python", script, *flags]:
+            source = (ROOT / script).read_text()
+            assert all(flag in source for flag in flags if flag.startswith("--"))
+        case ["make", target]:
+            assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+        case ["pip", "install", *packages]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            ours = [re.fullmatch(r"(?:\.|galore-jax)(?:\[(.+)\])?", package) for package in packages]
+            assert all(extra in extras for match in ours if match and match[1] for extra in match[1].split(","))
+        case _:
+            raise AssertionError(f"{page} has a command of another kind: {words}")
+
+
+def test_the_reference_has_every_module():
+    named = set()
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        named |= set(re.findall(r"^::: (galore_jax\.\w+)", page.read_text(), re.MULTILINE))
+    modules = {f"galore_jax.{module.name}" for module in pkgutil.iter_modules(galore_jax.__path__)}
+    assert {name for name in modules if "._" not in name} <= named
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the site, built with every warning an error."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed (extra docs)")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_an_entry_for_every_public_name(site):
+    anchors = set()
+    for page in (site / "reference").rglob("index.html"):
+        anchors |= set(re.findall(r'<h\d id="([\w.]+)"', page.read_text()))
+    public = {name: value for name, value in vars(galore_jax).items() if not name.startswith("_")}
+    where = {
+        name: value.__name__ if isinstance(value, types.ModuleType) else f"{value.__module__}.{name}"
+        for name, value in public.items()
+    }
+    missing = {name for name, place in where.items() if {place, f"galore_jax.{name}"}.isdisjoint(anchors)}
+    assert missing == set()
+
+
+def test_the_site_is_readable(site):
+    """Formulas are MathML, tables from the README are tables, roles and markers of docstrings are gone."""
+    pages = {str(page.relative_to(site)): page.read_text() for page in site.rglob("index.html")}
+    assert "<math" in pages["mathematics/index.html"]
+    assert "<td>7b</td>" in pages["index.html"]
+    for name, text in pages.items():
+        assert ":func:" not in text, name
+        assert "--8&lt;--" not in text, name
+        assert "$$" not in text, name
