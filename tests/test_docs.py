@@ -72,6 +72,8 @@ COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=lambda value: getattr(value, "name", None))
 def test_commands_exist_and_take_these_flags(page, words):
+    while re.match(r"[A-Z_]+=", words[0]):  # of the environment
+        words = words[1:]
     match words:
         case ["galore-jax", command, *flags]:
             cli.parse(SETTINGS[command], [flag for flag in flags if flag != "..."], command)
