@@ -1,7 +1,8 @@
 # make pretrain   trains a small LLaMA with GaLore on the Python standard library's text
 # make test       lints, type-checks, runs the doctests and every test
 # make docs       builds the documentation site into build/site
-# All set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
+# make package    builds the wheel and the sdist, and tries each in an empty environment
+# All but package set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
 
 PYTHON ?= python3
 ARGS ?=
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?=
 
-.PHONY: pretrain test docs lint format clean
+.PHONY: pretrain test docs package lint format clean
 
 pretrain: $(VENV)/train
 	$(BIN)/galore-jax pretrain --model demo --optimizer galore_adamw --data python $(ARGS)
@@ -19,6 +20,9 @@ test: $(VENV)/test lint
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package:
+	PYTHON=$(PYTHON) .ci/package
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
