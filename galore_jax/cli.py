@@ -46,6 +46,27 @@ def pretrain(arguments: Sequence[str]) -> int:
     return 0
 
 
+def finetune(arguments: Sequence[str]) -> int:
+    """Fine-tune a LLaMA from Hugging Face, or --resume a run."""
+    with needed_packages("finetune", extra="train"):
+        from galore_jax.training import checkpoint, finetune as loop, finetune_config
+
+        kind, default = finetune_config.FinetuneConfig, None
+        if "--resume" in arguments:  # which needs neither --model nor --data
+            default = finetune_config.BLANK
+        settings = parse(kind, arguments, "finetune", default)
+    with usage_errors():
+        if settings.resume and settings.out is not None:
+            settings = parse(kind, arguments, "finetune", finetune_config.load_config(settings.out)[0])
+        run = loop.prepare(settings)
+    try:
+        loop.train(run)
+    except (checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def plan(arguments: Sequence[str]) -> int:
     """Say whether a training step fits a GPU or TPU that need not be there."""
     with needed_packages("plan", extra="train"):
@@ -79,7 +100,12 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": pretrain, "plan": plan, "generate": generate}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "pretrain": pretrain,
+    "finetune": finetune,
+    "plan": plan,
+    "generate": generate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage: galore-jax COMMAND [flags]
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
+      finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.
     <BLANKLINE>

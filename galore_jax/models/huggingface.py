@@ -23,6 +23,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from galore_jax.models.classifier import LlamaClassifier
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface, config_to_huggingface
 from galore_jax.models.llama import Llama
@@ -31,6 +32,7 @@ from galore_jax.weights import dequantize
 SHARD_BYTES = 5 * 10**9
 """Bytes of tensors in one file; a larger model is written into several, with an index."""
 
+_LM_HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _LAYER = {
@@ -99,13 +101,13 @@ def load_hf(path: str | Path, dtype: Any = None) -> Llama:
     return nnx.merge(graphdef, _nested(values))
 
 
-def save_hf(model: Llama, path: str | Path) -> None:
+def save_hf(model: Llama | LlamaClassifier, path: str | Path) -> None:
     """Write the model into a folder, as transformers reads it; weights in 8 bits are written in the model's dtype.
 
     The tokenizer is not part of the model: copy its ``tokenizer.json`` there.
 
     Args:
-      model: what to write.
+      model: what to write; a classifier as ``LlamaForSequenceClassification`` (or Mistral's), without adapters of LoRA.
       path: the folder; made if it is not there.
 
     Raises:
@@ -116,9 +118,10 @@ def save_hf(model: Llama, path: str | Path) -> None:
     for file in taken:
         if file.exists():
             raise ValueError(f"{file} exists, and save_hf writes over nothing; name another folder.")
+    config, tensors = _described(model)
     folder.mkdir(parents=True, exist_ok=True)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    shards = _cut(list(_tensors(model.config)), params)
+    shards = _cut(tensors, params)
     total, files = 0, {}
     for number, shard in enumerate(shards, 1):
         file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -129,7 +132,17 @@ def save_hf(model: Llama, path: str | Path) -> None:
         total += sum(array.nbytes for array in arrays.values())
     if len(shards) > 1:
         _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    _write_json(folder / "config.json", config_to_huggingface(model.config))
+    _write_json(folder / "config.json", config)
+
+
+def _described(model: Llama | LlamaClassifier) -> tuple[dict[str, Any], list[_Tensor]]:
+    """The fields of a model's ``config.json``, and its tensors."""
+    if isinstance(model, Llama):
+        return config_to_huggingface(model.config), list(_tensors(model.config))
+    config = model.body.config
+    body = [tensor._replace(path=f"body/{tensor.path}") for tensor in _tensors(config) if tensor.name != _LM_HEAD]
+    fields = config_to_huggingface(config, num_labels=model.num_labels)
+    return fields, [*body, _Tensor("score.weight", "classification_head/kernel", None)]
 
 
 def _tensors(config: LlamaConfig) -> Iterator[_Tensor]:
@@ -140,7 +153,7 @@ def _tensors(config: LlamaConfig) -> Iterator[_Tensor]:
             yield _Tensor(f"model.layers.{layer}.{name}.weight", f"layers/{path}", layer)
     yield _Tensor("model.norm.weight", "norm/scale", None)
     if not config.tie_word_embeddings:
-        yield _Tensor("lm_head.weight", "lm_head/kernel", None)
+        yield _Tensor(_LM_HEAD, "lm_head/kernel", None)
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -191,7 +204,7 @@ def _check(
                 f"only {', '.join(_FLOATS)} are read, so get a version that is not quantized."
             )
     # A bias or one more layer would change what the model computes; old files list what rotary embeddings derive.
-    known = {tensor.name for tensor in tensors} | ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    known = {tensor.name for tensor in tensors} | ({_LM_HEAD} if config.tie_word_embeddings else set())
     others = sorted(name for name in found.keys() - known if not name.endswith("rotary_emb.inv_freq"))
     if others:
         raise ValueError(

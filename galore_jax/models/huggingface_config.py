@@ -62,8 +62,8 @@ def config_from_huggingface(path: Path, **overrides: Any) -> LlamaConfig:
         raise ValueError(f"{path} describes no model that can be built: {error}") from error
 
 
-def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of a ``config.json`` from which transformers builds the same model.
+def config_to_huggingface(config: LlamaConfig, num_labels: int | None = None) -> dict[str, Any]:
+    """The fields of a ``config.json`` from which transformers builds the same model, or a classifier with so many labels.
 
     >>> fields = config_to_huggingface(LlamaConfig.preset("llama3-8b", dtype="bfloat16", param_dtype="bfloat16"))
     >>> fields["architectures"], fields["rope_theta"], fields["rope_scaling"], fields["torch_dtype"]
@@ -80,8 +80,14 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         )
         scaling = {"rope_type": config.rope_type}
         scaling |= {name: getattr(resolved, _ROPE[name]) for name in _NEEDED[config.rope_type]}
+    head, labels = "CausalLM", {}
+    if num_labels is not None:
+        head = "SequenceClassification"
+        labels = {"id2label": {str(label): f"LABEL_{label}" for label in range(num_labels)}}
+        labels |= {"label2id": {name: int(label) for label, name in labels["id2label"].items()}}
+        labels |= {"problem_type": "single_label_classification"}
     return {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "architectures": [f"{kind.capitalize()}For{head}"],
         "model_type": kind,
         **{name: getattr(config, name) for name in names},
         "num_key_value_heads": config.kv_heads,
@@ -92,6 +98,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_scaling": scaling,
         "torch_dtype": config.param_dtype,
+        **labels,
     }
 
 

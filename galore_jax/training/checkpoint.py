@@ -57,10 +57,11 @@ class CheckpointWriter:
     Args:
       folder: made if it does not exist; unfinished checkpoints that an interrupted run left there are removed.
       keep: the newest ones to keep.
+      command: that continues the run, for messages.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder = folder
+    def __init__(self, folder: Path, keep: int, command: str = "pretrain"):
+        self.folder, self._command = folder, command
         self._manager = _manager(folder, keep, create=True)
         self._saving: int | None = None
 
@@ -117,7 +118,7 @@ class CheckpointWriter:
         run = self.folder.parent
         return (
             f"{start}; the last good one is of step {good[-1]}: make room in {self.folder} and continue with "
-            f"`{resume_command(run)}`."
+            f"`{resume_command(run, self._command)}`."
         )
 
 

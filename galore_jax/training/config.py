@@ -208,7 +208,7 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(folder: Path, command: str = "pretrain") -> str:
     """What to type to continue the run in ``folder``, with the path of a ``galore-jax`` that is not on PATH.
 
     >>> resume_command(Path("runs/x")).endswith("galore-jax pretrain --resume --out runs/x")
@@ -216,7 +216,7 @@ def resume_command(folder: Path) -> str:
     """
     started_as = Path(sys.argv[0])
     elsewhere = started_as.name == "galore-jax" and shutil.which("galore-jax") is None
-    return f"{started_as if elsewhere else 'galore-jax'} pretrain --resume --out {folder}"
+    return f"{started_as if elsewhere else 'galore-jax'} {command} --resume --out {folder}"
 
 
 def check(config: PretrainConfig) -> None:
@@ -305,12 +305,12 @@ def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
         )
 
 
-def check_same_run(config: PretrainConfig, saved: PretrainConfig) -> None:
-    """Raises a ValueError that names the first field in which ``config`` is another run than ``saved``."""
+def check_same_run(config: Any, saved: Any, may_change: set[str] = _MAY_CHANGE) -> None:
+    """Raises a ValueError that names the first field, ``may_change`` left out, in which ``config`` and ``saved`` differ."""
     for field in dataclasses.fields(config):
         new, old = getattr(config, field.name), getattr(saved, field.name)
         # repr, because a rank of 1 and one of 1.0 are equal and mean different things.
-        if field.name not in _MAY_CHANGE and repr(new) != repr(old):
+        if field.name not in may_change and repr(new) != repr(old):
             raise ValueError(
                 f"{flag(field.name)} is {new!r}, but the run in {saved.out} was started with {old!r}; "
                 f"leave {flag(field.name)} out to continue that run, or start another one with a new --out."
@@ -388,8 +388,7 @@ def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path, data_f
     They are ``data_fingerprint`` and ``tokenizer_fingerprint``, the SHA-256 of the ``tokenizer.json`` in ``folder``.
     """
     fields = dataclasses.asdict(config.resolved) | {"out": str(folder)}
-    versions = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
-    fields |= {"model_config": dataclasses.asdict(model), "versions": versions | {"galore_jax": _own_version()}}
+    fields |= {"model_config": dataclasses.asdict(model), "versions": versions()}
     fields |= {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": _tokenizer_fingerprint(folder)}
     write_json(folder / "config.json", fields)
 
@@ -406,11 +405,11 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
     try:
         fields = read_json(path)
-        model = _from_json(LlamaConfig, fields["model_config"])
+        model = from_json(LlamaConfig, fields["model_config"])
         known = {field.name for field in dataclasses.fields(PretrainConfig)}
         renamed = {_ONCE_CALLED.get(name, name): value for name, value in fields.items()}
         settings = _BEFORE_THE_FIELD | {name: value for name, value in renamed.items() if name in known}
-        config = _from_json(PretrainConfig, settings)
+        config = from_json(PretrainConfig, settings)
         meant = _BEFORE_THE_FIELD if config.projector == "svd" else _WHERE_NULL
         nulls = {name: meant[name] for name in _WHERE_NULL if settings[name] is None}
         fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
@@ -431,8 +430,8 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _from_json(kind: type, fields: dict[str, Any]) -> Any:
-    """The dataclass ``kind``; TypeError if a field has a value of another type."""
+def from_json(kind: type, fields: dict[str, Any]) -> Any:
+    """The dataclass ``kind`` from what a JSON file says; TypeError if a field has a value of another type."""
     types = get_type_hints(kind)
     for name, value in fields.items():
         if name in types and not _fits(value, types[name]):
@@ -473,7 +472,9 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed {seed} must be less than 2**31.")
 
 
-def _own_version() -> str:
+def versions() -> dict[str, str]:
+    """Of the libraries that compute a run, and of this one."""
     import galore_jax
 
-    return galore_jax.__version__
+    others = {name: version(name) for name in ("jax", "optax", "flax", "orbax-checkpoint")}
+    return others | {"galore_jax": galore_jax.__version__}

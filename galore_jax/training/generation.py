@@ -23,7 +23,7 @@ from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.sampling import stream
 from galore_jax.training import checkpoint, config as settings
 from galore_jax.training.program import program
-from galore_jax.training.tokenizer import Tokenizer, load_tokenizer
+from galore_jax.training.tokenizer import Tokenizer, model_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,12 @@ def _source(folder: Path) -> _Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"--model {folder} is no folder; name {kinds}.")
     fields = _json(folder / "config.json")
+    if "task" in fields:
+        raise ValueError(f"--model {folder} is a run of galore-jax finetune; name the model in it, {folder / 'best'}.")
     if "model_config" in fields:
         return _run(folder)
     if "model_type" in fields:
-        return _huggingface(folder, fields)
+        return _huggingface(folder)
     raise ValueError(f"--model {folder} holds no config.json of a model; name {kinds}.")
 
 
@@ -122,7 +124,7 @@ def _run(folder: Path) -> _Source:
     run, model_config, _ = settings.load_config(folder)
     checkpoints = folder / "checkpoints"
     step = checkpoint.last_step(checkpoints)
-    tokenizer = load_tokenizer(str(_needed(folder / "tokenizer.json")))
+    tokenizer = model_tokenizer(folder)
 
     def load() -> Llama:
         built = program(run, model_config)
@@ -131,18 +133,24 @@ def _run(folder: Path) -> _Source:
     return _Source(tokenizer, tokenizer.encode, model_config, load, frozenset([tokenizer.eos_id]))
 
 
-def _huggingface(folder: Path, fields: dict[str, Any]) -> _Source:
+def _huggingface(folder: Path) -> _Source:
     model_config = config_from_huggingface(folder / "config.json")
-    tokenizer = load_tokenizer(str(_needed(folder / "tokenizer.json")))
-    ends = (fields | _json(folder / "generation_config.json")).get("eos_token_id")
-    ends = tokenizer.eos_id if ends is None else ends
+    tokenizer = model_tokenizer(folder)
     return _Source(
         tokenizer,
         tokenizer.encode_prompt,
         model_config,
         lambda: load_hf(folder),
-        frozenset(ends if isinstance(ends, list) else [ends]),
+        frozenset(end_ids(folder, tokenizer)),
     )
+
+
+def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """The token ids that end a text of the Hugging Face model in a folder, the first one foremost."""
+    fields = _json(folder / "config.json") | _json(folder / "generation_config.json")
+    ends = fields.get("eos_token_id")
+    ends = tokenizer.eos_id if ends is None else ends
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _pieces(text: str, prompt: np.ndarray, tokens: Iterator[int], source: _Source) -> Iterator[str]:
@@ -179,9 +187,3 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy.") from error
     return fields if isinstance(fields, dict) else {}
-
-
-def _needed(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; put the tokenizer that the model was trained with there.")
-    return path

@@ -16,6 +16,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,18 @@ def train(run: Run) -> Record:
             f"{config.model}, {run.model_config.num_params:,} parameters, {config.optimizer}\n"
             f"{run.data.description}\nrun folder: {folder}, at step {run.step} of {config.steps}"
         )
-        seconds = _take_steps(run, writer, log, progress, signals)
+        eval_step = make_eval_step(run.program.graphdef)
+        meter = Meter(
+            learning_rates=learning_rates(config),
+            tokens=config.batch * config.seq,
+            every=config.log_every,
+            losses=run.losses,
+        )
+        seconds = take_steps(
+            run, writer, log, progress, signals, meter,
+            compile_step=lambda: _compiled_step(run),
+            evaluate=lambda: evaluate(run, eval_step),
+        )  # fmt: skip
 
     validation = [record for record in read_metrics(folder) if "val_loss" in record]
     last = validation[-1] if validation else {"val_loss": None, "val_perplexity": None}
@@ -157,19 +169,28 @@ def train(run: Run) -> Record:
     return summary
 
 
-def _take_steps(
-    run: Run, writer: CheckpointWriter, log: MetricsLog, progress: Progress, signals: StopSignals
+def take_steps(
+    run: Any,
+    writer: CheckpointWriter,
+    log: MetricsLog,
+    progress: Progress,
+    signals: StopSignals,
+    meter: Meter,
+    *,
+    compile_step: Callable[[], Any],
+    evaluate: Callable[[], Record],
 ) -> list[float]:
-    """Train until the last step or a signal; returns the seconds of each step."""
+    """Train until the last step or a signal; returns the seconds of each step.
+
+    Args:
+      run: has ``config`` (of which ``steps``, ``eval_every`` and ``save_every``), ``folder``, ``batches``, ``resumed_from``,
+        ``losses``, and ``params``, ``opt_state`` and ``step``, which are replaced step by step.
+      writer, log, progress, signals, meter: what a step is told to.
+      compile_step: gives ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; called once, after the checkpoint
+        of step 0.
+      evaluate: the record of a validation of ``run`` as it is now.
+    """
     config = run.config
-    schedule = make_schedule(config)
-    meter = Meter(
-        learning_rates=np.asarray(jax.vmap(schedule)(np.arange(config.steps, dtype=np.int32))),
-        tokens=config.batch * config.seq,
-        every=config.log_every,
-        losses=run.losses,
-    )
-    eval_step = make_eval_step(run.program.graphdef)
 
     def note(record: Record | None) -> None:
         if record is not None:
@@ -180,7 +201,7 @@ def _take_steps(
     def pause(*, validate: bool, save: bool) -> None:
         note(meter.finish())
         if validate:
-            note(evaluate(run, eval_step))
+            note(evaluate())
         if save:
             state = run.batches.get_state()
             writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)))
@@ -190,7 +211,7 @@ def _take_steps(
     if saved is None:
         pause(validate=False, save=True)
         saved = 0
-    train_step = _compiled_step(run)
+    train_step = compile_step()
     meter.start()
     while run.step < config.steps and not signals.received:
         batch = jax.device_put(next(run.batches), run.program.batch.sharding)
@@ -204,6 +225,11 @@ def _take_steps(
             saved, validated = run.step if save else saved, run.step if validate else validated
     pause(validate=run.step == config.steps and validated != run.step, save=saved != run.step)
     return meter.seconds
+
+
+def learning_rates(config: PretrainConfig) -> np.ndarray:
+    """That of each step, float32 [steps]."""
+    return np.asarray(jax.vmap(make_schedule(config))(np.arange(config.steps, dtype=np.int32)))
 
 
 def _compiled_step(run: Run) -> Any:
@@ -301,7 +327,7 @@ def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig,
     return Run(config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from)
 
 
-def _is_validated(run: Run) -> bool:
+def _is_validated(run: Any) -> bool:
     return any("val_loss" in record for record in read_metrics(run.folder) if record["step"] == run.step)
 
 

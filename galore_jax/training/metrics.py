@@ -172,13 +172,13 @@ class Meter:
 
     Args:
       learning_rates: of each step, float [steps].
-      tokens: predicted tokens of a step.
+      tokens: of each step, or of every step alike.
       every: steps between two records; the last step has one too.
       losses: of the steps since the last record, from the checkpoint.
     """
 
     learning_rates: np.ndarray
-    tokens: int
+    tokens: int | np.ndarray
     every: int
     losses: list[float]
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -186,6 +186,10 @@ class Meter:
     _pending: tuple[int, Metrics] | None = None
     _clock: float = 0.0
     _timed: int = 0
+
+    def __post_init__(self) -> None:
+        each = np.broadcast_to(np.asarray(self.tokens, np.int64), self.learning_rates.shape)
+        self._tokens_after = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])  # so many steps
 
     def start(self) -> None:
         """Start the clock, after work that is not a training step."""
@@ -216,9 +220,10 @@ class Meter:
             "step": step,
             "loss": math.fsum(self.losses) / len(self.losses),
             "learning_rate": float(self.learning_rates[step - 1]),
-            "tokens_per_second": self._timed * self.tokens / sum(self.seconds[-self._timed :]),
+            "tokens_per_second": int(self._tokens_after[step] - self._tokens_after[step - self._timed])
+            / sum(self.seconds[-self._timed :]),
             "grad_norm": float(metrics["grad_norm"]),
-            "tokens": step * self.tokens,
+            "tokens": int(self._tokens_after[step]),
             **{name: int(metrics[name]) for name in COUNTS},
             **subspace_fields(metrics["subspace"]),
         }
@@ -243,7 +248,7 @@ class Progress:
     def show(self, record: Record) -> None:
         """Show a training or a validation record."""
         if "val_loss" in record:
-            self.say(f"step {record['step']}: validation {_perplexity(record)}")
+            self.say(f"step {record['step']}: validation {validation_words(record)}")
             return
         text = (
             f"loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
@@ -266,5 +271,12 @@ class Progress:
             self._bar.close()
 
 
-def _perplexity(record: Record) -> str:
+def validation_words(record: Record) -> str:
+    """What a validation found.
+
+    >>> validation_words({"val_loss": 0.4, "val_accuracy": 0.825})
+    'loss 0.4000, accuracy 0.825'
+    """
+    if "val_accuracy" in record:
+        return f"loss {record['val_loss']:.4f}, accuracy {record['val_accuracy']:.3f}"
     return f"loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.2f}"

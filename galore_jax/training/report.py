@@ -20,6 +20,7 @@ from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.weights import dequantize
 
 _TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
+_LABEL: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": _VALIDATION}
 
 
 def memory(config: PretrainConfig, params: Any, opt_state: Any) -> dict[str, int]:
@@ -98,24 +99,31 @@ def closing_words(config: PretrainConfig, folder: Path, summary: Record, sizes: 
     return "\n".join(lines)
 
 
-def plot_loss(folder: Path, title: str) -> None:
-    """Draw ``loss.png`` from ``metrics.jsonl``: training loss, its moving average, and validation loss."""
+def plot_loss(folder: Path, title: str, per: str = "token") -> None:
+    """Draw ``loss.png`` from ``metrics.jsonl``: training loss, smoothed too, validation loss, and accuracy if there is any."""
     records = read_metrics(folder)
     training = _points(records, "loss")
-    validation = _points(records, "val_loss")
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    validation, accuracy = _points(records, "val_loss"), _points(records, "val_accuracy")
+    panels = 2 if len(accuracy) else 1
+    figure = Figure(figsize=(8, 5 + 2 * (panels - 1)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes, *others = figure.subplots(panels, squeeze=False, sharex=True, height_ratios=[2.5, 1][:panels])[:, 0]
     if len(training):
         axes.plot(*training.T, color=_TRAINING, alpha=0.3, linewidth=1)
         axes.plot(*smooth(training).T, color=_TRAINING, linewidth=2, label="training (smoothed)")
     if len(validation):
         axes.plot(*validation.T, "o-", color=_VALIDATION, linewidth=1, markersize=5, label="validation")
-        label = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": _VALIDATION}
-        axes.annotate(f"{validation[-1, 1]:.3f}", validation[-1], **label)
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.annotate(f"{validation[-1, 1]:.3f}", validation[-1], **_LABEL)
+    for other in others:
+        other.plot(*accuracy.T, "o-", color=_VALIDATION, linewidth=1, markersize=5)
+        other.annotate(f"{accuracy[-1, 1]:.3f}", accuracy[-1], **_LABEL)
+        other.set(ylabel="accuracy")
+        other.margins(y=0.25)
+    axes.set(title=title, ylabel=f"loss (nats per {per})")
+    [axes, *others][-1].set(xlabel="step")
+    for panel in (axes, *others):
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     if len(training) or len(validation):
         axes.legend(frameon=False)
     figure.savefig(folder / "loss.png")

@@ -81,11 +81,15 @@ def make_train_step(
         else:
             loss, grads = mean_gradient(params, batch)
             updates, opt_state = tx.update(grads, opt_state, params)
-        # Added in float32 and rounded once, which matters for bfloat16 parameters.
-        params = jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
-        return params, opt_state, {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
+        return add_updates(params, updates), opt_state, metrics
 
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def add_updates(params: Any, updates: Any) -> Any:
+    """Their sum, added in float32 and rounded once to the parameters' dtype, which matters for bfloat16."""
+    return jax.tree.map(lambda p, u: (p.astype(jnp.float32) + u).astype(p.dtype), params, updates)
 
 
 def make_eval_step(graphdef: nnx.GraphDef) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]:

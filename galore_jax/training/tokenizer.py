@@ -157,6 +157,14 @@ def load_tokenizer(spec: str, documents: Iterable[str] | None = None, *, vocab_s
     return _read(path)
 
 
+def model_tokenizer(folder: Path) -> Tokenizer:
+    """The ``tokenizer.json`` in the folder of a model; FileNotFoundError or ValueError as :func:`load_tokenizer`."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; put the tokenizer that the model was trained with there.")
+    return _read(path)
+
+
 def _train_bpe(documents: Iterable[str] | None, vocab_size: int) -> SubwordTokenizer:
     if documents is None:
         raise ValueError('tokenizer "bpe" needs documents to be trained on: pass some, or use "bytes".')

@@ -1,0 +1,378 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The fine-tuning loop: ``train(prepare(config))``, from a Hugging Face folder to others.
+
+The loss of a batch is the mean over its targets, with no others beside them: each token of the responses and the end of the
+document after it, each token of a text, or the label of each text,
+
+    loss = -1/n sum_i log p(target_i | inputs) .
+
+As in pre-training, a run is a function of its configuration, and one that was killed and resumed gives the same numbers, bit for
+bit.  With LoRA the checkpoints hold the adapters only, and the model's own weights come from its folder again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import statistics
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from galore_jax.memory import tree_bytes
+from galore_jax.models import Llama, LlamaClassifier, add_lora, load_hf, merge_lora, save_hf
+from galore_jax.models.huggingface_config import config_from_huggingface
+from galore_jax.training import checkpoint, config as settings, finetune_config, report
+from galore_jax.training.checkpoint import CheckpointWriter
+from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
+from galore_jax.training.finetune_config import LORA, FinetuneConfig
+from galore_jax.training.generation import end_ids
+from galore_jax.training.loop import StopSignals, learning_rates, take_steps
+from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics, validation_words
+from galore_jax.training.optimizers import make_optimizer, make_schedule
+from galore_jax.training.step import add_updates, optimizer_metrics
+from galore_jax.training.tokenizer import model_tokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+"""Files of the model's folder that are copied beside the new weights, where they exist."""
+
+BEST, LAST = "best", "last"
+"""Folders with the weights that did best on the held-out examples, and with the last ones."""
+
+
+@dataclasses.dataclass
+class Run:
+    """All that a run needs, with ``step`` optimizer steps completed."""
+
+    config: FinetuneConfig
+    folder: Path
+    train: Examples
+    validation: Examples
+    eos: int
+    graphdef: nnx.GraphDef
+    frozen: Any  # parameters that stay as they are
+    batches: TrainingBatches
+    params: Any
+    opt_state: Any
+    step: int
+    losses: list[float]  # of the steps since the last line of metrics.jsonl
+    resumed_from: int | None
+    facts: dict[str, Any]  # for config.json
+    sizes: dict[str, int]  # for summary.json
+    description: str
+
+
+def run_finetune(config: FinetuneConfig) -> Record:
+    """Fine-tune from the start, or go on from the last checkpoint; returns what ``summary.json`` holds.
+
+    Raises:
+      ValueError, FileNotFoundError: a setting, the model, the examples, the run folder or a checkpoint cannot be used.
+      CheckpointError: a checkpoint could not be written.
+    """
+    return train(prepare(config))
+
+
+def prepare(config: FinetuneConfig) -> Run:
+    """Check everything, and make or restore the state of a run; only a new run's folder is created."""
+    if config.resume:
+        folder = config.out
+        if folder is None:
+            raise ValueError("--resume needs --out, the folder of the run to continue.")
+        saved, facts = finetune_config.load_config(folder)
+        unset = [
+            name for name in ("warmup_steps", "proj_type", "refresh", "transport") if getattr(config, name) is None
+        ]
+        config = dataclasses.replace(config, **{name: getattr(saved, name) for name in unset})
+        settings.check_same_run(config, saved, finetune_config.MAY_CHANGE)
+        finetune_config.check(config)
+        read_metrics(folder)  # a damaged line is found before anything is written
+        return _load(config, folder, facts)
+    finetune_config.check(config)
+    with settings.new_folder(dataclasses.replace(config.training, optimizer=config.optimizer)) as folder:
+        return _load(config, folder, None)
+
+
+def train(run: Run) -> Record:
+    """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
+    config, folder = run.config, run.folder
+    began = time.perf_counter()
+    finished = _finished(run)
+    if finished is not None:
+        print(f"The run in {folder} already has its {config.steps} steps.")
+        _say_goodbye(run, finished)
+        return finished
+    finetune_config.save_config(config, folder, run.facts)
+    scores = make_scores(run.graphdef, run.train.task)
+    jitted = jax.jit(scores)
+    lengths, tokens = run.train.shapes(config.seed, config.steps)
+    meter = Meter(learning_rates(config.training), tokens, config.log_every, run.losses)
+    with (
+        StopSignals() as signals,
+        MetricsLog(folder, run.step) as log,
+        Progress(run.step, config.steps) as progress,
+        CheckpointWriter(folder / "checkpoints", config.keep, "finetune") as writer,
+    ):
+        progress.say(f"{run.description}\nrun folder: {folder}, at step {run.step} of {config.steps}")
+        seconds = take_steps(
+            run, writer, log, progress, signals, meter,
+            compile_step=lambda: _compiled_step(run, scores, lengths[run.step :]),
+            evaluate=lambda: _evaluated(run, jitted),
+        )  # fmt: skip
+    _export(run, LAST)
+    summary = _summary(run, seconds, int(tokens[: run.step].sum())) | {"wall_seconds": time.perf_counter() - began}
+    settings.write_json(folder / "summary.json", summary)
+    report.plot_loss(
+        folder, f"{config.model.name}, {config.optimizer}", "text" if run.train.task == "label" else "token"
+    )
+    if run.step == config.steps:
+        _say_goodbye(run, summary)
+    else:
+        print(f"Stopped after step {run.step}; continue with: {settings.resume_command(folder, 'finetune')}")
+    return summary
+
+
+def make_scores(graphdef: nnx.GraphDef, task: str) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
+    """``scores(params, frozen, batch)``: the summed ``loss`` of ``count`` targets; of labels, how many are ``correct``."""
+
+    def scores(params: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
+        model = nnx.merge(graphdef, params, frozen)
+        counted = batch.targets != NO_LOSS
+        targets = jnp.where(counted, batch.targets, 0)
+        right = {}
+        if task == "label":
+            logits = model(batch.tokens, batch.lengths)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            right = {"correct": jnp.sum(counted & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.int32)}
+        else:
+            losses = model.losses(model.run_layers(model.embed(batch.tokens)), targets)
+        return {"loss": jnp.sum(losses, where=counted), "count": jnp.sum(counted, dtype=jnp.int32)} | right
+
+    return scores
+
+
+def make_step(scores: Callable[[Any, Any, Batch], dict[str, jax.Array]], tx: optax.GradientTransformation) -> Any:
+    """A jitted ``step(params, opt_state, frozen, batch) -> (params, opt_state, metrics)``; the first two are donated."""
+
+    def step(params: Any, opt_state: Any, frozen: Any, batch: Batch) -> tuple[Any, Any, dict[str, Any]]:
+        def mean_loss(params: Any) -> jax.Array:
+            found = scores(params, frozen, batch)
+            return found["loss"] / jnp.maximum(found["count"], 1).astype(jnp.float32)
+
+        loss, grads = jax.value_and_grad(mean_loss)(params)
+        grads = optax.tree.cast(grads, jnp.float32)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
+        return add_updates(params, updates), opt_state, metrics
+
+    return jax.jit(step, donate_argnums=(0, 1))
+
+
+class _Parts(NamedTuple):
+    """A model, as a run needs it."""
+
+    graphdef: nnx.GraphDef
+    params: Any
+    frozen: Any
+    whole: Any  # abstract, without adapters
+    fingerprint: str  # of the weights that were loaded
+
+
+def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) -> Run:
+    """The examples, the model and the optimizer; ``facts`` are those of the run to resume."""
+    longest = config_from_huggingface(config.model / "config.json").max_position_embeddings
+    if config.seq > longest:
+        raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
+    tokenizer = model_tokenizer(config.model)
+    eos = end_ids(config.model, tokenizer)[0]
+    sizes = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "eos": eos}
+    train, validation, description = load_examples(config.data, config.eval_data, tokenizer, **sizes)
+    labels = num_labels(train, validation) if train.task == "label" else None
+    fingerprint = f"{train.fingerprint} {validation.fingerprint}"
+    if facts is not None:
+        settings.check_same_text(config.data, folder, fingerprint, facts)
+    parts = _model(config, train, labels)
+    if facts is not None and parts.fingerprint != facts["model_fingerprint"]:
+        raise ValueError(
+            f"--model {config.model} is not the model that the run in {folder} was started with; "
+            "put that model back, or start a new run with another --out."
+        )
+    run = Run(
+        config, folder, train, validation, eos, parts.graphdef, parts.frozen, train.training(config.seed),
+        params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
+        facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
+        sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
+        f"epochs\n{description}",
+    )  # fmt: skip
+    _make_state(run)
+    run.sizes = report.memory(config.training, parts.whole, run.opt_state) | {
+        "params_bytes": tree_bytes((run.params, run.frozen)),
+        "trained_params": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
+    }
+    return run
+
+
+def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Parts:
+    body = load_hf(config.model, {"f32": jnp.float32, "bf16": jnp.bfloat16, None: None}[config.dtype])
+    largest = max(int(example.tokens.max()) for example in train.examples)
+    if largest >= body.config.vocab_size:
+        raise ValueError(
+            f"{config.model / 'tokenizer.json'} has the id {largest}, but the model's vocabulary has "
+            f"{body.config.vocab_size}; use the tokenizer that the model was trained with."
+        )
+    weights = checkpoint.checksums(nnx.to_pure_dict(nnx.state(body, nnx.Param)))
+    fingerprint = f"{zlib.crc32(repr(sorted(weights.items())).encode()):08x}"
+    head_key, adapter_key = jax.random.split(jax.random.key(config.seed))
+    model: Llama | LlamaClassifier = body
+    if labels is not None:
+        model = LlamaClassifier(body, labels, rngs=nnx.Rngs(params=head_key))
+    whole = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    trained: Any = nnx.Param
+    if config.optimizer == LORA:
+        add_lora(body, config.lora_rank, alpha=config.lora_alpha, key=adapter_key)
+        trained = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
+    graphdef, params, frozen = nnx.split(model, trained, ...)
+    return _Parts(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), whole, fingerprint)
+
+
+def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.training, make_schedule(config.training))
+
+
+def _make_state(run: Run) -> None:
+    """The optimizer state of a new run, or all of the last checkpoint's."""
+    tx = _optimizer(run.config)
+    if not run.config.resume:
+        run.opt_state = jax.jit(tx.init)(run.params)
+        return
+    abstract = jax.eval_shape(lambda params: (params, tx.init(params)), run.params)
+    run.params = None  # the checkpoint has others
+    checkpoints = run.folder / "checkpoints"
+    step = checkpoint.last_step(checkpoints)
+    if run.config.steps < step:
+        raise ValueError(
+            f"--steps {run.config.steps} is less than the {step} steps that the run in {run.folder} has made; "
+            "name a larger number, or leave it out to finish the run."
+        )
+    restored = checkpoint.restore(checkpoints, step, *abstract)
+    run.batches.set_state(restored.data)
+    run.params, run.opt_state, run.losses = restored.params, restored.opt_state, restored.losses
+    run.step = run.resumed_from = step
+
+
+def _compiled_step(run: Run, scores: Any, lengths: np.ndarray) -> Any:
+    """The step, compiled ahead for every length of batch that is to come: no step compiles again."""
+    step = make_step(scores, _optimizer(run.config))
+    compiled, one = {}, run.train.batch([0])
+    for length in np.unique(lengths).tolist():
+        tokens = np.zeros((run.config.batch, length), np.int32)
+        batch = Batch(tokens, one.lengths, one.targets if run.train.task == "label" else tokens)
+        compiled[length] = step.lower(run.params, run.opt_state, run.frozen, batch).compile()
+
+    def take(params: Any, opt_state: Any, batch: Batch) -> Any:
+        return compiled[batch.tokens.shape[1]](params, opt_state, run.frozen, batch)
+
+    return take
+
+
+def _evaluated(run: Run, scores: Any) -> Record:
+    """The record of a validation; weights that are better than all before are written into ``best``."""
+    record = {"step": run.step} | evaluate(run, scores)
+    before = [other for other in read_metrics(run.folder) if "val_loss" in other and other["step"] < run.step]
+    if all(_rank(record) < _rank(other) for other in before):
+        _export(run, BEST)
+    return record
+
+
+def evaluate(run: Run, scores: Callable[[Any, Any, Batch], dict[str, jax.Array]]) -> Record:
+    """Loss on the held-out examples, a target, and the perplexity; or the accuracy, where the targets are labels."""
+    found = jax.device_get([scores(run.params, run.frozen, batch) for batch in run.validation.in_turn()])
+    count = sum(int(part["count"]) for part in found)
+    loss = math.fsum(float(part["loss"]) for part in found) / count
+    if run.validation.task == "label":
+        return {"val_loss": loss, "val_accuracy": sum(int(part["correct"]) for part in found) / count}
+    with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
+        return {"val_loss": loss, "val_perplexity": float(np.exp(np.float64(loss)))}
+
+
+def _rank(record: Record) -> tuple[float, float]:
+    """What is smaller the better a validation was."""
+    loss = record["val_loss"]
+    loss = loss if loss is not None and math.isfinite(loss) else math.inf
+    return -record.get("val_accuracy", 0.0), loss
+
+
+def _export(run: Run, name: str) -> None:
+    """Write the model, adapters merged, into the folder ``name``, in the place of the one before when it is complete."""
+    model = nnx.merge(run.graphdef, run.params, run.frozen)
+    merge_lora(model.body if isinstance(model, LlamaClassifier) else model)
+    folder, partial, old = (run.folder / f"{name}{end}" for end in ("", ".partial", ".old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_hf(model, partial)
+    theirs, ours = (settings.read_json(place / "config.json") for place in (run.config.model, partial))
+    ids = {
+        "eos_token_id": run.eos,
+        "pad_token_id": run.eos,
+    }  # which transformers needs to find the last token of a text
+    ids |= {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if theirs.get(key) is not None}
+    settings.write_json(partial / "config.json", ours | ids)
+    for file in TOKENIZER_FILES:
+        if (run.config.model / file).is_file():
+            shutil.copyfile(run.config.model / file, partial / file)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
+    validations = [record for record in read_metrics(run.folder) if "val_loss" in record]
+    quantities = ("val_loss", "val_accuracy" if run.train.task == "label" else "val_perplexity")
+    last = validations[-1] if validations else {}
+    best = min(validations, key=_rank, default={})
+    return {
+        "steps": run.step,
+        "tokens": tokens,
+        **{f"final_{name}": last.get(name) for name in quantities},
+        "best_step": best.get("step"),
+        **{f"best_{name}": best.get(name) for name in quantities},
+        "training_examples": len(run.train.examples),
+        "validation_examples": len(run.validation.examples),
+        "cut_examples": run.train.cut + run.validation.cut,
+        **run.sizes,
+        "step_seconds_median": statistics.median(seconds) if seconds else None,
+        "step_seconds_max": max(seconds, default=None),
+        "resumed_from_step": run.resumed_from,
+    }
+
+
+def _finished(run: Run) -> Record | None:
+    """The summary of a run that has nothing left to do."""
+    if run.resumed_from != run.config.steps or not (run.folder / LAST).is_dir():
+        return None
+    try:
+        summary = settings.read_json(run.folder / "summary.json")
+    except (OSError, ValueError):
+        return None
+    return summary if summary.get("steps") == run.config.steps else None
+
+
+def _say_goodbye(run: Run, summary: Record) -> None:
+    final = {name.removeprefix("final_"): value for name, value in summary.items() if name.startswith("final_val")}
+    best = {name.removeprefix("best_"): value for name, value in summary.items() if name.startswith("best_val")}
+    print(
+        f"\n{report.memory_table(run.config.optimizer, run.sizes)}\n\n"
+        f"{run.folder / LAST}: after {summary['steps']} steps, held-out {validation_words(final)}\n"
+        f"{run.folder / BEST}: after {summary['best_step']} steps, held-out {validation_words(best)}\n"
+        f"loss curve: {run.folder / 'loss.png'}"
+    )

@@ -1,0 +1,161 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a fine-tuning run: one dataclass, its checks, and its ``config.json``.
+
+``galore-jax finetune`` has one flag for each field, and the text under a field is that flag's help.  What is said of the
+optimizer is what :class:`PretrainConfig` says, whose pieces do the work: see :attr:`FinetuneConfig.training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from galore_jax.training import config as settings
+from galore_jax.training.config import PretrainConfig
+from galore_jax.training.optimizers import check_optimizer
+
+LORA = "lora"
+
+MAY_CHANGE = {"steps", "save_every", "keep", "eval_every", "log_every", "out", "resume"}
+"""Fields that a resumed run may set anew; any other would make it a different run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a LLaMA from a Hugging Face folder, and write the result as such a folder.
+
+    --data decides what is learnt: JSON lines {"prompt", "response"} (the response), JSON lines {"text", "label"} (a classifier),
+    or plain text.  The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
+    and the last ones.
+    """
+
+    model: Path
+    """Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    data: str
+    """Examples: a .jsonl file; or a text file, a folder of text, or "python" (the standard library)."""
+    eval_data: str | None = None
+    """Held-out examples, of the same kind. None: a twentieth of --data."""
+    optimizer: str = "galore_adamw"
+    """lora, or one that galore-jax pretrain knows: galore_adamw, fira_adamw, ..., adamw (full-rank), adamw_8bit, muon."""
+    rank: int | float = 8
+    """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
+    update_proj_gap: int = 200
+    """GaLore: steps between two refreshes of the subspaces."""
+    scale: float | Literal["rms"] = 2.0
+    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
+    proj_type: str | None = None
+    """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
+    projector: str = "power"
+    """GaLore: how subspaces are found: power or randomized (fast), svd or eigh (exact, slow), random, rows or sampled."""
+    refresh: str | None = None
+    """GaLore: refresh subspaces together, staggered (a few a step), lazy (rarer if stable) or every_step. None: automatic."""
+    transport: str | None = None
+    """GaLore: when a subspace changes, rotate the moments into it, keep them as they are, or reset them. None: automatic."""
+    lora_rank: int = 8
+    """LoRA: rank of the adapters, which every matrix of the blocks has."""
+    lora_alpha: float = 16.0
+    """LoRA: the adapters' product is multiplied by this, divided by the rank."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; it rises linearly from 0 and falls as a cosine to a tenth of this."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the learning rate."""
+    clip: float = 1.0
+    """Largest global norm of a gradient; larger ones are scaled down. 0: no bound."""
+    steps: int = 500
+    """Optimizer steps in all, the ones before a resume included."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up. None: a tenth of --steps."""
+    batch: int = 16
+    """Examples of an optimizer step."""
+    seq: int = 256
+    """Tokens of an example at most; longer ones lose their end."""
+    dtype: Literal["f32", "bf16"] | None = None
+    """Precision of the computation and the weights. None: bf16 if they are stored so, else f32."""
+    seed: int = 0
+    """Decides the order of the examples, and every other random number."""
+    out: Path | None = None
+    """Run folder. None: the first free one of runs/MODEL-OPTIMIZER, runs/MODEL-OPTIMIZER-2, ..."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with its own settings."""
+    save_every: int = 100
+    """Steps between two checkpoints; the first and the last step are always saved."""
+    keep: int = 1
+    """Checkpoints kept, the newest ones."""
+    eval_every: int = 100
+    """Steps between two validations; the last step is always validated."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+
+    @property
+    def training(self) -> PretrainConfig:
+        """What pre-training calls the same settings; LoRA is AdamW on the adapters.
+
+        >>> settings = FinetuneConfig(Path("smollm2"), "reviews.jsonl", optimizer="lora", steps=50).training
+        >>> settings.model, settings.optimizer, settings.resolved_warmup_steps
+        ('smollm2', 'adamw', 5)
+        """
+        names = {field.name for field in dataclasses.fields(PretrainConfig)}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
+        optimizer = "adamw" if self.optimizer == LORA else self.optimizer
+        shared |= {"model": self.model.name, "optimizer": optimizer, "dtype": self.dtype or "f32"}
+        return PretrainConfig(**shared, diagnostics=False, sample_tokens=0)
+
+    @property
+    def resolved(self) -> FinetuneConfig:
+        """The same settings, with what None stands for in place of it where it is known."""
+        known = self.training.resolved
+        names = ("warmup_steps", "proj_type", "refresh", "transport")
+        return dataclasses.replace(self, **{name: getattr(known, name) for name in names})
+
+
+BLANK = FinetuneConfig(Path(), "")
+"""What --resume starts from until the run's own settings are read."""
+
+
+def check(config: FinetuneConfig) -> None:
+    """Raises a ValueError that names the first field whose value no run can have.
+
+    >>> check(FinetuneConfig(Path("smollm2"), "reviews.jsonl", lora_rank=0))
+    Traceback (most recent call last):
+    ValueError: --lora-rank 0 must be at least 1.
+    """
+    settings.at_least("lora_rank", config.lora_rank, 1)
+    if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
+        raise ValueError(f"--lora-alpha {config.lora_alpha} must be a positive finite number.")
+    if config.optimizer != LORA:
+        try:
+            check_optimizer(config.training)
+        except ValueError as error:
+            raise ValueError(str(error).replace("choose one of ", f"choose one of {LORA}, ")) from error
+    settings.check(config.training)
+
+
+def save_config(config: FinetuneConfig, folder: Path, facts: dict[str, Any]) -> None:
+    """Write ``config.json``: every field, resolved, the versions of what computed it, and ``facts``."""
+    fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config.resolved).items()}
+    settings.write_json(folder / "config.json", fields | {"out": str(folder), "versions": settings.versions()} | facts)
+
+
+def load_config(folder: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
+    """Read ``config.json`` of a run folder, which may have been moved: the settings, and all that it holds.
+
+    Raises:
+      FileNotFoundError: there is no run in that folder.
+      ValueError: its ``config.json`` is damaged, or of another command.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
+    try:
+        fields = settings.read_json(path)
+        if "task" not in fields:
+            raise ValueError(f"{folder} holds no run of galore-jax finetune.")
+        known = {field.name for field in dataclasses.fields(FinetuneConfig)}
+        config = settings.from_json(FinetuneConfig, {k: v for k, v in fields.items() if k in known})
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
+    return dataclasses.replace(config, model=Path(config.model), out=folder, resume=True), fields
