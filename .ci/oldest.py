@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints pip's constraints for the oldest versions that pyproject.toml allows of what the package needs, with the extra train.
 
-    python .ci/oldest.py > oldest.txt && PIP_CONSTRAINT=oldest.txt .ci/run
+python .ci/oldest.py > oldest.txt && PIP_CONSTRAINT=oldest.txt .ci/run
 """
 
 import re

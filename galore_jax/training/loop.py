@@ -214,8 +214,7 @@ def take_steps(
     train_step = compile_step()
     meter.start()
     while run.step < config.steps and not signals.received:
-        batch = jax.device_put(next(run.batches), run.program.batch.sharding)
-        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, batch)
+        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
         run.step += 1
         note(meter.add(run.step, metrics))
         progress.advance()
@@ -235,7 +234,12 @@ def learning_rates(config: PretrainConfig) -> np.ndarray:
 def _compiled_step(run: Run) -> Any:
     """The training step, compiled ahead: no step can compile again, and the first is as fast as the others."""
     with run.program.on_mesh():
-        return run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
+        compiled = run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
+
+    def take(params: Any, opt_state: Any, tokens: np.ndarray) -> Any:
+        return compiled(params, opt_state, jax.device_put(tokens, run.program.batch.sharding))
+
+    return take
 
 
 def evaluate(run: Run, eval_step: Any) -> Record:
