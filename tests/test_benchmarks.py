@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from finetuning import write_lines, write_model
 from problems import leniency
 
 from galore_jax import projectors, refresh
 from galore_jax.projectors import Observation
+from galore_jax.training import FinetuneConfig, finetune_config
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
@@ -66,7 +68,7 @@ def assert_picture(path):
 
 
 def test_every_benchmark_has_a_test():
-    tested = {"learns.py", "memory.py", "quality.py", "refresh.py", "step.py", "transport.py"}
+    tested = {"finetune.py", "learns.py", "memory.py", "quality.py", "refresh.py", "step.py", "transport.py"}
     elsewhere = {"optimizer_bytes.py", "huggingface.py"}  # test_memory.py, test_generate.py
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
 
@@ -202,6 +204,54 @@ def test_learns_compares_the_best_of_each_optimizer(tmp_path, text):
 
 
 RATES = {"adamw": "0.001", "galore_adamw": "0.003"}
+
+
+def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_path, script, monkeypatch, capsys):
+    finetune = script("finetune")
+
+    def benchmark(*arguments):
+        paths = [tmp_path / "out", "--model", tmp_path / "model", "--data", tmp_path]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, [*paths, *arguments])])
+        with leniency():
+            finetune.main()
+        return capsys.readouterr().out
+
+    write_model(tmp_path / "model")
+    texts = [{"text": f"{number:04}" * 4, "label": number % 2} for number in range(80)]
+    write_lines(tmp_path / "train.jsonl", texts[:64])
+    write_lines(tmp_path / "test.jsonl", texts[64:])
+    common = ["--only", "LoRA r=4", "--steps", 2, "--tune-steps", 1, "--tune-rows", 16, "--rates", 1e-5, 0.1]
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        out = benchmark(*common)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    results = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert results["rows"] == {"train": 32, "tune": 16, "test": 16}
+    learnt, chose = ((tmp_path / "out" / f"{part}.jsonl").read_text() for part in ("train", "tune"))
+    assert not set(learnt.splitlines()) & set(chose.splitlines())
+    ((name, found),) = results["results"].items()
+    p = found["accuracy"]
+    assert found["error"] == pytest.approx(np.sqrt(p * (1 - p) / 16))
+    assert found["learning_rate"] == float(min(found["tuning_losses"], key=found["tuning_losses"].get))
+    assert len(set(found["tuning_losses"].values())) == 2
+    assert rows(out)[-1][:2] == [name, f"{p:.3f} ± {found['error']:.3f}"]
+    assert_picture(tmp_path / "out" / "finetune.png")
+    assert len(list((tmp_path / "out" / "runs").glob("*/summary.json"))) == 3
+    assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
+
+    def unreachable(config):
+        raise AssertionError("a finished run is repeated")
+
+    monkeypatch.setattr(finetune, "run_finetune", unreachable)
+    assert benchmark(*common).splitlines() == out.splitlines()[-3:]
+    with pytest.raises(SystemExit, match="holds runs with other settings"):
+        benchmark(*common, "--test-rows", 8)
+
+
+def test_every_setting_of_finetune_is_one_that_the_trainer_knows(script):
+    for setting in script("finetune").SETTINGS.values():
+        finetune_config.check(FinetuneConfig(pathlib.Path("model"), "data", **setting))
 
 
 @pytest.mark.parametrize(
