@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long `import galore_jax` takes beyond `import jax, optax`: the least of five fresh processes; must be under 2 s.
 
-    python .ci/import_time.py
+python .ci/import_time.py
 """
 
 import subprocess
