@@ -1,8 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Prints pip's constraints for the oldest versions that pyproject.toml allows of what the package needs, with the extra train.
+"""Prints pip's constraints for the oldest versions that pyproject.toml allows of jax, what else the core needs, and Flax.
 
-python .ci/oldest.py > oldest.txt && PIP_CONSTRAINT=oldest.txt .ci/run
+    python .ci/oldest.py > oldest.txt && PIP_CONSTRAINT=oldest.txt .ci/run
+
+The rest is the newest that goes with them.
 """
 
 import re
@@ -12,7 +14,8 @@ from pathlib import Path
 
 def main() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    for requirement in project["dependencies"] + project["optional-dependencies"]["train"]:
+    flax = [line for line in project["optional-dependencies"]["train"] if line.startswith("flax")]
+    for requirement in project["dependencies"] + flax:
         name, version = re.fullmatch(r"([\w-]+)>=([\d.]+)", requirement).groups()
         print(f"{name}=={version}")
 

@@ -18,12 +18,17 @@ from run_pages import blocks
 
 import galore_jax
 from galore_jax import cli
-from galore_jax.training import config, generation, plan
+from galore_jax.training import config, finetune_config, generation, plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
-SETTINGS = {"pretrain": config.PretrainConfig, "plan": plan.PlanConfig, "generate": generation.GenerateConfig}
+SETTINGS = {
+    "pretrain": config.PretrainConfig,
+    "plan": plan.PlanConfig,
+    "generate": generation.GenerateConfig,
+    "finetune": finetune_config.FinetuneConfig,
+}
 NEEDS_EQUINOX = {"own-model.md"}
 
 
@@ -76,7 +81,8 @@ def test_commands_exist_and_take_these_flags(page, words):
         words = words[1:]
     match words:
         case ["galore-jax", command, *flags]:
-            cli.parse(SETTINGS[command], [flag for flag in flags if flag != "..."], command)
+            default = finetune_config.BLANK if command == "finetune" and "--resume" in flags else None
+            cli.parse(SETTINGS[command], [flag for flag in flags if flag != "..."], command, default)
         case ["python", script, *flags]:
             source = (ROOT / script).read_text()
             assert all(flag in source for flag in flags if flag.startswith("--"))
