@@ -74,7 +74,7 @@ def summary_of(args: argparse.Namespace, phase: str, name: str, rate: float) -> 
         seq=SEQ,
         update_proj_gap=50,
         eval_every=steps,
-        save_every=50,
+        save_every=25,
         out=folder,
         resume=resume,
         **SETTINGS[name],

@@ -184,7 +184,7 @@ class _Parts(NamedTuple):
     params: Any
     frozen: Any
     whole: Any  # abstract, without adapters
-    fingerprint: str  # of the weights that were loaded
+    fingerprint: str  # of what was loaded
 
 
 def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) -> Run:
@@ -230,7 +230,7 @@ def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Part
             f"{body.config.vocab_size}; use the tokenizer that the model was trained with."
         )
     weights = checkpoint.checksums(nnx.to_pure_dict(nnx.state(body, nnx.Param)))
-    fingerprint = f"{zlib.crc32(repr(sorted(weights.items())).encode()):08x}"
+    fingerprint = f"{zlib.crc32(repr([body.config, *sorted(weights.items())]).encode()):08x}"
     head_key, adapter_key = jax.random.split(jax.random.key(config.seed))
     model: Llama | LlamaClassifier = body
     if labels is not None:

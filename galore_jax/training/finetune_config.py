@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from galore_jax.training import config as settings
 from galore_jax.training.config import PretrainConfig
-from galore_jax.training.optimizers import check_optimizer
+from galore_jax.training.optimizers import OPTIMIZERS
 
 LORA = "lora"
 
-MAY_CHANGE = {"steps", "save_every", "keep", "eval_every", "log_every", "out", "resume"}
-"""Fields that a resumed run may set anew; any other would make it a different run."""
+MAY_CHANGE = {
+    "model", "data", "eval_data", "steps", "save_every", "keep", "eval_every", "log_every", "out", "resume",
+}  # fmt: skip
+"""Fields that a resumed run may set anew, the paths because fingerprints tell what they hold; any other would be another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,11 +128,9 @@ def check(config: FinetuneConfig) -> None:
     settings.at_least("lora_rank", config.lora_rank, 1)
     if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
         raise ValueError(f"--lora-alpha {config.lora_alpha} must be a positive finite number.")
-    if config.optimizer != LORA:
-        try:
-            check_optimizer(config.training)
-        except ValueError as error:
-            raise ValueError(str(error).replace("choose one of ", f"choose one of {LORA}, ")) from error
+    known = (LORA, *OPTIMIZERS)
+    if config.optimizer not in known:
+        raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(known)}.")
     settings.check(config.training)
 
 
