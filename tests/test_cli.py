@@ -309,7 +309,10 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
-    assert capsys.readouterr().err == "error: 'pretrian' is not a command; choose one of pretrain, plan, generate.\n"
+    assert (
+        capsys.readouterr().err
+        == "error: 'pretrian' is not a command; choose one of pretrain, finetune, plan, generate.\n"
+    )
 
 
 @pytest.mark.parametrize("package", ["flax", "tyro"])

@@ -305,6 +305,13 @@ def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
         )
 
 
+def as_started(config: Any, saved: Any) -> Any:
+    """``config`` of a run that goes on, in which what it leaves to a default is what the run was started with."""
+    names = {"warmup_steps", *_OF_THE_PRESET} & {field.name for field in dataclasses.fields(config)}
+    unset = {name: getattr(saved, name) for name in names if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)
+
+
 def check_same_run(config: Any, saved: Any, may_change: set[str] = _MAY_CHANGE) -> None:
     """Raises a ValueError that names the first field, ``may_change`` left out, in which ``config`` and ``saved`` differ."""
     for field in dataclasses.fields(config):

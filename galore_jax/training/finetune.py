@@ -89,10 +89,7 @@ def prepare(config: FinetuneConfig) -> Run:
         if folder is None:
             raise ValueError("--resume needs --out, the folder of the run to continue.")
         saved, facts = finetune_config.load_config(folder)
-        unset = [
-            name for name in ("warmup_steps", "proj_type", "refresh", "transport") if getattr(config, name) is None
-        ]
-        config = dataclasses.replace(config, **{name: getattr(saved, name) for name in unset})
+        config = settings.as_started(config, saved)
         settings.check_same_run(config, saved, finetune_config.MAY_CHANGE)
         finetune_config.check(config)
         read_metrics(folder)  # a damaged line is found before anything is written

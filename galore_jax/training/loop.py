@@ -298,8 +298,7 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
     if folder is None:
         raise ValueError("--resume needs --out, the folder of the run to continue.")
     saved, model_config, fingerprints = settings.load_config(folder)
-    unset = [name for name in ("warmup_steps", "proj_type", "refresh", "transport") if getattr(config, name) is None]
-    config = dataclasses.replace(config, **{name: getattr(saved, name) for name in unset})
+    config = settings.as_started(config, saved)
     settings.check_same_run(config, saved)
     step = checkpoint.last_step(folder / "checkpoints")
     if config.steps < step:
