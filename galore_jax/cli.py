@@ -38,12 +38,7 @@ def pretrain(arguments: Sequence[str]) -> int:
             # The run's own settings become the defaults, so that only flags that were given can differ from them.
             settings = parse(config.PretrainConfig, arguments, "pretrain", config.load_config(settings.out)[0])
         run = loop.prepare(settings)
-    try:
-        loop.train(run)
-    except (checkpoint.CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError)
 
 
 def finetune(arguments: Sequence[str]) -> int:
@@ -59,9 +54,14 @@ def finetune(arguments: Sequence[str]) -> int:
         if settings.resume and settings.out is not None:
             settings = parse(kind, arguments, "finetune", finetune_config.load_config(settings.out)[0])
         run = loop.prepare(settings)
+    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError)
+
+
+def _carried_out(train: Callable[[], Any], checkpoint_error: type[Exception]) -> int:
+    """The exit code of a training run, which ends with one sentence where nothing can be written."""
     try:
-        loop.train(run)
-    except (checkpoint.CheckpointError, OSError) as error:
+        train()
+    except (checkpoint_error, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from galore_jax.models.llama import Llama
+from galore_jax.models.llama import Llama, linear
 
 
 class LlamaClassifier(nnx.Module):
@@ -48,15 +48,7 @@ class LlamaClassifier(nnx.Module):
         if not config.tie_word_embeddings:
             del body.lm_head
         self.body = body
-        self.classification_head = nnx.Linear(
-            config.hidden_size,
-            num_labels,
-            use_bias=False,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            kernel_init=nnx.initializers.normal(config.initializer_range),
-            rngs=rngs,
-        )
+        self.classification_head = linear(config, config.hidden_size, num_labels, rngs)
 
     @property
     def num_labels(self) -> int:

@@ -84,7 +84,7 @@ class Llama(nnx.Module):
         self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(layer_keys)
         self.norm = RMSNorm(config)
         if not config.tie_word_embeddings:
-            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+            self.lm_head = linear(config, config.hidden_size, config.vocab_size, rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.head(self.run_layers(self.embed(tokens)))
@@ -194,10 +194,10 @@ class Attention(nnx.Module):
         self.config = config
         query_size = config.num_attention_heads * config.head_size
         kv_size = config.kv_heads * config.head_size
-        self.q_proj = _linear(config, config.hidden_size, query_size, rngs)
-        self.k_proj = _linear(config, config.hidden_size, kv_size, rngs)
-        self.v_proj = _linear(config, config.hidden_size, kv_size, rngs)
-        self.o_proj = _linear(config, query_size, config.hidden_size, rngs)
+        self.q_proj = linear(config, config.hidden_size, query_size, rngs)
+        self.k_proj = linear(config, config.hidden_size, kv_size, rngs)
+        self.v_proj = linear(config, config.hidden_size, kv_size, rngs)
+        self.o_proj = linear(config, query_size, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         q, k, v = self._heads(x, jnp.zeros([], jnp.int32))
@@ -247,9 +247,9 @@ class SwiGLU(nnx.Module):
     """The gated feed-forward network."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.gate_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] -> [B, T, D]
@@ -338,7 +338,8 @@ def _divisor(length: int, at_least: float) -> int:
     return next((d for d in range(1, length) if length % d == 0 and d >= at_least), length)
 
 
-def _linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A layer without a bias, normal(initializer_range), in the dtypes of ``config``."""
     return nnx.Linear(
         inputs,
         outputs,
