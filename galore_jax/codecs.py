@@ -164,6 +164,7 @@ def _encode(array: jax.Array, scales: jax.Array, signed: bool) -> jax.Array:
     # In two factors, because the inverse of the largest numbers is denormal.
     shrink = jnp.where(jnp.abs(scales) >= 2.0**64, 2.0**-64, 1)
     inverse = 1 / jnp.where(scales != 0, scales * shrink, 1)
+    shrink = shrink.astype(jnp.bfloat16)  # a power of two
     ratio = array * sharding.spread(shrink, array, BLOCK) * sharding.spread(inverse, array, BLOCK)
     magnitude = jnp.abs(ratio)
     magnitude = jnp.where(magnitude < 2, magnitude, 0)  # NaN, which no conversion to an integer accepts

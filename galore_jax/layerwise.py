@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.in_turn import update_in_turn
 from galore_jax.independence import check_independent
 from galore_jax.refresh import Layer
 from galore_jax.weights import apply_updates, dequantize
@@ -188,10 +189,11 @@ def layerwise(
         grads = run.rest_gradient(last, first, factor)
         own = _squares(grads)
         grads = bounded(grads, own)
-        updates, rest_state = tx.update(grads, state.rest, run.rest)
-        params = model.join(layers, apply_updates(rest, updates, key))
+        rest, rest_state = update_in_turn(
+            tx, grads, state.rest, run.rest, lambda updates: apply_updates(rest, updates, key)
+        )
         return (
-            params,
+            model.join(layers, rest),
             LayerwiseState(state.count + 1, states, rest_state),
             LayerwiseMetrics(loss, jnp.sqrt(squares + own) if norm is None else norm),
         )

@@ -17,6 +17,7 @@ Factorisations accept no sharded matrix dimension, so the refresh gathers its ma
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection
 from typing import Any
@@ -149,24 +150,40 @@ def merged(blocks: jax.Array) -> jax.Array:
 
 
 def spread(values: jax.Array, array: jax.Array, width: int) -> jax.Array:
-    """(*lead, blocks) -> (*lead, n), each value, a float32, all over its block of ``array``, and sharded like it."""
+    """(*lead, blocks) -> (*lead, n) in float32, each value, float32 or bfloat16, all over its block of ``array``, and sharded
+    like it.
+    """
     n = array.shape[-1]
 
     def by_reshape(values: jax.Array) -> jax.Array:
-        whole = merged(jnp.broadcast_to(values[..., None], (*values.shape, max(min(n, width), 1))))
+        wide = values.astype(jnp.float32)
+        whole = merged(jnp.broadcast_to(wide[..., None], (*values.shape, max(min(n, width), 1))))
         return like(jax.lax.slice_in_dim(whole, 0, n, axis=-1), array)
 
-    def by_product(values: jax.Array) -> jax.Array:
-        here = jnp.arange(n)[None, :] // width == jnp.arange(values.shape[-1])[:, None]
-        bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-        whole = jnp.zeros((*values.shape[:-1], n), jnp.uint32)
-        for shift in range(0, 32, 8):  # a byte is exact in bfloat16, whatever the number is
-            byte = ((bits >> shift) & 0xFF).astype(jnp.bfloat16)
-            spread_byte = jnp.matmul(byte, here.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-            whole |= spread_byte.astype(jnp.uint32) << shift
-        return jax.lax.bitcast_convert_type(whole, jnp.float32)
+    return _on_tiles(functools.partial(spread_by_products, n=n, width=width), by_reshape, values, array, width)
 
-    return _on_tiles(by_product, by_reshape, values, array, width)
+
+def spread_by_products(values: jax.Array, n: int, width: int) -> jax.Array:
+    """(*lead, blocks) -> (*lead, n) in float32, by exact products with a matrix of zeros, ones and 256, whatever the values are.
+
+    Sixteen bits at a time: a byte, and a byte times 256, are exact in bfloat16, and their sum is in float32.
+
+    >>> spread_by_products(jnp.array([[1e-40, jnp.nan, -3.3]]), n=5, width=2)
+    Array([[ 1.0e-40,  1.0e-40,      nan,      nan, -3.3e+00]], dtype=float32)
+    """
+    here = (jnp.arange(n)[None, :] // width == jnp.arange(values.shape[-1])[:, None]).astype(jnp.bfloat16)
+    both = jnp.concatenate([here, here * 256])
+
+    def of_sixteen_bits(word: jax.Array) -> jax.Array:
+        bytes_ = jnp.concatenate([word & 0xFF, word >> 8], axis=-1).astype(jnp.bfloat16)
+        return jnp.matmul(bytes_, both, preferred_element_type=jnp.float32).astype(jnp.uint32)
+
+    if values.dtype == jnp.bfloat16:  # the upper half of a float32
+        whole = of_sixteen_bits(jax.lax.bitcast_convert_type(values, jnp.uint16)) << 16
+    else:
+        bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
+        whole = of_sixteen_bits(bits >> 16) << 16 | of_sixteen_bits(bits & 0xFFFF)
+    return jax.lax.bitcast_convert_type(whole, jnp.float32)
 
 
 def maxima(array: jax.Array, width: int) -> jax.Array:

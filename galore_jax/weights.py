@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_jax import sharding
 from galore_jax.matrix_view import is_matrix_name
@@ -94,7 +95,7 @@ def apply_updates(params: Any, updates: Any, key: jax.Array | None = None, *, la
 
     def apply(path: tuple, weight: Any, update: jax.Array) -> Any:
         if not is_int8(weight):
-            return (weight.astype(jnp.float32) + update).astype(weight.dtype)
+            return (weight.astype(jnp.float32) + update.astype(jnp.float32)).astype(weight.dtype)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if key is None:
             raise ValueError(f"{name!r} is an int8 weight, which is rounded stochastically: give apply_updates a key.")
@@ -111,23 +112,30 @@ def is_int8(node: Any) -> bool:
 def _nearest(weight: jax.Array) -> Int8Weight:
     wide = weight.astype(jnp.float32)
     scales = _scale_for(_block_peaks(wide))
-    codes = jnp.round(wide / _spread(scales, wide)).astype(jnp.int8)
+    codes = jnp.round(wide / sharding.spread(scales, wide, BLOCK)).astype(jnp.int8)
     return Int8Weight(codes, scales, jnp.dtype(weight.dtype))
 
 
 def _dense(weight: Int8Weight) -> jax.Array:
-    scales = _spread(weight.scales, weight.codes)
-    return (weight.codes.astype(jnp.float32) * scales).astype(weight.dtype)
+    codes = jax.lax.platform_dependent(weight.codes, tpu=_by_rows, default=lambda codes: codes)
+    scales = sharding.spread(weight.scales, codes, BLOCK)
+    return (codes.astype(jnp.float32) * scales).astype(weight.dtype)
+
+
+def _by_rows(codes: jax.Array) -> jax.Array:
+    """As they are stored: XLA for TPUs would copy a whole stack of them into the order that the next product likes best."""
+    return with_layout_constraint(codes, Layout(tuple(range(codes.ndim))))
 
 
 def _stochastic(weight: Int8Weight, update: jax.Array, key: jax.Array, layer: int | jax.Array) -> Int8Weight:
     codes, update = weight.codes.astype(jnp.float32), update.astype(jnp.float32)
-    peaks = _block_peaks(codes * _spread(weight.scales, codes) + update)
+    peaks = _block_peaks(codes * sharding.spread(weight.scales, codes, BLOCK) + update)
     old = weight.scales.astype(jnp.float32)
     held = old * _LARGEST
     scales = jnp.where((peaks <= held) & (peaks >= _SHRUNK * held), weight.scales, _scale_for(peaks))
     # From the code, not from the product s q: where nothing changes, x is the code itself.
-    x = codes * _spread(old / scales.astype(jnp.float32), codes) + update / _spread(scales, codes)
+    change = sharding.spread(old / scales.astype(jnp.float32), codes, BLOCK)
+    x = codes * change + update / sharding.spread(scales, codes, BLOCK)
     rounded = jnp.floor(x + _uniform(key, weight.codes.shape, layer))
     return Int8Weight(jnp.clip(rounded, -_LARGEST, _LARGEST).astype(jnp.int8), scales, weight.dtype)
 
@@ -147,8 +155,3 @@ def _scale_for(peaks: jax.Array) -> jax.Array:
 def _block_peaks(x: jax.Array) -> jax.Array:
     """(..., n) -> (..., ⌈n / 256⌉), the largest magnitude in each block."""
     return sharding.maxima(jnp.abs(x), BLOCK)
-
-
-def _spread(scales: jax.Array, array: jax.Array) -> jax.Array:
-    """(..., ⌈n / 256⌉) -> (..., n) as ``array``, float32"""
-    return sharding.spread(scales.astype(jnp.float32), array, BLOCK)

@@ -1,0 +1,91 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The large parameters of a tree updated one after the other, so that what one needs in between is gone when the next begins.
+
+A compiler is free to work on an embedding and on a head at once, and then holds the float32 copies of both.  For an optimizer
+that treats parameters one by one the update of each can be asked for alone: from the whole transformation, of which everything
+but that parameter's share is thrown away, and so never computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from galore_jax import codecs
+
+_LARGE = 2**24  # elements
+
+
+def update_in_turn(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: Any,
+    params: optax.Params,
+    apply: Callable[[optax.Updates], Any],
+    large: int = _LARGE,
+) -> tuple[Any, Any]:
+    """``apply`` of the updates, and the new state.
+
+    Args:
+      tx: treats parameters one by one.
+      grads: a tree of arrays.
+      state: of ``tx``.
+      params: in the structure of ``grads``.
+      apply: updates -> new parameters, each from its own update; of the structure of ``grads``, with a node for a leaf where it
+        likes.
+      large: elements from which a parameter has its own turn; all others share one.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((2,))}
+    >>> tx = optax.adam(0.1)
+    >>> new, state = update_in_turn(tx, params, tx.init(params), params, lambda u: optax.apply_updates(params, u), large=16)
+    >>> round(float(new["b"][0, 0]), 3), int(state[0].count)
+    (0.9, 1)
+    """
+    leaves, treedef = jax.tree.flatten(grads)
+    turns = [i for i, leaf in enumerate(leaves) if leaf.size >= large][:-1]
+    owners = _owners(grads, state)
+    values = treedef.flatten_up_to(params)
+    parts, structure = codecs.flatten(state)
+    done_values: dict[int, Any] = {}
+    done_parts: dict[int, Any] = {}
+
+    def updated() -> tuple[list[Any], list[Any]]:
+        updates, new = tx.update(treedef.unflatten(leaves), structure.unflatten(parts), treedef.unflatten(values))
+        return treedef.flatten_up_to(apply(updates)), structure.flatten_up_to(new)
+
+    for i in turns:
+        new_values, new_parts = updated()
+        done_values[i] = new_values[i]
+        done_parts |= {j: part for j, part in enumerate(new_parts) if i in owners[j]}
+        # Everything that is still to be read waits for what is done; what was read for the last time may be overwritten.
+        left_values = {k: value for k, value in enumerate(values) if k not in done_values}
+        left_parts = {j: part for j, part in enumerate(parts) if j not in done_parts}
+        done_values, done_parts, leaves, left_values, left_parts = jax.lax.optimization_barrier(
+            (done_values, done_parts, leaves, left_values, left_parts)
+        )
+        values = [left_values.get(k, value) for k, value in enumerate(values)]
+        parts = [left_parts.get(j, part) for j, part in enumerate(parts)]
+    new_values, new_parts = updated()
+    return (
+        treedef.unflatten(done_values.get(k, value) for k, value in enumerate(new_values)),
+        structure.unflatten(done_parts.get(j, part) for j, part in enumerate(new_parts)),
+    )
+
+
+def _owners(grads: optax.Updates, state: Any) -> list[set[int]]:
+    """For each leaf of ``state``, a coded array being one, the parameters whose path is a part of its own.
+
+    No more than a guess at what a turn should take along: each turn computes every leaf from the state as it was.
+    """
+    names = [path for path, _ in jax.tree.leaves_with_path(grads)]
+
+    def holds(path: tuple, name: tuple) -> bool:
+        return any(path[k : k + len(name)] == name for k in range(len(path) - len(name) + 1))
+
+    leaves = jax.tree.leaves_with_path(state, is_leaf=codecs.is_coded)
+    return [{i for i, name in enumerate(names) if holds(path, name)} for path, _ in leaves]

@@ -1,0 +1,68 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters updated one after the other are those of one update, bit for bit, and need less memory at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import galore_jax
+from galore_jax.in_turn import update_in_turn
+from galore_jax.weights import apply_updates
+
+PARAMS = {
+    "embed_tokens": jnp.ones((64, 96)),
+    "layers": {"q_proj": {"kernel": jnp.ones((2, 64, 48))}},
+    "lm_head": {"kernel": jnp.ones((64, 96), jnp.bfloat16)},
+    "norm": jnp.ones((64,)),
+}
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(optax.linear_schedule(0.1, 0.0, 9)),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=32),
+    "galore_adamw_8bit": lambda: galore_jax.galore_adamw_8bit(0.1, rank=8),
+    "galore_adamw, reset": lambda: galore_jax.galore_adamw(0.1, rank=8, transport="reset", update_proj_gap=1),
+    "apollo_adamw": lambda: galore_jax.apollo_adamw(0.1, rank=8),
+    "galore_muon": lambda: galore_jax.galore_muon(0.1, rank=8),
+}
+
+
+def gradients(number):
+    keys = iter(jax.random.split(jax.random.key(number), 8))
+    return jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape).astype(p.dtype), PARAMS)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_in_turn_equals_at_once(name):
+    tx = OPTIMIZERS[name]()
+
+    @jax.jit
+    def at_once(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    @jax.jit
+    def in_turn(params, state, grads):
+        return update_in_turn(
+            tx, grads, state, params, lambda updates: apply_updates(params, updates), large=6000
+        )
+
+    expected = found = PARAMS, tx.init(PARAMS)
+    for number in range(3):
+        grads = gradients(number)
+        expected, found = at_once(*expected, grads), in_turn(*found, grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(*np.float64([a, b]), rtol=2e-6, atol=1e-7), found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert not np.array_equal(found[0]["embed_tokens"], PARAMS["embed_tokens"])
+
+
+def test_a_turn_waits_for_the_one_before():
+    """Without the barrier nothing would keep the second parameter's work from starting first."""
+    tx, params = optax.adam(0.1), {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((2,))}
+
+    def update(grads, state, params):
+        return update_in_turn(tx, grads, state, params, lambda u: optax.apply_updates(params, u), large=16)
+
+    jaxpr = jax.make_jaxpr(update)(params, tx.init(params), params)
+    assert str(jaxpr).count("optimization_barrier") == 1  # two large parameters, the second with all others
