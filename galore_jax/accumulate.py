@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of micro-batches, summed in the subspaces.
+"""Gradients of micro-batches, and of the devices of a data-parallel step, summed in the subspaces.
 
 Projection is linear, so between refreshes the mean over K micro-batches needs buffers of r x n only:
 
@@ -8,6 +8,10 @@ Projection is linear, so between refreshes the mean over K micro-batches needs b
 
 At a refresh P must be known before the second micro-batch is seen: it comes from the first one's gradient, not from the mean
 of all.  Parameters that are not projected are summed whole.  Sums are float32.
+
+The same holds for the mean over D devices that have a part of the batch each: they send each other the r x n numbers of PᵀG_d
+where data parallelism sends the m x n of G_d.  Only a refresh sends a gradient, that of the matrix whose basis it makes, so that
+the basis is that of the mean over the devices, as it would be on one.
 
 What stands before ``galore`` in a chain acts on each micro-batch's gradient and then on R in the place of a gradient: a bound
 on the global norm there would see the norm inside the subspaces only.  A matrix whose gradient is not finite in any
@@ -26,13 +30,17 @@ import optax
 from galore_jax.state import check_reached, galore_states_of
 
 
+AxisName = str | tuple[str, ...] | None
+
+
 class Collect:
     """Asks the galore in a transformation, through an extra argument of ``update``, for the gradient in its subspaces."""
 
     ARGUMENT = "galore_collect"
 
-    def __init__(self, refresh: bool | jax.Array) -> None:
+    def __init__(self, refresh: bool | jax.Array, axis_name: AxisName = None) -> None:
         self.refresh = refresh  # whether bases that are due may be refreshed
+        self.axis_name = axis_name  # of the devices that have other parts of the batch
         self.low_rank: Any = None
 
     def answer(self, low_rank: Any) -> None:
@@ -59,6 +67,7 @@ def low_rank_mean(
     micro_batches: Any,
     state: Any,
     params: optax.Params,
+    axis_name: AxisName = None,
 ) -> tuple[Any, Any, Any]:
     """The mean gradient of micro-batches in the subspaces of ``tx``, for :func:`update_from_low_rank`.
 
@@ -68,9 +77,11 @@ def low_rank_mean(
       micro_batches: arrays (K, ...), one micro-batch after the other.
       state: of ``tx``.
       params: the parameters.
+      axis_name: of ``jax.shard_map``, along which devices have other parts of the batch and equal ``state`` and ``params``.  The
+        mean is over them too; ``shard_map`` needs ``check_vma=False``, and can give what is returned as equal on all devices.
 
     Returns:
-      What ``gradient`` returned first, leaves (K, ...); the mean, float32, (*batch, r, n) where a parameter is projected from
+      What ``gradient`` returned first, leaves (K, ...), of this device; the mean, float32, (*batch, r, n) where a parameter is projected from
       the left; and the state, with the bases refreshed that were due.
 
     Raises:
@@ -88,26 +99,32 @@ def low_rank_mean(
     True
     """
 
-    def collect(state: Any, batch: Any, first: bool | jax.Array) -> tuple[Any, Any, Any]:
-        kept, grads = gradient(batch)
-        request = Collect(first)
-        updated = optax.with_extra_args_support(tx).update(grads, state, params, **{Collect.ARGUMENT: request})[1]
-        check_reached(request.low_rank is not None, "Low-rank accumulation")
-        low_rank = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), request.low_rank)
-        return kept, low_rank, galore_states_of(updated, state)
-
     def add(carry: tuple, numbered: tuple) -> tuple[tuple, Any]:
         total, state = carry
         number, batch = numbered
-        kept, low_rank, state = collect(state, batch, number == 0)
+        kept, grads = gradient(batch)
+        low_rank, state = _collected(tx, grads, state, params, number == 0, axis_name)
         return (jax.tree.map(jnp.add, total, low_rank), state), kept
 
     number = jax.tree.leaves(micro_batches)[0].shape[0]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
-    shapes = jax.eval_shape(lambda state, batch: collect(state, batch, True)[1], state, one)
+    shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
-    return kept, jax.tree.map(lambda x: x / number, total), state
+    return kept, _over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
+
+
+def low_rank_of(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: Any,
+    params: optax.Params,
+    axis_name: AxisName = None,
+    **extra_args: Any,
+) -> tuple[Any, Any]:
+    """One gradient in the subspaces of ``tx``, its mean over ``axis_name``, and the state: see :func:`low_rank_mean`."""
+    low_rank, state = _collected(tx, grads, state, params, True, axis_name, **extra_args)
+    return _over_devices(low_rank, axis_name), state
 
 
 def update_from_low_rank(
@@ -126,3 +143,25 @@ def update_from_low_rank(
     updates, new_state = optax.with_extra_args_support(tx).update(low_rank, state, params, **extra_args)
     check_reached(request.answered, "Low-rank accumulation")
     return updates, new_state
+
+
+def _collected(
+    tx: optax.GradientTransformation,
+    grads: optax.Updates,
+    state: Any,
+    params: optax.Params,
+    refresh: bool | jax.Array,
+    axis_name: AxisName = None,
+    **extra_args: Any,
+) -> tuple[Any, Any]:
+    """The gradient of one micro-batch on one device in the subspaces, at least float32, and the state with new bases."""
+    request = Collect(refresh, axis_name)
+    extra_args[Collect.ARGUMENT] = request
+    updated = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)[1]
+    check_reached(request.low_rank is not None, "Low-rank accumulation")
+    low_rank = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), request.low_rank)
+    return low_rank, galore_states_of(updated, state)
+
+
+def _over_devices(low_rank: Any, axis_name: AxisName) -> Any:
+    return low_rank if axis_name is None else jax.lax.pmean(low_rank, axis_name)

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.accumulate import AxisName, low_rank_of, update_from_low_rank
 from galore_jax.in_turn import update_in_turn
 from galore_jax.independence import check_independent
 from galore_jax.refresh import Layer
@@ -80,6 +81,7 @@ def layerwise(
     max_norm: float | None = None,
     max_layer_norm: float | None = None,
     seed: int = 0,
+    axis_name: AxisName = None,
 ) -> Layerwise:
     """A step that updates one layer at a time.
 
@@ -91,6 +93,9 @@ def layerwise(
       max_norm: bound on the global norm of the gradient, as ``optax.clip_by_global_norm``; costs a second backward pass.
       max_layer_norm: bound on the norm of each layer's gradient and on that of the rest; costs nothing.
       seed: of the stochastic rounding of :class:`galore_jax.weights.Int8Weight`, which the parameters may hold.
+      axis_name: of ``jax.shard_map`` with ``check_vma=False``, along which devices have other parts of the batch and equal
+        parameters and state: what they send each other is the gradient in the subspaces of the galore in ``tx``, see
+        :mod:`galore_jax.accumulate`.  ``grad_norm`` is that of it, and a bound on the norm is refused.
 
     Returns:
       The pair of functions.
@@ -119,6 +124,11 @@ def layerwise(
     for name, bound in {"max_norm": max_norm, "max_layer_norm": max_layer_norm}.items():
         if bound is not None and not bound > 0:
             raise ValueError(f"{name} is {bound}: write a positive number, or None for no bound.")
+    if axis_name is not None and (max_norm or max_layer_norm):
+        raise ValueError(
+            f"axis_name={axis_name!r} leaves the norm of a gradient unknown, which max_norm and max_layer_norm bound: leave "
+            "them out."
+        )
     tx = optax.with_extra_args_support(tx)
     checked = []  # what tx has been tried on: init may be traced several times
 
@@ -158,6 +168,10 @@ def layerwise(
             scale = jnp.where(own < max_layer_norm, 1, max_layer_norm / own)
             return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
 
+        def from_all_devices(grads: Params, state: Any, params: Params, **place: Layer) -> tuple:
+            grads, state = low_rank_of(tx, grads, state, params, axis_name, **place)
+            return *update_from_low_rank(tx, grads, state, params, **place), _squares(grads)
+
         def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
             weights, states, squares = carry
             own = _squares(grads)
@@ -165,9 +179,12 @@ def layerwise(
             read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
             grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
             layer = weights.at(places)
-            grads = bounded(grads, own)
             place = {Layer.ARGUMENT: Layer(i, run.number)}
-            updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **place)
+            if axis_name is None:
+                grads = bounded(grads, own)
+                updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **place)
+            else:
+                updates, new_state, own = from_all_devices(grads, states.at(i), dequantize(layer), **place)
             layer = apply_updates(layer, updates, key, layer=i)
             return weights.put(places, layer), states.put(i, new_state), squares + own
 
@@ -187,11 +204,15 @@ def layerwise(
             default=functools.partial(update_all, flat=jax.sharding.get_abstract_mesh().empty),
         )
         grads = run.rest_gradient(last, first, factor)
-        own = _squares(grads)
-        grads = bounded(grads, own)
-        rest, rest_state = update_in_turn(
-            tx, grads, state.rest, run.rest, lambda updates: apply_updates(rest, updates, key)
-        )
+        if axis_name is None:
+            own = _squares(grads)
+            grads = bounded(grads, own)
+            rest, rest_state = update_in_turn(
+                tx, grads, state.rest, run.rest, lambda updates: apply_updates(rest, updates, key)
+            )
+        else:
+            updates, rest_state, own = from_all_devices(grads, state.rest, run.rest)
+            rest, loss = apply_updates(rest, updates, key), jax.lax.pmean(loss, axis_name)
         return (
             model.join(layers, rest),
             LayerwiseState(state.count + 1, states, rest_state),

@@ -31,6 +31,14 @@ class Leaf(NamedTuple):
         """x with a matrix for each of this gradient's, zeros where the gradient cannot be used."""
         return jnp.where(self.over(self.good), x, 0)
 
+    def agreed(self, axis_name: Any) -> Leaf:
+        """With the flags of the mean over the devices along an axis: it can be used where all of theirs can, and one is not zero."""
+        if axis_name is None:
+            return self
+        bad, peak = jax.lax.pmax(((~self.finite).astype(jnp.int32), self.peak), axis_name)
+        finite = bad == 0
+        return self._replace(peak=peak, finite=finite, good=finite if self.view is None else finite & (peak > 0))
+
 
 def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> Leaf:
     """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""

@@ -231,9 +231,13 @@ class _GaLore:
                 self._update_whole(inner, updates, state, params, **extra_args) if request is None else (updates, state)
             )
         leaves = [measured(view, gradient) for view, gradient in zip(views, gradients, strict=True)]
-        everything = request is not None
-        allowed = True if collect is None else collect.refresh
-        state, low_rank = self._turn_all(leaves, treedef, state, layer, everything, allowed)
+        if collect is None:
+            state, low_rank = self._turn_all(leaves, treedef, state, layer, everything=request is not None)
+        else:
+            leaves = [leaf.agreed(collect.axis_name) for leaf in leaves]
+            state, low_rank = self._turn_all(
+                leaves, treedef, state, layer, allowed=collect.refresh, axis_name=collect.axis_name
+            )
         if collect is not None:
             bad = zip(leaves, low_rank, strict=True)
             collect.answer(treedef.unflatten(jnp.where(leaf.over(leaf.finite), x, jnp.nan) for leaf, x in bad))
@@ -259,8 +263,9 @@ class _GaLore:
         treedef: Any,
         state: GaLoreState,
         layer: policies.Layer | None,
-        everything: bool,
-        allowed: bool | jax.Array,
+        everything: bool = False,
+        allowed: bool | jax.Array = True,
+        axis_name: accumulate.AxisName = None,
     ) -> tuple[GaLoreState, list[jax.Array]]:
         """The state with the bases refreshed that are due (or all) and allowed to, and the gradients in these bases."""
         views = [leaf.view for leaf in leaves]
@@ -291,6 +296,7 @@ class _GaLore:
                     current,
                     tuple(mine.values()),
                     wanted,
+                    axis_name,
                 )
                 schedules[i] = self.refresh.advance(state.count, slots, schedules[i], turned, overlap)
                 kept += jnp.sum(due & ~leaf.good, dtype=jnp.int32)

@@ -54,6 +54,7 @@ def turn(
     current: Subspace,
     carriers: tuple[Carrier, ...],
     wanted: jax.Array,
+    axis_name: Any = None,
 ) -> Turned:
     """New bases for the matrices that are wanted.
 
@@ -66,6 +67,7 @@ def turn(
       current: the subspaces, with ``low_rank`` of this gradient.
       carriers: one for each array of ``current.moments``.
       wanted: [*batch] bool, the matrices to refresh: finite and not zero.
+      axis_name: of the devices over which the gradient is to be averaged first; the same matrices are wanted on all of them.
 
     Returns:
       The subspaces, in the shapes, dtypes and shardings of ``current``.  To differentiation a refresh is a constant: see
@@ -74,9 +76,15 @@ def turn(
     batch = view.batch_shape
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
 
+    def turn_one(matrix: jax.Array, one: Subspace) -> Turned:
+        if axis_name is not None:
+            matrix, low_rank = jax.lax.pmean((matrix, one.low_rank), axis_name)
+            one = one._replace(low_rank=low_rank)
+        return _turn_one(projector, view, key, step, matrix, one, carriers)
+
     def recompute_one() -> Turned:
         matrix, one = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, current)))
-        turned = _turn_one(projector, view, key, step, matrix, one, carriers)
+        turned = turn_one(matrix, one)
         return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
 
     def recompute() -> Turned:
@@ -91,7 +99,7 @@ def turn(
         def body(i: jax.Array, turned: Turned) -> Turned:
             index = order[i]
             matrix, one = jax.tree.map(lambda x: x[index], (stack, turned.subspace))
-            result = _turn_one(projector, view, key, step, matrix, one, carriers)
+            result = turn_one(matrix, one)
             return jax.tree.map(lambda whole, x: whole.at[index].set(x.astype(whole.dtype)), turned, result)
 
         turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))

@@ -46,7 +46,7 @@ def run(made, steps=4):
     for number in range(steps):
         if made.mesh is not None:
             assert jax.tree.map(lambda x: x.sharding, (params, opt_state)) == made.shardings
-        batch = jax.device_put(tokens(8, 9, number), made.batch.sharding)
+        batch = jax.device_put(tokens(*made.batch.shape, number), made.batch.sharding)
         params, opt_state, metrics = step(params, opt_state, batch)
         losses.append(float(metrics["loss"]))
     return params, losses

@@ -120,6 +120,8 @@ class PretrainConfig:
     """Update layer by layer during the backward pass: no more than one layer's gradient exists at a time."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
+    reduce_low_rank: bool = False
+    """GaLore: along the axis data of --mesh, send gradients between devices in the subspaces; needs --clip 0."""
     mesh: str | None = None
     """Devices to spread over: data=2,fsdp=4,model=1, their product being the number there is. None: the first one alone."""
     seed: int = 0
@@ -259,8 +261,9 @@ def check(config: PretrainConfig) -> None:
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
             "choose micro-batches of equal size."
         )
-    if config.accumulate_low_rank:
-        _check_low_rank(config)
+    for name in ("accumulate_low_rank", "reduce_low_rank"):
+        if getattr(config, name):
+            _check_low_rank(config, name)
     if config.mesh is not None:
         _check_mesh(config, config.mesh)
     if not 0 <= config.resolved_warmup_steps < config.steps:
@@ -269,18 +272,23 @@ def check(config: PretrainConfig) -> None:
         )
 
 
-def _check_low_rank(config: PretrainConfig) -> None:
+def _check_low_rank(config: PretrainConfig, name: str) -> None:
     optimizer = f"--optimizer {config.optimizer}"
     wrong = {
         f"an optimizer with subspaces, which {optimizer} is not": config.optimizer not in PRESETS,
         "an optimizer that does without the gradient outside the subspaces, and "
         f"{optimizer} uses the whole gradient": config.optimizer in WHOLE_GRADIENT,
         f"--clip 0 instead of {config.clip}: the norm of the whole gradient is not known": config.clip > 0,
-        "a step without --layerwise, which sums one layer's gradients at a time already": config.layerwise,
     }
+    if name == "accumulate_low_rank":
+        wrong["a step without --layerwise, which sums one layer's gradients at a time already"] = config.layerwise
+    else:
+        sizes = axis_sizes(config.mesh or "data=1")
+        alone = sizes["data"] > 1 and sizes["fsdp"] == sizes["model"] == 1
+        wrong["--mesh data=N, N more than 1, and no other axis, on which every device has whole gradients"] = not alone
     for need, applies in wrong.items():
         if applies:
-            raise ValueError(f"--accumulate-low-rank needs {need}.")
+            raise ValueError(f"{flag(name)} needs {need}.")
 
 
 def _check_mesh(config: PretrainConfig, mesh: str) -> None:

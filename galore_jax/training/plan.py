@@ -73,6 +73,8 @@ class PlanConfig:
     """Micro-batches that --batch is cut into."""
     accumulate_low_rank: bool = False
     """GaLore: sum the gradients of micro-batches in the subspaces."""
+    reduce_low_rank: bool = False
+    """GaLore: along the axis data of --mesh, send gradients between devices in the subspaces."""
     seq: int = 256
     """Tokens of a sequence."""
     remat: bool = False

@@ -23,7 +23,7 @@ from galore_jax.sharding import state_sharding
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.mesh import batch_sharding, cut_along_fsdp, param_shardings
 from galore_jax.training.optimizers import make_optimizer, make_schedule
-from galore_jax.training.step import Metrics, make_train_step, optimizer_metrics
+from galore_jax.training.step import Metrics, make_train_step, on_parts, optimizer_metrics
 from galore_jax.weights import quantize_weights
 
 
@@ -82,6 +82,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
             accumulate=config.accumulate,
             max_norm=config.clip or None,
             seed=config.seed,
+            axis_name="data" if config.reduce_low_rank else None,
         )
     optimizer = by_layers or tx
 
@@ -89,6 +90,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         params = weights(key)
         return params, optimizer.init(params)
 
+    data_parallel = mesh if config.reduce_low_rank else None
     batch = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
     shardings = out_shardings = None
     if mesh is not None:
@@ -96,9 +98,11 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         shardings = _shardings(mesh, jax.eval_shape(weights, jax.random.key(0)), optimizer)
         out_shardings = (*shardings, NamedSharding(mesh, PartitionSpec()))
     if by_layers is None:
-        step = make_train_step(graphdef, tx, config.accumulate, config.accumulate_low_rank, out_shardings)
+        step = make_train_step(
+            graphdef, tx, config.accumulate, config.accumulate_low_rank, out_shardings, data_parallel
+        )
     else:
-        step = _layerwise_step(by_layers, out_shardings)
+        step = _layerwise_step(by_layers, out_shardings, data_parallel)
     return Program(graphdef, jax.jit(init, out_shardings=shardings), step, batch, mesh, shardings)
 
 
@@ -109,9 +113,11 @@ def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:
     return of_params, cut_along_fsdp(state, state_sharding(optimizer, params, of_params))
 
 
-def _layerwise_step(optimizer: Layerwise, out_shardings: Any) -> Any:
+def _layerwise_step(optimizer: Layerwise, out_shardings: Any, data_parallel: Mesh | None) -> Any:
+    take = optimizer.step if data_parallel is None else on_parts(optimizer.step, data_parallel)
+
     def step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
-        params, opt_state, found = optimizer.step(params, opt_state, batch)
+        params, opt_state, found = take(params, opt_state, batch)
         return params, opt_state, found._asdict() | optimizer_metrics(opt_state)
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out_shardings)

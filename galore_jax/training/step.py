@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from galore_jax import GaLoreState
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
@@ -31,6 +32,7 @@ def make_train_step(
     accumulate: int = 1,
     low_rank: bool = False,
     out_shardings: Any = None,
+    data_parallel: Mesh | None = None,
 ) -> Any:
     """A jitted ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; the first two are donated.
 
@@ -41,6 +43,8 @@ def make_train_step(
       low_rank: sum their gradients in the subspaces of the one galore in ``tx``: see :mod:`galore_jax.accumulate`.  Then
         ``grad_norm`` is that of the sum, what lies outside the subspaces left out.
       out_shardings: of (params, opt_state, metrics), as ``jax.jit`` takes them.
+      data_parallel: a mesh over whose axis "data", the only one longer than 1, gradients are averaged in the subspaces, as
+        ``low_rank`` sums them.
 
     Returns:
       The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are on the device.  Scalars: ``loss``, ``grad_norm``
@@ -71,12 +75,21 @@ def make_train_step(
 
         return jax.tree.map(lambda total: total / accumulate, jax.lax.scan(add, zeros, micro_batches)[0])
 
-    def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
-        if low_rank:
+    def low_rank_gradient(params: Any, opt_state: Any, batch: jax.Array) -> tuple[jax.Array, Any, Any]:
+        axis_name = None if data_parallel is None else "data"
+
+        def mean(params: Any, opt_state: Any, batch: jax.Array) -> tuple[jax.Array, Any, Any]:
             losses, grads, opt_state = low_rank_mean(
-                tx, lambda tokens: gradient(params, tokens), cut(batch), opt_state, params
+                tx, lambda tokens: gradient(params, tokens), cut(batch), opt_state, params, axis_name
             )
             loss = jnp.mean(losses)
+            return loss if axis_name is None else jax.lax.pmean(loss, axis_name), grads, opt_state
+
+        return mean(params, opt_state, batch) if data_parallel is None else on_parts(mean, data_parallel)(params, opt_state, batch)
+
+    def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
+        if low_rank or data_parallel is not None:
+            loss, grads, opt_state = low_rank_gradient(params, opt_state, batch)
             updates, opt_state = update_from_low_rank(tx, grads, opt_state, params)
         else:
             loss, grads = mean_gradient(params, batch)
@@ -85,6 +98,20 @@ def make_train_step(
         return add_updates(params, updates), opt_state, metrics
 
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
+
+
+def on_parts(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """``function(params, opt_state, batch)`` on each part of the batch along the axis "data", which it names in its collectives.
+
+    All that it returns is equal on all parts.
+    """
+    return jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
 
 
 def add_updates(params: Any, updates: Any) -> Any:
