@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
+from galore_jax import sharding
 from galore_jax.codecs import BLOCK, Bfloat16, SignedBlocks, UnsignedBlocks, decoded, encoded_like, flatten, is_coded
 
 EIGHT_BITS = (SignedBlocks, UnsignedBlocks)
@@ -307,3 +308,16 @@ def test_the_same_sharded_and_unsharded_and_types_carry_over(codec, axis_type, n
         with jax.set_mesh(mesh):
             scales = codec.encode(jax.device_put(x, NamedSharding(mesh, P(None, "a")))).scales
             assert jax.typeof(scales).sharding.spec == P(None, "a")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_spreading_by_products_is_exact_for_any_bits(dtype):
+    """As on a TPU, whatever the number: denormals, infinities, NaN with a payload."""
+    random = np.random.default_rng(0).integers(0, 2**32, (64, 5), np.uint32)
+    whole = random & 0xFFFF0000 if dtype == "bfloat16" else random
+    values = jax.lax.bitcast_convert_type(jnp.asarray(whole), jnp.float32)
+    if dtype == "bfloat16":
+        values = jax.lax.bitcast_convert_type(jnp.asarray(whole >> 16, jnp.uint16), jnp.bfloat16)
+    found = jax.jit(sharding.spread_by_products, static_argnums=(1, 2))(values, 19, 4)
+    bits = np.asarray(jax.lax.bitcast_convert_type(found, jnp.uint32))
+    np.testing.assert_array_equal(bits, np.repeat(whole, 4, axis=1)[:, :19])
