@@ -29,7 +29,6 @@ import optax
 
 from galore_jax.state import check_reached, galore_states_of
 
-
 AxisName = str | tuple[str, ...] | None
 
 
@@ -81,8 +80,8 @@ def low_rank_mean(
         mean is over them too; ``shard_map`` needs ``check_vma=False``, and can give what is returned as equal on all devices.
 
     Returns:
-      What ``gradient`` returned first, leaves (K, ...), of this device; the mean, float32, (*batch, r, n) where a parameter is projected from
-      the left; and the state, with the bases refreshed that were due.
+      What ``gradient`` returned first, leaves (K, ...), of this device; the mean, float32, (*batch, r, n) where a parameter is
+      projected from the left; and the state, with the bases refreshed that were due.
 
     Raises:
       ValueError: there is no galore in ``tx``, or more than one.

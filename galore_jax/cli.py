@@ -30,13 +30,22 @@ class UsageError(Exception):
 def pretrain(arguments: Sequence[str]) -> int:
     """Pre-train a LLaMA model, or --resume a run."""
     with needed_packages("pretrain", extra="train"):
-        from galore_jax.training import checkpoint, config, loop
+        from galore_jax.training import checkpoint, config, loop, processes, recipes
 
-        settings = parse(config.PretrainConfig, arguments, "pretrain")
+        with usage_errors():
+            arguments, default = recipes.without_recipe(arguments)
+            if default is not None and "--resume" in arguments:
+                raise ValueError(
+                    "--recipe starts a run, and --resume continues one with its own settings: leave one out."
+                )
+        settings = parse(config.PretrainConfig, arguments, "pretrain", default)
     with usage_errors():
         if settings.resume and settings.out is not None:
             # The run's own settings become the defaults, so that only flags that were given can differ from them.
             settings = parse(config.PretrainConfig, arguments, "pretrain", config.load_config(settings.out)[0])
+        if settings.distributed:
+            config.check(settings)
+            processes.join()
         run = loop.prepare(settings)
     return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError)
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ class Leaf(NamedTuple):
         return jnp.where(self.over(self.good), x, 0)
 
     def agreed(self, axis_name: Any) -> Leaf:
-        """With the flags of the mean over the devices along an axis: it can be used where all of theirs can, and one is not zero."""
+        """With the flags of the mean over the devices along an axis: usable where theirs are finite and one is not zero."""
         if axis_name is None:
             return self
         bad, peak = jax.lax.pmax(((~self.finite).astype(jnp.int32), self.peak), axis_name)

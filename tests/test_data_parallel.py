@@ -21,10 +21,15 @@ from galore_jax.matrix_view import is_matrix_name
 from galore_jax.training import config as settings
 
 DEVICES = 8
-PARAMS = {"stack": {"kernel": jnp.zeros((2, 12, 16))}, "wide": {"kernel": jnp.zeros((16, 40))}, "bias": jnp.zeros((16,))}
+PARAMS = {
+    "stack": {"kernel": jnp.zeros((2, 12, 16))},
+    "wide": {"kernel": jnp.zeros((16, 40))},
+    "bias": jnp.zeros((16,)),
+}
 RANDOM = np.random.default_rng(0)
 TARGETS = jax.tree.map(
-    lambda p: jnp.asarray(RANDOM.normal(size=(DEVICES, *p.shape)) + RANDOM.normal(size=(1, *p.shape)), jnp.float32), PARAMS
+    lambda p: jnp.asarray(RANDOM.normal(size=(DEVICES, *p.shape)) + RANDOM.normal(size=(1, *p.shape)), jnp.float32),
+    PARAMS,
 )
 
 
@@ -84,7 +89,9 @@ def test_one_bad_device_leaves_the_matrix_alone_on_all_and_is_counted_once():
 )
 def test_the_trainers_steps_equal_those_on_one_device(overrides):
     overrides = {"clip": 0, "batch": 16, **overrides}
-    alone = {"accumulate_low_rank": not overrides.get("layerwise")}  # in which bases come from the first micro-batch too
+    alone = {
+        "accumulate_low_rank": not overrides.get("layerwise")
+    }  # in which bases come from the first micro-batch too
     expected, losses = run(built(None, **overrides, **alone), 6)
     params, sharded_losses = run(built("data=8", reduce_low_rank=True, **overrides), 6)
     np.testing.assert_allclose(sharded_losses, losses, rtol=0, atol=1e-5)

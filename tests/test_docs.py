@@ -18,7 +18,7 @@ from run_pages import blocks
 
 import galore_jax
 from galore_jax import cli
-from galore_jax.training import config, finetune_config, generation, plan
+from galore_jax.training import config, finetune_config, generation, plan, recipes
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -82,6 +82,8 @@ def test_commands_exist_and_take_these_flags(page, words):
     match words:
         case ["galore-jax", command, *flags]:
             default = finetune_config.BLANK if command == "finetune" and "--resume" in flags else None
+            if command == "pretrain":
+                flags, default = recipes.without_recipe(flags)
             cli.parse(SETTINGS[command], [flag for flag in flags if flag != "..."], command, default)
         case ["python", script, *flags]:
             source = (ROOT / script).read_text()

@@ -44,9 +44,7 @@ def test_in_turn_equals_at_once(name):
 
     @jax.jit
     def in_turn(params, state, grads):
-        return update_in_turn(
-            tx, grads, state, params, lambda updates: apply_updates(params, updates), large=6000
-        )
+        return update_in_turn(tx, grads, state, params, lambda updates: apply_updates(params, updates), large=6000)
 
     expected = found = PARAMS, tx.init(PARAMS)
     for number in range(3):

@@ -37,7 +37,8 @@ PROMPT_TOKENS = 32
 """Tokens of validation text that the sample at the end of a run continues."""
 
 _MAY_CHANGE = {
-    "mesh", "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out", "resume",
+    "distributed", "mesh", "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out",
+    "resume",
 }  # fmt: skip
 """Fields that a resumed run may set anew; any other would make it a different run."""
 
@@ -63,7 +64,9 @@ _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop l
 class PretrainConfig:
     """Pre-train a LLaMA model from random weights and write everything about the run into one folder.
 
-    Without any flag: a tiny model on the text of Python's own standard library, a few minutes on two CPU cores.
+    Without any flag: a tiny model on the text of Python's own standard library, a few minutes on two CPU cores. --recipe NAME
+    starts from the GaLore paper's settings, which the other flags change: galore-60m, galore-130m, galore-350m, galore-1b,
+    galore-7b, adamw-60m, adamw-130m, adamw-350m or adamw-1b.
     """
 
     model: str = "demo"
@@ -124,6 +127,8 @@ class PretrainConfig:
     """GaLore: along the axis data of --mesh, send gradients between devices in the subspaces; needs --clip 0."""
     mesh: str | None = None
     """Devices to spread over: data=2,fsdp=4,model=1, their product being the number there is. None: the first one alone."""
+    distributed: bool = False
+    """One of several processes, each started with the same flags: see the guide on scaling. Needs --mesh and --out."""
     seed: int = 0
     """Decides the weights, the order of the text, and every other random number."""
     out: Path | None = None
@@ -264,6 +269,13 @@ def check(config: PretrainConfig) -> None:
     for name in ("accumulate_low_rank", "reduce_low_rank"):
         if getattr(config, name):
             _check_low_rank(config, name)
+    if config.distributed and (config.mesh is None or config.out is None):
+        missing = (
+            "--mesh, over the devices of all processes"
+            if config.mesh is None
+            else "--out, a folder that all of them see"
+        )
+        raise ValueError(f"--distributed needs {missing}.")
     if config.mesh is not None:
         _check_mesh(config, config.mesh)
     if not 0 <= config.resolved_warmup_steps < config.steps:
@@ -402,7 +414,10 @@ def save_config(config: PretrainConfig, model: LlamaConfig, folder: Path, data_f
 
     They are ``data_fingerprint`` and ``tokenizer_fingerprint``, the SHA-256 of the ``tokenizer.json`` in ``folder``.
     """
-    fields = dataclasses.asdict(config.resolved) | {"out": str(folder)}
+    fields = dataclasses.asdict(config.resolved) | {
+        "out": str(folder),
+        "distributed": False,
+    }  # which the next launch says
     fields |= {"model_config": dataclasses.asdict(model), "versions": versions()}
     fields |= {"data_fingerprint": data_fingerprint, "tokenizer_fingerprint": _tokenizer_fingerprint(folder)}
     write_json(folder / "config.json", fields)

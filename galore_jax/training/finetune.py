@@ -37,7 +37,7 @@ from galore_jax.training.checkpoint import CheckpointWriter
 from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
 from galore_jax.training.generation import end_ids
-from galore_jax.training.loop import StopSignals, learning_rates, take_steps
+from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics, validation_words
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import add_updates, optimizer_metrics
@@ -121,7 +121,7 @@ def train(run: Run) -> Record:
     ):
         progress.say(f"{run.description}\nrun folder: {folder}, at step {run.step} of {config.steps}")
         seconds = take_steps(
-            run, writer, log, progress, signals, meter,
+            run, writer, log, progress, signals, meter, is_validated(run),
             compile_step=lambda: _compiled_step(run, scores, lengths[run.step :]),
             evaluate=lambda: _evaluated(run, jitted),
         )  # fmt: skip

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.models import LlamaConfig, generate
-from galore_jax.training import checkpoint, config as settings, report
+from galore_jax.training import checkpoint, config as settings, processes, report
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
@@ -65,6 +65,8 @@ def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None
     Raises:
       ValueError, FileNotFoundError: a setting, the text, the run folder or a checkpoint cannot be used.
       CheckpointError: a checkpoint could not be written.
+
+    With ``config.distributed`` every process calls this, after :func:`galore_jax.training.processes.join`.
     """
     return train(prepare(config, model_config))
 
@@ -74,10 +76,13 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
     if config.resume:
         config, folder, saved_model, fingerprints = _saved_run(config)
         settings.check(config)
-        return _load(config, folder, model_config or saved_model, fingerprints)
-    settings.check(config)
-    with settings.new_folder(config) as folder:
-        return _load(config, folder, model_config, None)
+        run = _load(config, folder, model_config or saved_model, fingerprints)
+    else:
+        settings.check(config)
+        with settings.new_folder(config) as folder:
+            run = _load(config, folder, model_config, None)
+    processes.wait_for_all("prepared")  # nobody writes into the folder before all have looked into it
+    return run
 
 
 def _load(
@@ -115,17 +120,21 @@ def train(run: Run) -> Record:
     summary_file = folder / "summary.json"
     finished = report.read_summary(summary_file) if run.resumed_from == config.steps else None
     if finished is not None and finished["steps"] == config.steps:
-        print(f"The run in {folder} already has its {config.steps} steps.")
-        _say_goodbye(run, finished, sizes)
+        if processes.first():
+            print(f"The run in {folder} already has its {config.steps} steps.")
+            _say_goodbye(run, finished, sizes)
         return finished
 
-    if run.resumed_from is None:
-        run.data.tokenizer.save(folder / "tokenizer.json")
-    settings.save_config(config, run.model_config, folder, run.data.fingerprint)
+    first = processes.first()
+    if first:
+        if run.resumed_from is None:
+            run.data.tokenizer.save(folder / "tokenizer.json")
+        settings.save_config(config, run.model_config, folder, run.data.fingerprint)
+    validated = processes.any_of_them(first and is_validated(run))
     with (
         StopSignals() as signals,
-        MetricsLog(folder, run.step) as log,
-        Progress(run.step, config.steps) as progress,
+        MetricsLog(folder, run.step) if first else processes.Silent() as log,
+        Progress(run.step, config.steps) if first else processes.Silent() as progress,
         CheckpointWriter(folder / "checkpoints", config.keep) as writer,
     ):
         progress.say(
@@ -140,11 +149,13 @@ def train(run: Run) -> Record:
             losses=run.losses,
         )
         seconds = take_steps(
-            run, writer, log, progress, signals, meter,
+            run, writer, log, progress, signals, meter, validated,
             compile_step=lambda: _compiled_step(run),
             evaluate=lambda: evaluate(run, eval_step),
         )  # fmt: skip
 
+    if not first:
+        return {}
     validation = [record for record in read_metrics(folder) if "val_loss" in record]
     last = validation[-1] if validation else {"val_loss": None, "val_perplexity": None}
     summary = {
@@ -172,10 +183,11 @@ def train(run: Run) -> Record:
 def take_steps(
     run: Any,
     writer: CheckpointWriter,
-    log: MetricsLog,
-    progress: Progress,
+    log: MetricsLog | processes.Silent,
+    progress: Progress | processes.Silent,
     signals: StopSignals,
     meter: Meter,
+    validated: bool,
     *,
     compile_step: Callable[[], Any],
     evaluate: Callable[[], Record],
@@ -186,6 +198,7 @@ def take_steps(
       run: has ``config`` (of which ``steps``, ``eval_every`` and ``save_every``), ``folder``, ``batches``, ``resumed_from``,
         ``losses``, and ``params``, ``opt_state`` and ``step``, which are replaced step by step.
       writer, log, progress, signals, meter: what a step is told to.
+      validated: whether ``log`` has the validation of ``run`` as it is.
       compile_step: gives ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; called once, after the checkpoint
         of step 0.
       evaluate: the record of a validation of ``run`` as it is now.
@@ -207,13 +220,18 @@ def take_steps(
             writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)))
         meter.start()
 
-    saved, validated = run.resumed_from, run.step if _is_validated(run) else None
+    def stopped() -> bool:
+        if not processes.several():
+            return signals.received
+        return run.step % config.log_every == 0 and processes.any_of_them(signals.received)  # all at the same step
+
+    saved, validated_at = run.resumed_from, run.step if validated else None
     if saved is None:
         pause(validate=False, save=True)
         saved = 0
     train_step = compile_step()
     meter.start()
-    while run.step < config.steps and not signals.received:
+    while run.step < config.steps and not stopped():
         run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
         run.step += 1
         note(meter.add(run.step, metrics))
@@ -221,8 +239,8 @@ def take_steps(
         validate, save = run.step % config.eval_every == 0, run.step % config.save_every == 0
         if validate or save:
             pause(validate=validate, save=save)
-            saved, validated = run.step if save else saved, run.step if validate else validated
-    pause(validate=run.step == config.steps and validated != run.step, save=saved != run.step)
+            saved, validated_at = run.step if save else saved, run.step if validate else validated_at
+    pause(validate=run.step == config.steps and validated_at != run.step, save=saved != run.step)
     return meter.seconds
 
 
@@ -237,7 +255,7 @@ def _compiled_step(run: Run) -> Any:
         compiled = run.program.step.lower(run.params, run.opt_state, run.program.batch).compile()
 
     def take(params: Any, opt_state: Any, tokens: np.ndarray) -> Any:
-        return compiled(params, opt_state, jax.device_put(tokens, run.program.batch.sharding))
+        return compiled(params, opt_state, processes.place(tokens, run.program.batch.sharding))
 
     return take
 
@@ -264,8 +282,8 @@ def _on_devices(built: Program, tokens: np.ndarray) -> Any:
     if built.mesh is None:
         return tokens
     if len(tokens) % batch_parts(built.mesh):
-        return jax.device_put(tokens, NamedSharding(built.mesh, PartitionSpec()))
-    return jax.device_put(tokens, built.batch.sharding)
+        return processes.place(tokens, NamedSharding(built.mesh, PartitionSpec()))
+    return processes.place(tokens, built.batch.sharding)
 
 
 class StopSignals:
@@ -330,13 +348,16 @@ def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig,
     return Run(config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from)
 
 
-def _is_validated(run: Any) -> bool:
+def is_validated(run: Any) -> bool:
+    """Whether the log has the validation of a run as it is."""
     return any("val_loss" in record for record in read_metrics(run.folder) if record["step"] == run.step)
 
 
 def _say_goodbye(run: Run, summary: Record, sizes: dict[str, int]) -> None:
     print(report.closing_words(run.config, run.folder, summary, sizes))
-    if run.config.sample_tokens:
+    if processes.several():
+        print(f"\nFor a sample: galore-jax generate --model {run.folder}")
+    elif run.config.sample_tokens:
         prompt = next(iter(run.data.validation_batches(1)))[0, :PROMPT_TOKENS]
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.step)
         model = nnx.merge(run.program.graphdef, run.params)

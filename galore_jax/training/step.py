@@ -85,7 +85,11 @@ def make_train_step(
             loss = jnp.mean(losses)
             return loss if axis_name is None else jax.lax.pmean(loss, axis_name), grads, opt_state
 
-        return mean(params, opt_state, batch) if data_parallel is None else on_parts(mean, data_parallel)(params, opt_state, batch)
+        return (
+            mean(params, opt_state, batch)
+            if data_parallel is None
+            else on_parts(mean, data_parallel)(params, opt_state, batch)
+        )
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
         if low_rank or data_parallel is not None:
