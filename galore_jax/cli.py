@@ -30,7 +30,7 @@ class UsageError(Exception):
 def pretrain(arguments: Sequence[str]) -> int:
     """Pre-train a LLaMA model, or --resume a run."""
     with needed_packages("pretrain", extra="train"):
-        from galore_jax.training import checkpoint, config, loop, processes, recipes
+        from galore_jax.training import checkpoint, config, loop, processes, recipes, run_folder
 
         with usage_errors():
             arguments, default = recipes.without_recipe(arguments)
@@ -42,7 +42,7 @@ def pretrain(arguments: Sequence[str]) -> int:
     with usage_errors():
         if settings.resume and settings.out is not None:
             # The run's own settings become the defaults, so that only flags that were given can differ from them.
-            settings = parse(config.PretrainConfig, arguments, "pretrain", config.load_config(settings.out)[0])
+            settings = parse(config.PretrainConfig, arguments, "pretrain", run_folder.load_config(settings.out)[0])
         if settings.distributed:
             config.check(settings)
             processes.join()

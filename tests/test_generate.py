@@ -22,9 +22,9 @@ from galore_jax.cli import main
 from galore_jax.models import LlamaConfig, generate, load_hf, save_hf
 from galore_jax.models.sampling import stream
 from galore_jax.training import PretrainConfig, checkpoint, run_pretrain
-from galore_jax.training.config import load_config
 from galore_jax.training.generation import GenerateConfig, generate_text
 from galore_jax.training.program import program
+from galore_jax.training.run_folder import load_config
 from galore_jax.training.tokenizer import ByteTokenizer, load_tokenizer
 from galore_jax.weights import quantize_weights
 

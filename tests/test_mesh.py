@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 from problems import leniency, quick_compilation  # noqa: F401
 from runs import TINY, tokens
 
-from galore_jax.training import checkpoint, config as settings
+from galore_jax.training import checkpoint, config as settings, run_folder
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.loop import run_pretrain
@@ -135,7 +135,7 @@ def test_a_run_on_a_mesh_goes_on_without_one(tmp_path):
         run_pretrain(dataclasses.replace(config, out=tmp_path / "whole"), model)
         run_pretrain(dataclasses.replace(config, save_every=2, out=tmp_path / "mesh", mesh="data=4,fsdp=2"), model)
         shutil.rmtree(tmp_path / "mesh" / "checkpoints" / "4")
-        saved, _, _ = settings.load_config(tmp_path / "mesh")
+        saved, _, _ = run_folder.load_config(tmp_path / "mesh")
         assert saved.mesh == "data=4,fsdp=2"
         resumed = run_pretrain(dataclasses.replace(saved, mesh=None))
     assert resumed["resumed_from_step"] == 2

@@ -18,8 +18,9 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.metrics import read_metrics
 
 SETTINGS = {
-    "data": "text.txt", "seq": 16, "batch": 8, "steps": 24, "log-every": 1, "save-every": 2, "eval-every": 12, "eval-tokens": 256,
-    "optimizer": "galore_adamw", "rank": 4, "update-proj-gap": 4, "learning-rate": 0.001, "keep": 20, "sample-tokens": 0, "projector": "random",
+    "data": "text.txt", "seq": 16, "batch": 8, "steps": 24, "log-every": 1, "save-every": 2, "eval-every": 12,
+    "eval-tokens": 256, "optimizer": "galore_adamw", "rank": 4, "update-proj-gap": 4, "projector": "random",
+    "learning-rate": 0.001, "keep": 20, "sample-tokens": 0,
 }  # fmt: skip
 FLAGS = ["--no-diagnostics", *(f"--{name}={value}" for name, value in SETTINGS.items())]
 SCRIPT = """

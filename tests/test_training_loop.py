@@ -12,8 +12,9 @@ from problems import leniency, quick_compilation  # noqa: F401
 from runs import TINY
 
 from galore_jax.training import metrics
-from galore_jax.training.config import PretrainConfig, load_config
+from galore_jax.training.config import PretrainConfig
 from galore_jax.training.loop import run_pretrain
+from galore_jax.training.run_folder import load_config
 
 
 def test_a_run_of_adamw_has_no_subspaces_and_resumes_though_its_config_is_older_than_they_are(tmp_path, capsys):

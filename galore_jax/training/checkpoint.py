@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from galore_jax.training.config import resume_command
+from galore_jax.training.run_folder import resume_command
 
 FORMAT = 1
 """Version of what a checkpoint holds; a change that older code cannot read increases it."""

@@ -32,7 +32,7 @@ from flax import nnx
 from galore_jax.memory import tree_bytes
 from galore_jax.models import Llama, LlamaClassifier, add_lora, load_hf, merge_lora, save_hf
 from galore_jax.models.huggingface_config import config_from_huggingface
-from galore_jax.training import checkpoint, config as settings, finetune_config, report
+from galore_jax.training import checkpoint, finetune_config, report, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter
 from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
@@ -89,13 +89,13 @@ def prepare(config: FinetuneConfig) -> Run:
         if folder is None:
             raise ValueError("--resume needs --out, the folder of the run to continue.")
         saved, facts = finetune_config.load_config(folder)
-        config = settings.as_started(config, saved)
-        settings.check_same_run(config, saved, finetune_config.MAY_CHANGE)
+        config = run_folder.as_started(config, saved)
+        run_folder.check_same_run(config, saved, finetune_config.MAY_CHANGE)
         finetune_config.check(config)
         read_metrics(folder)  # a damaged line is found before anything is written
         return _load(config, folder, facts)
     finetune_config.check(config)
-    with settings.new_folder(dataclasses.replace(config.training, optimizer=config.optimizer)) as folder:
+    with run_folder.new_folder(dataclasses.replace(config.training, optimizer=config.optimizer)) as folder:
         return _load(config, folder, None)
 
 
@@ -127,14 +127,14 @@ def train(run: Run) -> Record:
         )  # fmt: skip
     _export(run, LAST)
     summary = _summary(run, seconds, int(tokens[: run.step].sum())) | {"wall_seconds": time.perf_counter() - began}
-    settings.write_json(folder / "summary.json", summary)
+    run_folder.write_json(folder / "summary.json", summary)
     report.plot_loss(
         folder, f"{config.model.name}, {config.optimizer}", "text" if run.train.task == "label" else "token"
     )
     if run.step == config.steps:
         _say_goodbye(run, summary)
     else:
-        print(f"Stopped after step {run.step}; continue with: {settings.resume_command(folder, 'finetune')}")
+        print(f"Stopped after step {run.step}; continue with: {run_folder.resume_command(folder, 'finetune')}")
     return summary
 
 
@@ -196,7 +196,7 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
     labels = num_labels(train, validation) if train.task == "label" else None
     fingerprint = f"{train.fingerprint} {validation.fingerprint}"
     if facts is not None:
-        settings.check_same_text(config.data, folder, fingerprint, facts)
+        run_folder.check_same_text(config.data, folder, fingerprint, facts)
     parts = _model(config, train, labels)
     if facts is not None and parts.fingerprint != facts["model_fingerprint"]:
         raise ValueError(
@@ -316,13 +316,13 @@ def _export(run: Run, name: str) -> None:
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_hf(model, partial)
-    theirs, ours = (settings.read_json(place / "config.json") for place in (run.config.model, partial))
+    theirs, ours = (run_folder.read_json(place / "config.json") for place in (run.config.model, partial))
     ids = {
         "eos_token_id": run.eos,
         "pad_token_id": run.eos,
     }  # which transformers needs to find the last token of a text
     ids |= {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if theirs.get(key) is not None}
-    settings.write_json(partial / "config.json", ours | ids)
+    run_folder.write_json(partial / "config.json", ours | ids)
     for file in TOKENIZER_FILES:
         if (run.config.model / file).is_file():
             shutil.copyfile(run.config.model / file, partial / file)
@@ -358,7 +358,7 @@ def _finished(run: Run) -> Record | None:
     if run.resumed_from != run.config.steps or not (run.folder / LAST).is_dir():
         return None
     try:
-        summary = settings.read_json(run.folder / "summary.json")
+        summary = run_folder.read_json(run.folder / "summary.json")
     except (OSError, ValueError):
         return None
     return summary if summary.get("steps") == run.config.steps else None

@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from galore_jax.training import config as settings
+from galore_jax.training import config as settings, run_folder
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS
 
@@ -137,7 +137,9 @@ def check(config: FinetuneConfig) -> None:
 def save_config(config: FinetuneConfig, folder: Path, facts: dict[str, Any]) -> None:
     """Write ``config.json``: every field, resolved, the versions of what computed it, and ``facts``."""
     fields = {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(config.resolved).items()}
-    settings.write_json(folder / "config.json", fields | {"out": str(folder), "versions": settings.versions()} | facts)
+    run_folder.write_json(
+        folder / "config.json", fields | {"out": str(folder), "versions": run_folder.versions()} | facts
+    )
 
 
 def load_config(folder: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
@@ -151,11 +153,11 @@ def load_config(folder: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
     try:
-        fields = settings.read_json(path)
+        fields = run_folder.read_json(path)
         if "task" not in fields:
             raise ValueError(f"{folder} holds no run of galore-jax finetune.")
         known = {field.name for field in dataclasses.fields(FinetuneConfig)}
-        config = settings.from_json(FinetuneConfig, {k: v for k, v in fields.items() if k in known})
+        config = run_folder.from_json(FinetuneConfig, {k: v for k, v in fields.items() if k in known})
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
     return dataclasses.replace(config, model=Path(config.model), out=folder, resume=True), fields

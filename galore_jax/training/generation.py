@@ -21,7 +21,7 @@ from flax import nnx
 from galore_jax.models import Llama, LlamaConfig, load_hf
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.sampling import stream
-from galore_jax.training import checkpoint, config as settings
+from galore_jax.training import checkpoint, config as settings, run_folder
 from galore_jax.training.program import program
 from galore_jax.training.tokenizer import Tokenizer, model_tokenizer
 
@@ -121,7 +121,7 @@ def _source(folder: Path) -> _Source:
 
 
 def _run(folder: Path) -> _Source:
-    run, model_config, _ = settings.load_config(folder)
+    run, model_config, _ = run_folder.load_config(folder)
     checkpoints = folder / "checkpoints"
     step = checkpoint.last_step(checkpoints)
     tokenizer = model_tokenizer(folder)
@@ -183,7 +183,7 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        fields = settings.read_json(path)
+        fields = run_folder.read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); restore it from a copy.") from error
     return fields if isinstance(fields, dict) else {}

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.models import LlamaConfig, generate
-from galore_jax.training import checkpoint, config as settings, processes, report
+from galore_jax.training import checkpoint, config as settings, processes, report, run_folder
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
@@ -79,7 +79,7 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
         run = _load(config, folder, model_config or saved_model, fingerprints)
     else:
         settings.check(config)
-        with settings.new_folder(config) as folder:
+        with run_folder.new_folder(config) as folder:
             run = _load(config, folder, model_config, None)
     processes.wait_for_all("prepared")  # nobody writes into the folder before all have looked into it
     return run
@@ -102,7 +102,7 @@ def _load(
         tokenizer_file=folder / "tokenizer.json" if config.resume else None,
     )
     if fingerprints is not None:
-        settings.check_same_text(config.data, folder, data.fingerprint, fingerprints)
+        run_folder.check_same_text(config.data, folder, data.fingerprint, fingerprints)
     model_config = model_config or config.model_config(data.tokenizer.vocab_size)
     if data.tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -129,7 +129,7 @@ def train(run: Run) -> Record:
     if first:
         if run.resumed_from is None:
             run.data.tokenizer.save(folder / "tokenizer.json")
-        settings.save_config(config, run.model_config, folder, run.data.fingerprint)
+        run_folder.save_config(config, run.model_config, folder, run.data.fingerprint)
     validated = processes.any_of_them(first and is_validated(run))
     with (
         StopSignals() as signals,
@@ -169,14 +169,14 @@ def train(run: Run) -> Record:
         "resumed_from_step": run.resumed_from,
         "wall_seconds": time.perf_counter() - began,
     }
-    settings.write_json(summary_file, summary)
+    run_folder.write_json(summary_file, summary)
     title = f"{config.model}, {config.optimizer}"
     report.plot_loss(folder, title)
     plot_subspace(folder, title)
     if run.step == config.steps:
         _say_goodbye(run, summary, sizes)
     else:
-        print(f"Stopped after step {run.step}; continue with: {settings.resume_command(folder)}")
+        print(f"Stopped after step {run.step}; continue with: {run_folder.resume_command(folder)}")
     return summary
 
 
@@ -315,9 +315,9 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
     folder = config.out
     if folder is None:
         raise ValueError("--resume needs --out, the folder of the run to continue.")
-    saved, model_config, fingerprints = settings.load_config(folder)
-    config = settings.as_started(config, saved)
-    settings.check_same_run(config, saved)
+    saved, model_config, fingerprints = run_folder.load_config(folder)
+    config = run_folder.as_started(config, saved)
+    run_folder.check_same_run(config, saved)
     step = checkpoint.last_step(folder / "checkpoints")
     if config.steps < step:
         raise ValueError(
@@ -327,7 +327,7 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():
         raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
-    settings.check_same_tokenizer(folder, fingerprints)
+    run_folder.check_same_tokenizer(folder, fingerprints)
     read_metrics(folder)  # a damaged line is found before anything is written
     return config, folder, model_config, fingerprints
 

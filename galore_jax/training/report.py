@@ -14,9 +14,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from galore_jax import state_bytes, tree_bytes
-from galore_jax.training.config import PretrainConfig, read_json
+from galore_jax.training.config import PretrainConfig
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
+from galore_jax.training.run_folder import read_json
 from galore_jax.weights import dequantize
 
 _TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
