@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What learns best?  Optimizers for the matrices of a small LLaMA, at equal tokens, everything else on the same AdamW.
 
-    python benchmarks/quality.py OUT --data TEXT               about two hours on two cores; a run that is in OUT is not repeated
+    python benchmarks/quality.py OUT --data TEXT               two to four minutes on two cores for each of about ninety runs;
+                                                               those in OUT are not repeated, and --only NAMES makes some
     python benchmarks/quality.py OUT --data TEXT --short       five minutes: five optimizers, 40 steps, two learning rates
     python benchmarks/quality.py OUT --data TEXT --ablation    projector x transport x residual of galore, at one learning rate
 
-A byte-level LLaMA of 3.3 million parameters (the preset 20m), 2,048 tokens a step, float32, warm-up over a tenth of the steps
+A byte-level LLaMA of 3.3 million parameters (the preset 20m), 1,024 tokens a step, float32, warm-up over a tenth of the steps
 and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and takes
 each learning rate of one grid; embeddings, head and norms are on AdamW at --rest-rate in every run, so that what differs is the
 treatment of the matrices.  The best --leaders, and AdamW and Muon, are run with more seeds at their best rate.
@@ -295,13 +296,13 @@ def main() -> None:
     parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
     parser.add_argument("--model", default="20m")
     parser.add_argument("--only", nargs="+", help="names of optimizers; the others are left out")
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--rest-rate", type=float, default=3e-3, help="of AdamW on embeddings, head and norms")
     parser.add_argument("--rank", type=float, default=0.25)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=128)
-    parser.add_argument("--val-tokens", type=int, default=65_536)
+    parser.add_argument("--val-tokens", type=int, default=32_768)
     parser.add_argument("--seeds", type=int, default=3, help="of the leaders")
     parser.add_argument("--leaders", type=int, default=3)
     parser.add_argument("--short", action="store_true")

@@ -28,6 +28,7 @@ from galore_jax.whole_gradient import (
     galore_muon as galore_muon,
     ldadam as ldadam,
     q_apollo_mini as q_apollo_mini,
+    recommended as recommended,
 )
 
 __version__ = "0.1.0"
