@@ -148,11 +148,12 @@ def train(run: Run) -> Record:
             every=config.log_every,
             losses=run.losses,
         )
-        seconds = take_steps(
-            run, writer, log, progress, signals, meter, validated,
-            compile_step=lambda: _compiled_step(run),
-            evaluate=lambda: evaluate(run, eval_step),
-        )  # fmt: skip
+        with processes.until_the_dead_are_named():
+            seconds = take_steps(
+                run, writer, log, progress, signals, meter, validated,
+                compile_step=lambda: _compiled_step(run),
+                evaluate=lambda: evaluate(run, eval_step),
+            )  # fmt: skip
 
     if not first:
         return {}

@@ -12,7 +12,11 @@ there are.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -87,6 +91,28 @@ def place(batch: np.ndarray, sharding: Any) -> jax.Array:
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])
+
+
+@contextlib.contextmanager
+def until_the_dead_are_named() -> Iterator[None]:
+    """A collective fails at once where a process has died; only the heartbeats tell which, and the service then ends this one.
+
+    So an error in one of several processes is kept until that must have happened.  Above all the first process, which runs the
+    service, must not be gone before.
+    """
+    try:
+        yield
+    except Exception as error:
+        if several():
+            line = next(iter(str(error).splitlines()), "") or type(error).__name__
+            print(
+                f"Process {jax.process_index()} of {jax.process_count()} cannot go on ({line}); which one has died is known in "
+                f"about {HEARTBEAT_SECONDS} seconds.",
+                file=sys.stderr,
+                flush=True,
+            )
+            time.sleep(3 * HEARTBEAT_SECONDS)
+        raise
 
 
 class Silent:
