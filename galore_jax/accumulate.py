@@ -110,7 +110,7 @@ def low_rank_mean(
     shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
-    return kept, _over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
+    return kept, mean_over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
 
 
 def low_rank_of(
@@ -123,7 +123,7 @@ def low_rank_of(
 ) -> tuple[Any, Any]:
     """One gradient in the subspaces of ``tx``, its mean over ``axis_name``, and the state: see :func:`low_rank_mean`."""
     low_rank, state = _collected(tx, grads, state, params, True, axis_name, **extra_args)
-    return _over_devices(low_rank, axis_name), state
+    return mean_over_devices(low_rank, axis_name), state
 
 
 def update_from_low_rank(
@@ -162,5 +162,6 @@ def _collected(
     return low_rank, galore_states_of(updated, state)
 
 
-def _over_devices(low_rank: Any, axis_name: AxisName) -> Any:
-    return low_rank if axis_name is None else jax.lax.pmean(low_rank, axis_name)
+def mean_over_devices(tree: Any, axis_name: AxisName) -> Any:
+    """The mean of a tree of arrays along an axis of ``jax.shard_map``; the tree itself without one."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.accumulate import AxisName, low_rank_of, update_from_low_rank
+from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
 from galore_jax.in_turn import update_in_turn
 from galore_jax.independence import check_independent
 from galore_jax.refresh import Layer
@@ -212,7 +212,7 @@ def layerwise(
             )
         else:
             updates, rest_state, own = from_all_devices(grads, state.rest, run.rest)
-            rest, loss = apply_updates(rest, updates, key), jax.lax.pmean(loss, axis_name)
+            rest, loss = apply_updates(rest, updates, key), mean_over_devices(loss, axis_name)
         return (
             model.join(layers, rest),
             LayerwiseState(state.count + 1, states, rest_state),

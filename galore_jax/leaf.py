@@ -21,7 +21,11 @@ class Leaf(NamedTuple):
     matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
     peak: jax.Array  # [*batch] largest magnitude
     finite: jax.Array  # [*batch]
-    good: jax.Array  # [*batch] finite and, where it is projected, not zero
+
+    @property
+    def good(self) -> jax.Array:
+        """[*batch] finite and, where it is projected, not zero"""
+        return self.finite if self.view is None else self.finite & (self.peak > 0)
 
     def over(self, flags: jax.Array) -> jax.Array:
         """[*batch] flags, to be broadcast over the matrices."""
@@ -36,8 +40,7 @@ class Leaf(NamedTuple):
         if axis_name is None:
             return self
         bad, peak = jax.lax.pmax(((~self.finite).astype(jnp.int32), self.peak), axis_name)
-        finite = bad == 0
-        return self._replace(peak=peak, finite=finite, good=finite if self.view is None else finite & (peak > 0))
+        return self._replace(peak=peak, finite=bad == 0)
 
 
 def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> Leaf:
@@ -49,4 +52,4 @@ def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | Non
     axes = None if view is None else (-2, -1)
     peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
-    return Leaf(view, gradient, matrices, peak, finite, finite if view is None else finite & (peak > 0))
+    return Leaf(view, gradient, matrices, peak, finite)

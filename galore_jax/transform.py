@@ -238,7 +238,6 @@ class _GaLore:
             state, low_rank = self._turn_all(
                 leaves, treedef, state, layer, allowed=collect.refresh, axis_name=collect.axis_name
             )
-        if collect is not None:
             bad = zip(leaves, low_rank, strict=True)
             collect.answer(treedef.unflatten(jnp.where(leaf.over(leaf.finite), x, jnp.nan) for leaf, x in bad))
         if request is not None or collect is not None:

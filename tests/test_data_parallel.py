@@ -17,7 +17,6 @@ from galore_jax import tree_bytes
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
 from galore_jax.catalogue import LOW_RANK
 from galore_jax.collectives import traffic
-from galore_jax.matrix_view import is_matrix_name
 from galore_jax.training import config as settings
 
 DEVICES = 8
@@ -89,9 +88,8 @@ def test_one_bad_device_leaves_the_matrix_alone_on_all_and_is_counted_once():
 )
 def test_the_trainers_steps_equal_those_on_one_device(overrides):
     overrides = {"clip": 0, "batch": 16, **overrides}
-    alone = {
-        "accumulate_low_rank": not overrides.get("layerwise")
-    }  # in which bases come from the first micro-batch too
+    # There too bases come from the first micro-batch.
+    alone = {"accumulate_low_rank": not overrides.get("layerwise")}
     expected, losses = run(built(None, **overrides, **alone), 6)
     params, sharded_losses = run(built("data=8", reduce_low_rank=True, **overrides), 6)
     np.testing.assert_allclose(sharded_losses, losses, rtol=0, atol=1e-5)
@@ -112,13 +110,7 @@ def sent(**overrides):
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_projected_leaves_send_no_more_than_their_low_rank_gradients_between_refreshes(layerwise):
     params = built(None).state[0]
-    of_matrices = tree_bytes(
-        [
-            leaf
-            for path, leaf in jax.tree.leaves_with_path(params)
-            if is_matrix_name(jax.tree_util.keystr(path, simple=True, separator="/")) and leaf.ndim >= 2
-        ]
-    )
+    of_matrices = tree_bytes([leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3])  # stacks of them
     of_rest = (tree_bytes(params) - of_matrices) * 2 * (DEVICES - 1) / DEVICES  # an all-reduce, by rings
     plain, _ = sent(layerwise=layerwise)
     compressed, refreshes = sent(layerwise=layerwise, reduce_low_rank=True)

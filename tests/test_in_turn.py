@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters updated one after the other are those of one update, bit for bit, and need less memory at once."""
+"""Parameters updated one after the other are those of one update, to rounding, and wait for one another."""
 
 import jax
 import jax.numpy as jnp

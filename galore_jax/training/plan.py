@@ -161,7 +161,8 @@ class Planned:
 
     def _gradient_bytes(self) -> int:
         dense = jax.eval_shape(dequantize, self.params)
-        if self.config.accumulate > 1 and not self.config.accumulate_low_rank:  # a sum, in float32
+        low_rank = self.config.accumulate_low_rank or self.config.reduce_low_rank
+        if self.config.accumulate > 1 and (self.config.layerwise or not low_rank):  # a sum, in float32
             dense = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32"), dense)
         if not self.config.layerwise:
             return tree_bytes(dense)

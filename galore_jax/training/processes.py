@@ -106,8 +106,8 @@ def until_the_dead_are_named() -> Iterator[None]:
         if several():
             line = next(iter(str(error).splitlines()), "") or type(error).__name__
             print(
-                f"Process {jax.process_index()} of {jax.process_count()} cannot go on ({line}); which one has died is known in "
-                f"about {HEARTBEAT_SECONDS} seconds.",
+                f"Process {jax.process_index()} of {jax.process_count()} cannot go on ({line}); if another has died, it is named "
+                f"in about {HEARTBEAT_SECONDS} seconds.",
                 file=sys.stderr,
                 flush=True,
             )

@@ -23,7 +23,7 @@ from galore_jax.sharding import state_sharding
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.mesh import batch_sharding, cut_along_fsdp, param_shardings
 from galore_jax.training.optimizers import make_optimizer, make_schedule
-from galore_jax.training.step import Metrics, make_train_step, on_parts, optimizer_metrics
+from galore_jax.training.step import DATA_AXIS, Metrics, make_train_step, on_parts, optimizer_metrics
 from galore_jax.weights import quantize_weights
 
 
@@ -82,7 +82,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
             accumulate=config.accumulate,
             max_norm=config.clip or None,
             seed=config.seed,
-            axis_name="data" if config.reduce_low_rank else None,
+            axis_name=DATA_AXIS if config.reduce_low_rank else None,
         )
     optimizer = by_layers or tx
 
@@ -114,7 +114,7 @@ def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:
 
 
 def _layerwise_step(optimizer: Layerwise, out_shardings: Any, data_parallel: Mesh | None) -> Any:
-    take = optimizer.step if data_parallel is None else on_parts(optimizer.step, data_parallel)
+    take = on_parts(optimizer.step, data_parallel)
 
     def step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
         params, opt_state, found = take(params, opt_state, batch)

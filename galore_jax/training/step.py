@@ -18,9 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from galore_jax import GaLoreState
-from galore_jax.accumulate import low_rank_mean, update_from_low_rank
+from galore_jax.accumulate import low_rank_mean, mean_over_devices, update_from_low_rank
 
 Metrics = dict[str, Any]
+
+DATA_AXIS = "data"
+"""Of a mesh: along it gradients can be averaged in the subspaces."""
 
 COUNTS = {"skipped": "skipped", "kept_bases": "kept", "rejected_bases": "rejected"}
 """Metric -> field of GaLoreState."""
@@ -43,7 +46,7 @@ def make_train_step(
       low_rank: sum their gradients in the subspaces of the one galore in ``tx``: see :mod:`galore_jax.accumulate`.  Then
         ``grad_norm`` is that of the sum, what lies outside the subspaces left out.
       out_shardings: of (params, opt_state, metrics), as ``jax.jit`` takes them.
-      data_parallel: a mesh over whose axis "data", the only one longer than 1, gradients are averaged in the subspaces, as
+      data_parallel: a mesh along whose :data:`DATA_AXIS`, the only one longer than 1, gradients are averaged in the subspaces, as
         ``low_rank`` sums them.
 
     Returns:
@@ -76,24 +79,15 @@ def make_train_step(
         return jax.tree.map(lambda total: total / accumulate, jax.lax.scan(add, zeros, micro_batches)[0])
 
     def low_rank_gradient(params: Any, opt_state: Any, batch: jax.Array) -> tuple[jax.Array, Any, Any]:
-        axis_name = None if data_parallel is None else "data"
-
-        def mean(params: Any, opt_state: Any, batch: jax.Array) -> tuple[jax.Array, Any, Any]:
-            losses, grads, opt_state = low_rank_mean(
-                tx, lambda tokens: gradient(params, tokens), cut(batch), opt_state, params, axis_name
-            )
-            loss = jnp.mean(losses)
-            return loss if axis_name is None else jax.lax.pmean(loss, axis_name), grads, opt_state
-
-        return (
-            mean(params, opt_state, batch)
-            if data_parallel is None
-            else on_parts(mean, data_parallel)(params, opt_state, batch)
+        axis_name = None if data_parallel is None else DATA_AXIS
+        losses, grads, opt_state = low_rank_mean(
+            tx, lambda tokens: gradient(params, tokens), cut(batch), opt_state, params, axis_name
         )
+        return mean_over_devices(jnp.mean(losses), axis_name), grads, opt_state
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
         if low_rank or data_parallel is not None:
-            loss, grads, opt_state = low_rank_gradient(params, opt_state, batch)
+            loss, grads, opt_state = on_parts(low_rank_gradient, data_parallel)(params, opt_state, batch)
             updates, opt_state = update_from_low_rank(tx, grads, opt_state, params)
         else:
             loss, grads = mean_gradient(params, batch)
@@ -104,15 +98,17 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
-def on_parts(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """``function(params, opt_state, batch)`` on each part of the batch along the axis "data", which it names in its collectives.
+def on_parts(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """``function(params, opt_state, batch)`` on each part of the batch along :data:`DATA_AXIS`, which its collectives name.
 
-    All that it returns is equal on all parts.
+    All that it returns is equal on all parts.  Without a mesh it is the function itself, on the whole batch.
     """
+    if mesh is None:
+        return function
     return jax.shard_map(
         function,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec("data")),
+        in_specs=(PartitionSpec(), PartitionSpec(), PartitionSpec(DATA_AXIS)),
         out_specs=PartitionSpec(),
         check_vma=False,
     )
