@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 from galore_jax.training import FinetuneConfig, run_finetune
 from galore_jax.training.checkpoint import saved_steps
 
-BATCH, SEQ = 16, 64
+BATCH, SEQ = 16, 48
 
 # The scale of GaLore is the paper's for its rank (arXiv 2403.03507, table 7); that of LoRA, alpha / rank, is the same here.
 SETTINGS = {
@@ -74,7 +74,7 @@ def summary_of(args: argparse.Namespace, phase: str, name: str, rate: float) -> 
         seq=SEQ,
         update_proj_gap=50,
         eval_every=steps,
-        save_every=25,
+        save_every=50,
         out=folder,
         resume=resume,
         **SETTINGS[name],

@@ -19,6 +19,7 @@ from galore_jax.presets import (
 from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.sharding import state_sharding as state_sharding
+from galore_jax.spectra import ranks_from_gradients as ranks_from_gradients
 from galore_jax.state import GaLoreState as GaLoreState
 from galore_jax.transform import galore as galore
 from galore_jax.whole_gradient import (

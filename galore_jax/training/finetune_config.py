@@ -25,6 +25,9 @@ MAY_CHANGE = {
 }  # fmt: skip
 """Fields that a resumed run may set anew, the paths because fingerprints tell what they hold; any other would be another run."""
 
+_RANK, _SCALE, _PRETRAINING_SCALE = 8, 2.0, 0.25
+"""GaLore's rank and scale in the paper's fine-tuning (arXiv 2403.03507, table 7), and the scale of its pre-training."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
@@ -43,16 +46,16 @@ class FinetuneConfig:
     """Held-out examples, of the same kind. None: a twentieth of --data."""
     optimizer: str = "galore_adamw"
     """lora, or one that galore-jax pretrain knows: galore_adamw, fira_adamw, ..., adamw (full-rank), adamw_8bit, muon."""
-    rank: int | float = 8
-    """GaLore: rank of the projected gradients, a whole number or a fraction of each matrix's smaller side."""
+    rank: int | float | None = None
+    """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 8."""
     update_proj_gap: int = 200
     """GaLore: steps between two refreshes of the subspaces."""
-    scale: float | Literal["rms"] = 2.0
-    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it."""
+    scale: float | Literal["rms"] | None = None
+    """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it. None: mostly 2."""
     proj_type: str | None = None
     """GaLore: side of each matrix that is projected: std (the smaller), reverse_std, left, right or full. None: automatic."""
-    projector: str = "power"
-    """GaLore: how subspaces are found: power or randomized (fast), svd or eigh (exact, slow), random, rows or sampled."""
+    projector: str | None = None
+    """GaLore: how subspaces are found: power, randomized, svd, eigh, random, gaussian, rows or sampled. None: mostly power."""
     refresh: str | None = None
     """GaLore: refresh subspaces together, staggered (a few a step), lazy (rarer if stable) or every_step. None: automatic."""
     transport: str | None = None
@@ -99,10 +102,18 @@ class FinetuneConfig:
         >>> settings = FinetuneConfig(Path("smollm2"), "reviews.jsonl", optimizer="lora", steps=50).training
         >>> settings.model, settings.optimizer, settings.resolved_warmup_steps
         ('smollm2', 'adamw', 5)
+        >>> settings = FinetuneConfig(Path("smollm2"), "reviews.jsonl", optimizer="apollo_mini").resolved
+        >>> settings.rank, settings.scale, settings.projector
+        (1, 11.313708498984761, 'gaussian')
         """
         names = {field.name for field in dataclasses.fields(PretrainConfig)}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         optimizer = "adamw" if self.optimizer == LORA else self.optimizer
+        preset = settings.preset_arguments(optimizer)
+        if self.rank is None and preset.get("rank") != 1:
+            shared["rank"] = _RANK
+        if self.scale is None and preset.get("scale") == _PRETRAINING_SCALE:
+            shared["scale"] = _SCALE
         shared |= {"model": self.model.name, "optimizer": optimizer, "dtype": self.dtype or "f32"}
         return PretrainConfig(**shared, diagnostics=False, sample_tokens=0)
 
@@ -110,7 +121,7 @@ class FinetuneConfig:
     def resolved(self) -> FinetuneConfig:
         """The same settings, with what None stands for in place of it where it is known."""
         known = self.training.resolved
-        names = ("warmup_steps", "proj_type", "refresh", "transport")
+        names = ("warmup_steps", "rank", "scale", "proj_type", "projector", "refresh", "transport")
         return dataclasses.replace(self, **{name: getattr(known, name) for name in names})
 
 

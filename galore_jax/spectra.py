@@ -1,0 +1,180 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""A rank for each parameter, from the spectra of gradients and a number of bytes.
+
+Of a gradient with singular values σ_1 >= σ_2 >= ..., a subspace of rank r holds at most the share
+
+    e(r) = (σ_1² + ... + σ_r²) / (σ_1² + ... + σ_k²) ,    k the smaller side,
+
+of its energy.  With b_i the bytes that one more rank costs parameter i, and N_i its matrices, the ranks maximise
+
+    sum_i N_i e_i(r_i)    subject to    bytes of the optimizer state <= max_bytes .
+
+e is concave, so the best ranks are found by spending bytes where N_i σ_i² / (‖G_i‖² b_i) is largest.  A parameter for which the
+whole optimizer state would take no more bytes than the low-rank one is not projected.
+
+Sources: the idea that ranks should follow spectra, Jaiswal et al. 2024 (WeLore, arXiv:2407.11239) and Refael et al. 2024
+(AdaRankGrad, arXiv:2410.17881); the allocation of bytes is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax.matrix_view import MatrixView, select
+from galore_jax.memory import state_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """A rank for each parameter, which ``rank=`` takes.
+
+    Attributes:
+      by_path: parameter path -> rank; None for a parameter that is not projected.
+      captured_energy: path of each projected parameter -> e(rank), the mean over its matrices.
+    """
+
+    by_path: dict[str, int | None]
+    captured_energy: dict[str, float]
+
+    def __call__(self, path: str, shape: tuple[int, ...]) -> int | None:
+        if path not in self.by_path:
+            raise ValueError(
+                f"ranks_from_gradients was given no gradient of {path!r} with shape {shape}: give it a gradient tree with the "
+                "structure of the parameters."
+            )
+        return self.by_path[path]
+
+
+def ranks_from_gradients(
+    gradients: Any,
+    max_bytes: int,
+    optimizer: Callable[..., optax.GradientTransformation],
+    *,
+    mask: Any = None,
+    weight_dimension_numbers: Any = None,
+) -> Ranks:
+    """The ranks that keep the most of ``gradients`` in at most ``max_bytes`` of optimizer state.
+
+    It computes every singular value, in float64 on the host from the Gram matrix of the smaller side: once, before training.
+    A stack of matrices has one rank.  Spectra of single batches are noisy, so that a mean over a few batches, taken after some
+    hundred steps, is better than the first gradient.
+
+    Args:
+      gradients: tree like the parameters.
+      max_bytes: most bytes of the whole optimizer state, that of parameters which are not projected included.
+      optimizer: makes the transformation when it is called with ``rank=``: ``functools.partial(galore_adamw, 0.01)``.
+      mask, weight_dimension_numbers: as ``optimizer`` has them.  With a mask every parameter that takes part is projected.
+
+    Returns:
+      The ranks, at least 1, to be given to ``optimizer`` as ``rank=``.
+
+    Raises:
+      ValueError: a gradient is zero or not finite, no parameter takes part, or rank 1 takes more than ``max_bytes``.
+
+    >>> import functools
+    >>> from galore_jax import galore_adamw
+    >>> optimizer = functools.partial(galore_adamw, 0.01)
+    >>> gradients = {"flat": jnp.eye(16), "steep": jnp.diag(0.5 ** jnp.arange(16.0))}
+    >>> ranks = ranks_from_gradients(gradients, 2000, optimizer)
+    >>> ranks.by_path, state_bytes(optimizer(rank=ranks), gradients)
+    ({'flat': 8, 'steep': 2}, 1940)
+    """
+    views = select(gradients, rank=1, mask=mask, weight_dimension_numbers=weight_dimension_numbers)
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    taking_part = {
+        path: (view, _energies(view, leaf))
+        for path, (_, leaf), view in zip(paths, leaves, views, strict=True)
+        if view is not None
+    }
+    if not taking_part:
+        raise ValueError("ranks_from_gradients found no matrix to project among " + ", ".join(paths[:8]) + ".")
+    abstract = jax.eval_shape(lambda: gradients)
+
+    def bytes_at(ranks: dict[str, int | None]) -> int:
+        return state_bytes(optimizer(rank=lambda path, shape: ranks.get(path)), abstract)
+
+    ranks = _Allocation(taking_part, bytes_at, may_be_whole=mask is None).within(max_bytes)
+    return Ranks(
+        dict.fromkeys(paths) | ranks,
+        {path: float(taking_part[path][1][:rank].sum()) for path, rank in ranks.items() if rank is not None},
+    )
+
+
+def _energies(view: MatrixView, gradient: jax.Array) -> np.ndarray:
+    """[k]: σ_i² over their sum, descending, the mean over the matrices of a parameter."""
+    m, n = view.matrix_shape
+    matrices = np.asarray(jax.device_get(view.to_matrices(jnp.asarray(gradient, jnp.float32))), np.float64)
+    shares = []
+    for matrix in matrices.reshape(-1, m, n):
+        peak = np.abs(matrix).max()
+        if not (0 < peak < np.inf):
+            raise ValueError(
+                f"The gradient of {view.path!r} with shape {view.shape} has a matrix whose largest magnitude is {peak}, and that "
+                "has no spectrum: give ranks_from_gradients the gradients of another batch, or leave that parameter out by mask."
+            )
+        scaled = matrix / peak
+        gram = scaled @ scaled.T if m <= n else scaled.T @ scaled
+        energies = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)
+        shares.append(energies / energies.sum())
+    return np.mean(shares, axis=0)
+
+
+class _Allocation:
+    """The order in which ranks are raised by one, and what they cost."""
+
+    def __init__(
+        self,
+        taking_part: dict[str, tuple[MatrixView, np.ndarray]],
+        bytes_at: Callable[[dict[str, int | None]], int],
+        may_be_whole: bool,
+    ):
+        self.bytes_at = bytes_at
+        self.paths = list(taking_part)
+        ones: dict[str, int | None] = dict.fromkeys(self.paths, 1)
+        least = bytes_at(ones)
+        owners, gains, self.most = [], [], {}
+        for i, (path, (view, energies)) in enumerate(taking_part.items()):
+            highest = len(energies) - 1
+            one_more = (bytes_at(ones | {path: highest}) - least) / max(highest - 1, 1)
+            whole = bytes_at(ones | {path: None}) if may_be_whole else math.inf
+            self.most[path] = _largest(
+                highest, lambda rank, path=path, whole=whole: bytes_at(ones | {path: rank}) <= whole
+            )
+            matrices = math.prod(view.batch_shape)
+            raises = energies[1:] if may_be_whole else energies[1:highest]
+            owners.append(np.full(len(raises), i))
+            gains.append(matrices * raises / max(one_more, 1))
+        self.order = np.concatenate(owners)[np.argsort(-np.concatenate(gains), kind="stable")]
+
+    def ranks(self, raises: int) -> dict[str, int | None]:
+        """The ranks after so many raises; None where the whole state costs no more."""
+        counts = 1 + np.bincount(self.order[:raises], minlength=len(self.paths))
+        return {
+            path: int(rank) if rank <= self.most[path] else None for path, rank in zip(self.paths, counts, strict=True)
+        }
+
+    def within(self, max_bytes: int) -> dict[str, int | None]:
+        """The ranks after the most raises whose state fits."""
+        least = self.bytes_at(self.ranks(0))
+        if least > max_bytes:
+            raise ValueError(f"max_bytes is {max_bytes}, but the optimizer's state takes {least} bytes at rank 1.")
+        return self.ranks(_largest(len(self.order), lambda raises: self.bytes_at(self.ranks(raises)) <= max_bytes))
+
+
+def _largest(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 0 .. ``high`` that fits, by bisection; 0 if none does."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
