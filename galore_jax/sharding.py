@@ -12,7 +12,8 @@ Whole parameters' moments are sharded as the parameter; numbers of which there i
 
 On a mesh with explicit axes the sharding is part of an array's type, ``update`` hands back the types it was given, and the
 helpers of this module do nothing elsewhere.  On automatic axes the compiler decides, and :func:`state_sharding` tells it.
-Factorisations accept no sharded matrix dimension, so the refresh gathers its matrices.
+Factorisations accept no sharded matrix dimension, so a refresh has automatic axes inside, and there the partitioner sums small
+matrices over devices; it gathers no gradient.
 """
 
 from __future__ import annotations
@@ -119,6 +120,24 @@ def gather(array: jax.Array, dimensions: Collection[int] | None = None) -> jax.A
         return array
     kept = tuple(None if dimensions is None or i in dimensions else entry for i, entry in enumerate(spec))
     return jax.sharding.reshard(array, named(kept, array))
+
+
+def by_partitioner(function: Callable[..., Any], results: Any) -> Callable[..., Any]:
+    """``function``, whose arrays inside have no sharding types: XLA's partitioner places them, as on automatic axes.
+
+    Args:
+      function: of arrays alone; it closes over none.
+      results: arrays with the shapes and the sharding types of what it returns, or of ``jax.ShapeDtypeStruct``s.
+    """
+    leaves, treedef = jax.tree.flatten(results)
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if spec_of(leaf) is not None]
+    if not meshes:
+        return function
+    explicit = [
+        name for name, kind in zip(meshes[0].axis_names, meshes[0].axis_types, strict=True) if kind is AxisType.Explicit
+    ]
+    specs = [NamedSharding(meshes[0], PartitionSpec(*(spec_of(leaf) or ()))) for leaf in leaves]
+    return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=treedef.unflatten(specs))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple | None, array: Any) -> jax.Array:

@@ -75,21 +75,18 @@ def turn(
     """
     batch = view.batch_shape
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
+    seen = jax.lax.stop_gradient((key, step, matrices, nothing, wanted))
 
-    def turn_one(matrix: jax.Array, one: Subspace) -> Turned:
+    def turn_one(key: jax.Array, step: jax.Array, matrix: jax.Array, one: Turned) -> Turned:
+        current = one.subspace
         if axis_name is not None:
-            matrix, low_rank = jax.lax.pmean((matrix, one.low_rank), axis_name)
-            one = one._replace(low_rank=low_rank)
-        return _turn_one(projector, view, key, step, matrix, one, carriers)
+            matrix, low_rank = jax.lax.pmean((matrix, current.low_rank), axis_name)
+            current = current._replace(low_rank=low_rank)
+        turned = _turn_one(projector, view, key, step, matrix, current, carriers)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), turned, one)
 
-    def recompute_one() -> Turned:
-        matrix, one = jax.lax.stop_gradient(jax.tree.map(sharding.gather, (matrices, current)))
-        turned = turn_one(matrix, one)
-        return jax.tree.map(lambda new, old: sharding.like(new.astype(old.dtype), old), turned, nothing)
-
-    def recompute() -> Turned:
+    def recompute(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
         def flat(array: jax.Array) -> jax.Array:
-            array = jax.lax.stop_gradient(sharding.gather(array))
             return array.reshape(math.prod(batch), *array.shape[len(batch) :])
 
         todo = flat(wanted)
@@ -98,14 +95,22 @@ def turn(
 
         def body(i: jax.Array, turned: Turned) -> Turned:
             index = order[i]
-            matrix, one = jax.tree.map(lambda x: x[index], (stack, turned.subspace))
-            result = turn_one(matrix, one)
-            return jax.tree.map(lambda whole, x: whole.at[index].set(x.astype(whole.dtype)), turned, result)
+            matrix, one = jax.tree.map(lambda x: x[index], (stack, turned))
+            result = turn_one(key, step, matrix, one)
+            return jax.tree.map(lambda whole, x: whole.at[index].set(x), turned, result)
 
         turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
-        return jax.tree.map(lambda new, old: sharding.like(new.reshape(old.shape), old), turned, nothing)
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), turned, nothing)
 
-    return jax.lax.cond(jnp.any(wanted), recompute if batch else recompute_one, lambda: nothing)
+    def turn_wanted(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
+        def now() -> Turned:
+            if batch:
+                return recompute(key, step, matrices, nothing, wanted)
+            return turn_one(key, step, matrices, nothing)
+
+        return jax.lax.cond(jnp.any(wanted), now, lambda: nothing)
+
+    return sharding.by_partitioner(turn_wanted, nothing)(*seen)
 
 
 def coordinates_in_constant_bases(

@@ -3,10 +3,13 @@
 """On meshes with explicit axes the sharding is part of the type of an array, and an update must not change it."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import assert_trees_close, galore_states, quick_compilation  # noqa: F401
@@ -185,3 +188,30 @@ def test_merged_axes_keep_the_type_of_the_parameter(spec):
     assert types(updates) == types(params)
     assert types(after) == types(state)
     assert_trees_close(updates, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("projector", ["power", "randomized"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_a_refresh_gathers_no_gradient(kind, projector):
+    """Devices exchange arrays of the size of a basis or of a low-rank gradient, whichever dimension is cut."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
+    cuts = {"first": P("fsdp", None), "second": P(None, "fsdp"), "stack": P(None, "fsdp", None)}
+    shapes = {"first": (64, 256), "second": (64, 256), "stack": (2, 64, 256)}
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in cuts.items()}
+    tx = galore_jax.galore(optax.scale_by_adam(), rank=RANK, projector=projector)
+    whole = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    parts = galore_jax.state_sharding(tx, whole, shardings)
+
+    def cut(tree, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    lowered = jax.jit(tx.update, out_shardings=(shardings, parts)).lower(
+        cut(whole, shardings), cut(jax.eval_shape(tx.init, whole), parts)
+    )
+    sent = re.findall(
+        r"= \w+\[([\d,]*)\]\S* (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(",
+        lowered.compile().as_text(),
+    )
+    sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in sent]
+    columns = RANK + (8 if projector == "randomized" else 0)  # that many are oversampled
+    assert 64 * RANK <= max(sizes) <= columns * 2 * 256
