@@ -24,6 +24,7 @@ import sys
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 from galore_jax.training import FinetuneConfig, run_finetune
 from galore_jax.training.checkpoint import saved_steps
@@ -130,7 +131,7 @@ def table(results: dict[str, dict]) -> str:
 
 
 def plot(args: argparse.Namespace, results: dict[str, dict], rows: dict[str, int]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.5), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     columns = [
         ("optimizer state (MiB)", lambda r: r["optimizer_state_bytes"] / 2**20),
         ("minutes", lambda r: r["minutes"]),
@@ -145,8 +146,12 @@ def plot(args: argparse.Namespace, results: dict[str, dict], rows: dict[str, int
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_xscale("log")
+    panels[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    panels[0].xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    panels[0].xaxis.set_minor_locator(ticker.NullLocator())
     panels[0].set_ylabel(f"accuracy on {rows['test']:,} held-out rows")
-    panels[1].legend(frameon=False, fontsize="small")
+    panels[1].set_xlim(left=0)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
     figure.suptitle(f"{args.model.name}, {args.steps} steps of {BATCH} of {rows['train']:,} rows")
     figure.savefig(args.out / "finetune.png", dpi=150)
 
@@ -165,7 +170,7 @@ def arguments() -> argparse.Namespace:
         metavar="SETTING",
         help="some of: " + ", ".join(SETTINGS),
     )
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates; default: 5e-5 2e-4 8e-4")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates; default: 5e-5 2e-4 8e-4 3.2e-3")
     parser.add_argument("--steps", type=int, help="steps of the runs that are judged; default: 150")
     parser.add_argument("--tune-steps", type=int, default=30, help="steps with each learning rate")
     parser.add_argument("--tune-rows", type=int, default=256, help="rows that choose the learning rate")
@@ -175,7 +180,7 @@ def arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     short = {"rates": [2e-4], "steps": 40, "test_rows": 200}
-    long = {"rates": [5e-5, 2e-4, 8e-4], "steps": 150, "test_rows": None}
+    long = {"rates": [5e-5, 2e-4, 8e-4, 3.2e-3], "steps": 150, "test_rows": None}
     for name, value in (short if args.short else long).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
