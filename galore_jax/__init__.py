@@ -21,6 +21,7 @@ from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.sharding import state_sharding as state_sharding
 from galore_jax.state import GaLoreState as GaLoreState
 from galore_jax.transform import galore as galore
+from galore_jax.tucker import tucker as tucker
 from galore_jax.whole_gradient import (
     apollo_adamw as apollo_adamw,
     apollo_mini as apollo_mini,
