@@ -52,7 +52,7 @@ class TuckerState(NamedTuple):
     rejected: (
         jax.Array
     )  # shape=(), dtype=jnp.int32; new bases that were not orthonormal, for which the old one was kept
-    basis: Any  # for each parameter a tuple of (d, r), at least float32, one for each of its modes that has a basis
+    basis: Any  # a tree for each of the modes, of (d, r), at least float32; MaskedNode where a parameter has no basis there
     inner_state: Any
 
 
@@ -104,7 +104,7 @@ def tucker(
     >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "bias": jnp.ones((32,))}
     >>> tx = tucker(optax.adam(1e-3), rank=0.25)
     >>> state = tx.init(params)
-    >>> state.inner_state[0].mu["conv"].shape, [basis.shape for basis in state.basis["conv"]]
+    >>> state.inner_state[0].mu["conv"].shape, [tree["conv"].shape for tree in state.basis]
     ((3, 3, 4, 8), [(16, 4), (32, 8)])
     >>> updates, state = tx.update(params, state, params)
     >>> updates["conv"].shape
@@ -125,6 +125,7 @@ def tucker(
     transformation = _Tucker(
         optax.with_extra_args_support(inner),
         kernels_of,
+        len(modes),
         projectors.get(projector),
         policies.get("together", update_proj_gap),
         transport == "rotate",
@@ -139,10 +140,7 @@ class Kernel:
     """One parameter with the modes of it that have a basis, at least one; a basis on the left of an unfolding each."""
 
     modes: tuple[MatrixView, ...]
-
-    @property
-    def path(self) -> str:
-        return self.modes[0].path
+    places: tuple[int, ...]  # of these modes among all that tucker() was given
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -168,6 +166,7 @@ class _Tucker:
 
     inner: optax.GradientTransformationExtraArgs
     kernels_of: Callable[[Any], list[Kernel | None]]
+    number: int  # of modes
     projector: projectors.Projector
     refresh: policies.Together
     rotate: bool
@@ -185,7 +184,7 @@ class _Tucker:
         inner_state = self.inner.init(treedef.unflatten(map(_zero_core, kernels, leaves)))
         self._carriers(inner_state, treedef, kernels)  # raises for a state it cannot carry
         counters = (jnp.zeros([], jnp.int32) for _ in range(4))
-        return TuckerState(*counters, basis=treedef.unflatten(bases), inner_state=inner_state)
+        return TuckerState(*counters, basis=self._trees(kernels, bases, treedef), inner_state=inner_state)
 
     def update(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -199,7 +198,7 @@ class _Tucker:
         leaves = [measured(None, gradient) for gradient in gradients]
         good = [_good(kernel, leaf) for kernel, leaf in zip(kernels, leaves, strict=True)]
         state = self._turned(kernels, leaves, good, treedef, state)
-        bases = treedef.flatten_up_to(state.basis)
+        bases = self._bases(kernels, state.basis, treedef)
 
         def cores(arrays: list[jax.Array]) -> list[jax.Array]:
             return list(map(self._core, kernels, map(promoted, arrays), bases))
@@ -218,12 +217,25 @@ class _Tucker:
             inner_state=new,
         )
 
+    def _bases(self, kernels: list[Kernel | None], trees: tuple[Any, ...], treedef: Any) -> list[tuple[Basis, ...]]:
+        """Those of each parameter, in the order of its modes."""
+        columns = list(map(treedef.flatten_up_to, trees))
+        return [
+            () if kernel is None else tuple(columns[k][i] for k in kernel.places) for i, kernel in enumerate(kernels)
+        ]
+
+    def _trees(self, kernels: list[Kernel | None], bases: list[tuple[Basis, ...]], treedef: Any) -> tuple[Any, ...]:
+        """The inverse of :meth:`_bases`."""
+        pairs = zip(kernels, bases, strict=True)
+        rows = [{} if kernel is None else dict(zip(kernel.places, own, strict=True)) for kernel, own in pairs]
+        return tuple(treedef.unflatten(row.get(k, optax.MaskedNode()) for row in rows) for k in range(self.number))
+
     def _carriers(
         self, state: Any, treedef: Any, kernels: list[Kernel | None]
     ) -> list[Callable[[int], Carrier] | None]:
         if not self.rotate:
             return [None] * len(codecs.flatten(state)[0])
-        cores = [None if kernel is None else (kernel.path, kernel.core_shape) for kernel in kernels]
+        cores = [None if kernel is None else (kernel.modes[0].path, kernel.core_shape) for kernel in kernels]
         return mode_carriers(self.inner, state, treedef, cores)
 
     def _turned(
@@ -235,7 +247,7 @@ class _Tucker:
         moments, inner_def = codecs.flatten(state.inner_state)
         carriers = self._carriers(state.inner_state, treedef, kernels)
         owners = guards.parameter_index(self.inner, state.inner_state, treedef)
-        bases, kept, rejected = treedef.flatten_up_to(state.basis), state.kept, state.rejected
+        bases, kept, rejected = self._bases(kernels, state.basis, treedef), state.kept, state.rejected
         for i, (kernel, leaf) in enumerate(zip(kernels, leaves, strict=True)):
             if kernel is None:
                 continue
@@ -251,7 +263,7 @@ class _Tucker:
         return state._replace(
             kept=kept,
             rejected=rejected,
-            basis=treedef.unflatten(bases),
+            basis=self._trees(kernels, bases, treedef),
             inner_state=inner_def.unflatten(moments),
         )
 
@@ -333,14 +345,15 @@ def _kernel(path: str, shape: tuple[int, ...], rank: Rank, modes: tuple[int, ...
             f"modes is {modes}, and {path!r} has the shape {shape}: name axes that it has, none of them twice, or leave the "
             "parameter out with mask."
         )
-    views = []
-    for axis in sorted(axes):
+    views, places = [], []
+    for place, axis in enumerate(axes):
         rest = tuple(other for other in range(len(shape)) if other != axis)
         view = MatrixView(path, shape, (), (axis,), rest, rank=1, left=True, right=False)
         resolved = resolve_rank(rank, path, shape, shape[axis])
         if resolved is not None and resolved < min(view.matrix_shape):
             views.append(dataclasses.replace(view, rank=resolved))
-    return Kernel(tuple(views)) if views else None
+            places.append(place)
+    return Kernel(tuple(views), tuple(places)) if views else None
 
 
 def _checked_modes(modes: Sequence[int] | None) -> tuple[int, ...]:
