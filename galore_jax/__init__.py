@@ -22,6 +22,7 @@ from galore_jax.sharding import state_sharding as state_sharding
 from galore_jax.spectra import ranks_from_gradients as ranks_from_gradients
 from galore_jax.state import GaLoreState as GaLoreState
 from galore_jax.transform import galore as galore
+from galore_jax.tucker import tucker as tucker
 from galore_jax.whole_gradient import (
     apollo_adamw as apollo_adamw,
     apollo_mini as apollo_mini,

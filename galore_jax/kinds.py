@@ -34,9 +34,9 @@ def _kinds(names: str, **others: Kind) -> dict[str, Kind]:
     return {name: usual[name] for name in names.split()} | others
 
 
-# Optax's classes by name, and two of ours.  What is not here is unknown on purpose: SM3's maxima over an axis, Rprop's step sizes
-# and the parameters of some steps ago (Prodigy, schedule-free, ...) do not go over to another basis.  Adamax keeps max |g| in the
-# nu of ScaleByAdamState: it turns as if it were a second moment.
+# Optax's classes by name, and three of ours.  What is not here is unknown on purpose: SM3's maxima over an axis, Rprop's step
+# sizes and the parameters of some steps ago (Prodigy, schedule-free, ...) do not go over to another basis.  Adamax keeps max |g|
+# in the nu of ScaleByAdamState: it turns as if it were a second moment.
 _STATES: dict[str, dict[str, Kind]] = {
     "ScaleByAdamState": _kinds("count mu nu"),
     "ScaleByAmsgradState": _kinds("count mu nu", nu_max=Kind.QUADRATIC),
@@ -70,6 +70,15 @@ _STATES: dict[str, dict[str, Kind]] = {
     ),
     "LDAdamState": _kinds("count mu nu", basis=Kind.KEPT, error=Kind.LINEAR),
     "ZeroNansState": _kinds("", found_nan=Kind.KEPT),
+    "TuckerState": _kinds(
+        "",
+        count=Kind.KEPT,
+        skipped=Kind.KEPT,
+        kept=Kind.KEPT,
+        rejected=Kind.KEPT,
+        basis=Kind.KEPT,
+        inner_state=Kind.NESTED,
+    ),
     "QuantizeState": _kinds("", count=Kind.KEPT, inner_state=Kind.NESTED),
 }
 

@@ -144,7 +144,7 @@ def select(
     leaves = jax.tree.leaves(params)
     if not leaves:
         return []  # optax.tree.map_params calls init on an empty tree
-    masks = _per_leaf(mask, params, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
+    masks = _masks(mask, params)
     specs = _per_leaf(
         weight_dimension_numbers,
         params,
@@ -165,9 +165,30 @@ def select(
     return views
 
 
+def taking_part(params: Any, mask: Any = None) -> list[tuple[str, bool]]:
+    """The path of each leaf, and whether ``mask`` or the rule on names lets it be projected, whatever its axes.
+
+    >>> taking_part({"conv": {"kernel": jnp.zeros((3, 3, 4, 8))}, "norm": jnp.zeros((8,))})
+    [('conv/kernel', True), ('norm', False)]
+    """
+    triples = zip(_paths(params), jax.tree.leaves(params), _masks(mask, params), strict=True)
+    return [(path, _takes_part(path, leaf, choice)) for path, leaf, choice in triples]
+
+
 class _Choice(NamedTuple):
     value: Any
     on_leaf: bool  # False when the choice was made for a whole subtree
+
+
+def _masks(mask: Any, params: Any) -> list[_Choice | None]:
+    return _per_leaf(mask, params, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
+
+
+def _takes_part(path: str, leaf: Any, mask: _Choice | None, whatever_its_name: bool = False) -> bool:
+    if (mask is not None and not mask.value) or math.prod(jnp.shape(leaf)) == 0:
+        return False
+    named = whatever_its_name or (mask is not None and mask.on_leaf) or is_matrix_name(path)
+    return named and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
 
 
 def _per_leaf(
@@ -220,11 +241,9 @@ def _view(
 ) -> MatrixView | None:
     shape = tuple(jnp.shape(leaf))
     explicit = spec is not None and spec.on_leaf
-    if (mask is not None and not mask.value) or (spec is not None and spec.value is None):
+    if (spec is not None and spec.value is None) or (not explicit and len(shape) < 2):
         return None
-    if not explicit and (len(shape) < 2 or not ((mask is not None and mask.on_leaf) or is_matrix_name(path))):
-        return None
-    if math.prod(shape) == 0 or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+    if not _takes_part(path, leaf, mask, whatever_its_name=explicit):
         return None
 
     numbers = GaLoreDimensionNumbers() if spec is None else spec.value
@@ -238,7 +257,7 @@ def _view(
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
     view = MatrixView(path, shape, batch, reduction, output, rank=1, left=True, right=False)
     smaller = min(view.matrix_shape)
-    resolved = _resolve_rank(rank, path, shape, smaller)
+    resolved = resolve_rank(rank, path, shape, smaller)
     if resolved is None or (not explicit and resolved >= smaller):
         return None
     left, right = _sides(proj_type, *view.matrix_shape)
@@ -253,7 +272,8 @@ def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tup
     return tuple(axis % len(shape) for axis in axes)
 
 
-def _resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
+def resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
+    """The number of columns of a basis on a side of size ``smaller``, which an int may exceed; None to leave it alone."""
     chosen = rank(path, shape) if callable(rank) else rank
     if chosen is None:
         return None

@@ -31,7 +31,7 @@ import optax
 from galore_jax import codecs
 from galore_jax.dtypes import promoted, state_dtype
 from galore_jax.guards import parameter_index
-from galore_jax.kinds import Kind, labelled
+from galore_jax.kinds import Kind, Label, labelled
 from galore_jax.matrix_view import MatrixView
 from galore_jax.per_matrix import PerMatrix, alone, owners
 
@@ -94,6 +94,42 @@ def carriers(
     ]
 
 
+def mode_carriers(
+    inner: optax.GradientTransformation, state: Any, treedef: Any, cores: list[tuple[str, tuple[int, ...]] | None]
+) -> list[Callable[[int], Carrier] | None]:
+    """How each leaf of an inner state rotates with the basis of one axis of a tensor.
+
+    Args:
+      inner: the transformation whose state this is.
+      state: arrays or their ``jax.ShapeDtypeStruct``.
+      treedef: of the tree that ``inner`` was given.
+      cores: of its leaves the path and the shape, None for a leaf that no basis turns.
+
+    Returns:
+      As :func:`carriers`, with a function of the axis in the place of each entry; the leaf has no batch axes, and ``turn`` takes
+      the overlap along that axis for the Q of the left basis.
+
+    Raises:
+      ValueError: for an array of a parameter that is neither a first nor a second moment of its shape.
+    """
+    pairs = zip(labelled(state), parameter_index(inner, state, treedef), strict=True)
+    return [_mode_carrier(label, parameter, cores[parameter] if parameter >= 0 else None) for label, parameter in pairs]
+
+
+def _mode_carrier(
+    label: Label, parameter: int, core: tuple[str, tuple[int, ...]] | None
+) -> Callable[[int], Carrier] | None:
+    if core is None or label.kind in (Kind.COUNT, Kind.KEPT, Kind.NORM):
+        return None
+    path, shape = core
+    if label.kind not in (Kind.LINEAR, Kind.QUADRATIC) or label.shape != shape:
+        raise ValueError(
+            f'transport="rotate" does not know how {label.name} of {path!r} (inner state{label.path}, shape {label.shape}) '
+            f'turns with the bases of a core of shape {shape}: write transport="keep".'
+        )
+    return lambda axis: Carrier(parameter, _rotation(label.kind, _Place(axis, None)))
+
+
 class _Leaf(NamedTuple):
     """One leaf of an inner state."""
 
@@ -131,7 +167,7 @@ def _carrier(
     if place is None or (transport == "rotate" and place == (None, None)):
         return None
     if transport == "rotate":
-        return Carrier(leaf.parameter, _rotation(_linear if leaf.kind is Kind.LINEAR else _quadratic, place))
+        return Carrier(leaf.parameter, _rotation(leaf.kind, place))
     if not each:
         raise ValueError(
             f'transport="reset" cannot start {_described(leaf, view)} again, because all matrices share the counts of this '
@@ -197,7 +233,9 @@ def _axes_of(kind: Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis != lacking)
 
 
-def _rotation(rule: Callable[[jax.Array, jax.Array], jax.Array], place: _Place) -> Callable:
+def _rotation(kind: Kind | None, place: _Place) -> Callable:
+    rule = _linear if kind is Kind.LINEAR else _quadratic
+
     def turn(leaf: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
         array = codecs.decoded(leaf)
         turned = promoted(array)
@@ -210,12 +248,12 @@ def _rotation(rule: Callable[[jax.Array, jax.Array], jax.Array], place: _Place) 
 
 
 def _linear(q: jax.Array, moment: jax.Array) -> jax.Array:
-    """(r, n) or (r,) -> the same"""
-    return jnp.matmul(q, moment, precision=jax.lax.Precision.HIGHEST)
+    """(r, ...) -> the same"""
+    return jnp.tensordot(q, moment, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _quadratic(q: jax.Array, moment: jax.Array) -> jax.Array:
-    """(r, n) or (r,) -> the same"""
+    """(r, ...) -> the same"""
     shares = jnp.square(q)
     missing = jnp.maximum(1 - jnp.sum(shares, axis=1), 0)  # rounding of a full row leaves less than nothing
     missing = missing.reshape(-1, *(1,) * (moment.ndim - 1))

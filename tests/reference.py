@@ -65,6 +65,44 @@ class GaLore:
         return low @ self.q.T if right else low
 
 
+def unfolding(tensor, axis):
+    """(d, product of the other sizes)"""
+    return np.moveaxis(tensor, axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def mode_product(tensor, axis, matrix):
+    """``tensor`` with its unfolding along ``axis`` multiplied by ``matrix`` from the left."""
+    return np.moveaxis(np.tensordot(matrix, tensor, axes=(1, axis)), 0, axis)
+
+
+class Tucker:
+    """One kernel, with ``ranks`` {axis: r}: HOSVD of the gradient, the inner optimizer on its core, Tucker product of the answer.
+
+    ``carry(inner, {axis: P_newᵀ P_old})`` is what becomes of the moments; ``signs_of`` as in :class:`GaLore`, bases by axis."""
+
+    def __init__(self, inner, *, ranks, update_proj_gap, scale, carry=None):
+        self.inner, self.ranks, self.gap, self.scale, self.carry = inner, ranks, update_proj_gap, scale, carry
+        self.calls, self.bases = 0, {}
+
+    def update(self, g, signs_of=None):
+        g = np.asarray(g, np.float64)
+        if self.calls % self.gap == 0:
+            new = {k: np.linalg.svd(unfolding(g, k), full_matrices=False)[0][:, :r] for k, r in self.ranks.items()}
+            if signs_of is not None:
+                new = {k: align_signs(basis, signs_of[k]) for k, basis in new.items()}
+            if self.carry is not None and self.bases:
+                self.carry(self.inner, {k: new[k].T @ self.bases[k] for k in new})
+            self.bases = new
+        self.calls += 1
+        core = g
+        for k, basis in self.bases.items():
+            core = mode_product(core, k, basis.T)
+        answer = self.scale * self.inner(core)
+        for k, basis in self.bases.items():
+            answer = mode_product(answer, k, basis)
+        return answer
+
+
 def align_signs(basis, other):
     """``basis`` with each column's sign chosen to agree with ``other``, which must hold the same columns up to sign."""
     cosines = np.sum(basis * np.asarray(other, np.float64), axis=0)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The examples run as a newcomer runs them, with warnings as errors."""
 
+import importlib.util
 import json
 import pathlib
 import subprocess
@@ -27,6 +28,7 @@ def test_every_example_has_a_test():
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "optax_quickstart.py",
         "flax_train_state.py",
+        "cnn_tucker.py",
         "pretrain_llama.py",
         "pretrain_7b_24gb.py",
     }
@@ -43,6 +45,19 @@ def test_flax_train_state_learns():
     lines = run("flax_train_state.py").splitlines()
     assert float(lines[-2].split()[-1]) > 0.6  # of four classes
     assert lines[-1].startswith("optimizer state: 31,")
+
+
+@pytest.mark.slow
+def test_cnn_tucker_learns_with_a_third_of_the_state():
+    if importlib.util.find_spec("sklearn") is None:
+        pytest.skip("scikit-learn is not installed (extra test)")
+    lines = [line.split() for line in run("cnn_tucker.py").splitlines()[1:]]
+    accuracies = [float(accuracy.rstrip("%")) for _, accuracy, _ in lines]
+    sizes = [int(size.replace(",", "")) for _, _, size in lines]
+    assert [name for name, _, _ in lines] == ["adam", "tucker(adam)", "galore(tucker(adam))"]
+    assert min(accuracies) > 93
+    assert sizes[1] < sizes[0] / 3
+    assert sizes[2] < sizes[0] / 6
 
 
 @pytest.mark.slow

@@ -1,0 +1,397 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels with more than two axes, such as those of convolutions, in Tucker coordinates.
+
+For a gradient G of size d_1 x ... x d_N, a mode k in the chosen modes, G_(k) in R^(d_k x Π_(j≠k) d_j) the unfolding of G along
+axis k, and X ×_k A the tensor whose unfolding along k is A X_(k):
+
+    every T updates   P_k   <- a basis of the leading left singular directions of G_(k), of size d_k x r_k, for each mode (HOSVD)
+                      state <- the inner state, carried from the old bases to these
+    project           R     =  G ×_k P_kᵀ over the modes         the core, of size r_k along the modes
+    inner             N     =  inner(R)
+    lift              ΔW    =  α N ×_k P_k over the modes
+
+By default the modes are the last two axes, the input and output channels of a Flax kernel (*window, in, out).  So it is Tucker-2:
+the core is (*window, r_in, r_out), and the window, whose axes are too short to be worth a basis, stays as it is.
+
+With Adam inside a kernel has Σ_k d_k r_k + 2 Π_k r_k Π_(j not a mode) d_j numbers of state.  HOSVD and Tucker: De Lathauwer, De
+Moor and Vandewalle 2000, SIAM J. Matrix Anal. Appl. 21(4).  GaLore on all modes: George et al. 2025 (Tensor-GaLore, arXiv
+2501.02379); on the channels of convolutions: Xiao et al. 2024 (COAP, arXiv 2412.00071).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import accumulate, codecs, guards, output, projectors, refresh as policies, seeds, sharding, subspace
+from galore_jax.bases import Basis, Storage
+from galore_jax.dtypes import promoted, state_dtype
+from galore_jax.leaf import Leaf, measured
+from galore_jax.matrix_view import MatrixView, Rank, check_rank, resolve_rank, taking_part
+from galore_jax.transport import Carrier, mode_carriers
+from galore_jax.turning import Subspace, turn
+
+_CHANNELS = (-2, -1)  # of a Flax kernel: input, output
+
+
+class TuckerState(NamedTuple):
+    """State of :func:`tucker`: plain arrays only."""
+
+    count: jax.Array  # shape=(), dtype=jnp.int32; updates done, those with no good gradient left out
+    skipped: jax.Array  # shape=(), dtype=jnp.int32; updates in which some gradient was not finite
+    kept: jax.Array  # shape=(), dtype=jnp.int32; bases kept when due, because their gradient was zero or not finite
+    rejected: (
+        jax.Array
+    )  # shape=(), dtype=jnp.int32; new bases that were not orthonormal, for which the old one was kept
+    basis: Any  # a tree for each of the modes, of (d, r), at least float32; MaskedNode where a parameter has no basis there
+    inner_state: Any
+
+
+def tucker(
+    inner: optax.GradientTransformation,
+    *,
+    rank: Rank = 0.25,
+    update_proj_gap: int | jax.Array = 200,
+    scale: float | jax.Array | str = 0.25,
+    modes: Sequence[int] | None = None,
+    projector: str | projectors.Projector = "power",
+    transport: str = "keep",
+    mask: Any = None,
+    seed: int | jax.Array = 0,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs ``inner`` on the Tucker core of the gradients of kernels with more than two axes, so that its state is small too.
+
+    Leaves with at most two axes, embeddings, heads and norms go to ``inner`` whole.  So do the kernels none of whose modes has a
+    basis: a mode has one when its rank is smaller than its size d and than the product of the other sizes, beyond which its
+    unfolding has no further directions.  To have matrices in GaLore's subspaces too, write
+
+        galore(tucker(inner), rank=lambda path, shape: 0.25 if len(shape) == 2 else None)
+
+    Everything reaches ``inner`` in at least float32, whatever the dtype of the parameters.  A gradient of a kernel that is all
+    zeros or not finite reaches no basis and no moment: its update is zero.  All bases are refreshed on the same update, and one
+    that is missing at the first good gradient.
+
+    Args:
+      inner: any Optax transformation.  If it asks for parameters, it sees their cores.
+      rank: r of each mode.  An int, a fraction of the mode's size in (0, 1], or ``callable(path, shape)`` that returns either,
+        or None to leave a parameter alone.
+      update_proj_gap: T, updates between two refreshes of the bases.
+      scale: α, or ``"rms"``: the update keeps the root mean square of the inner update.
+      modes: the axes that get a basis, for instance ``(0, 1, 2, 3)``.  None is the last two.  The others are a part of every
+        unfolding, not a batch: a stack of kernels shares its bases.
+      projector: how a basis is made from an unfolding: a name or an object of :mod:`galore_jax.projectors`.
+      transport: what becomes of the inner state when the bases turn: ``"keep"``, or ``"rotate"``, mode by mode as
+        :mod:`galore_jax.transport` says, for moments of the core's shape.  There is no ``"reset"``.
+      mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
+      seed: of the random projectors.
+
+    Returns:
+      A transformation whose state is a :class:`TuckerState`.
+
+    Raises:
+      TypeError, ValueError: at construction for a bad argument; at ``init`` for a mask that selects nothing, for a mode that a
+        kernel has not, and for an inner state that ``"rotate"`` does not know; at ``update`` under low-rank accumulation.
+
+    >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "bias": jnp.ones((32,))}
+    >>> tx = tucker(optax.adam(1e-3), rank=0.25)
+    >>> state = tx.init(params)
+    >>> state.inner_state[0].mu["conv"].shape, [tree["conv"].shape for tree in state.basis]
+    ((3, 3, 4, 8), [(16, 4), (32, 8)])
+    >>> updates, state = tx.update(params, state, params)
+    >>> updates["conv"].shape
+    (3, 3, 16, 32)
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"inner is {inner!r}: write an Optax transformation, for example tucker(optax.adam(1e-3)).")
+    check_rank(rank)
+    output.check_scale(scale)
+    seeds.check_seed(seed)
+    if transport not in ("keep", "rotate"):
+        raise ValueError(f'transport is {transport!r}: tucker() knows "keep" and "rotate".')
+    modes = _checked_modes(modes)
+
+    def kernels_of(tree: Any) -> list[Kernel | None]:
+        return _kernels(tree, rank, modes, mask)
+
+    transformation = _Tucker(
+        optax.with_extra_args_support(inner),
+        kernels_of,
+        len(modes),
+        projectors.get(projector),
+        policies.get("together", update_proj_gap),
+        transport == "rotate",
+        scale,
+        seed,
+    )
+    return optax.GradientTransformationExtraArgs(transformation.init, transformation.update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One parameter with the modes of it that have a basis, at least one; a basis on the left of an unfolding each."""
+
+    modes: tuple[MatrixView, ...]
+    places: tuple[int, ...]  # of these modes among all that tucker() was given
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        ranks = {_axis(mode): mode.rank for mode in self.modes}
+        return tuple(ranks.get(axis, size) for axis, size in enumerate(self.modes[0].shape))
+
+    def core(self, storage: Storage, x: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
+        """x ×_k P_kᵀ over the modes."""
+        for mode, basis in zip(self.modes, bases, strict=True):
+            x = _mode_product(mode, x, functools.partial(storage.project, basis, rank=mode.rank))
+        return x
+
+    def lift(self, storage: Storage, core: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
+        """core ×_k P_k over the modes, the adjoint of :meth:`core`."""
+        for mode, basis in zip(self.modes, bases, strict=True):
+            core = _mode_product(mode, core, functools.partial(storage.lift, basis, m=mode.matrix_shape[0]))
+        return core
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tucker:
+    """The ``init`` and ``update`` of one :func:`tucker`."""
+
+    inner: optax.GradientTransformationExtraArgs
+    kernels_of: Callable[[Any], list[Kernel | None]]
+    number: int  # of modes
+    projector: projectors.Projector
+    refresh: policies.Together
+    rotate: bool
+    scale: float | jax.Array | str
+    seed: int | jax.Array
+
+    def init(self, params: optax.Params) -> TuckerState:
+        leaves, treedef = jax.tree.flatten(params)
+        kernels = self.kernels_of(params)
+        storage = self.projector.storage
+        bases = [
+            () if kernel is None else tuple(subspace.zero_bases(storage, mode, leaf)[0] for mode in kernel.modes)
+            for kernel, leaf in zip(kernels, leaves, strict=True)
+        ]
+        inner_state = self.inner.init(treedef.unflatten(map(_zero_core, kernels, leaves)))
+        self._carriers(inner_state, treedef, kernels)  # raises for a state it cannot carry
+        counters = (jnp.zeros([], jnp.int32) for _ in range(4))
+        return TuckerState(*counters, basis=self._trees(kernels, bases, treedef), inner_state=inner_state)
+
+    def update(
+        self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, TuckerState]:
+        if {accumulate.Collect.ARGUMENT, accumulate.Projected.ARGUMENT} & extra_args.keys():
+            raise ValueError(
+                "tucker() needs the whole gradient, which low-rank accumulation does not keep: accumulate whole gradients."
+            )
+        gradients, treedef = jax.tree.flatten(updates)
+        kernels = self.kernels_of(updates)
+        leaves = [measured(None, gradient) for gradient in gradients]
+        good = [_good(kernel, leaf) for kernel, leaf in zip(kernels, leaves, strict=True)]
+        state = self._turned(kernels, leaves, good, treedef, state)
+        bases = self._bases(kernels, state.basis, treedef)
+
+        def cores(arrays: list[jax.Array]) -> list[jax.Array]:
+            return list(map(self._core, kernels, map(promoted, arrays), bases))
+
+        low_rank = [jnp.where(*pair, 0) for pair in zip(good, cores(gradients), strict=True)]
+        coordinates = None if params is None else treedef.unflatten(cores(treedef.flatten_up_to(params)))
+        replies, new = self.inner.update(treedef.unflatten(low_rank), state.inner_state, coordinates, **extra_args)
+        owners = guards.parameter_index(self.inner, new, treedef)
+        if good:
+            new = guards.hold_bad(owners, new=new, old=state.inner_state, good=good)
+        replies = [jnp.where(*pair, 0) for pair in zip(good, treedef.flatten_up_to(replies), strict=True)]
+        lifted = map(self._lift, kernels, replies, bases, gradients)
+        return treedef.unflatten(lifted), state._replace(
+            count=state.count + _any(good),
+            skipped=state.skipped + _any([~leaf.finite for leaf in leaves]),
+            inner_state=new,
+        )
+
+    def _bases(self, kernels: list[Kernel | None], trees: tuple[Any, ...], treedef: Any) -> list[tuple[Basis, ...]]:
+        """Those of each parameter, in the order of its modes."""
+        columns = list(map(treedef.flatten_up_to, trees))
+        return [
+            () if kernel is None else tuple(columns[k][i] for k in kernel.places) for i, kernel in enumerate(kernels)
+        ]
+
+    def _trees(self, kernels: list[Kernel | None], bases: list[tuple[Basis, ...]], treedef: Any) -> tuple[Any, ...]:
+        """The inverse of :meth:`_bases`."""
+        pairs = zip(kernels, bases, strict=True)
+        rows = [{} if kernel is None else dict(zip(kernel.places, own, strict=True)) for kernel, own in pairs]
+        return tuple(treedef.unflatten(row.get(k, optax.MaskedNode()) for row in rows) for k in range(self.number))
+
+    def _carriers(
+        self, state: Any, treedef: Any, kernels: list[Kernel | None]
+    ) -> list[Callable[[int], Carrier] | None]:
+        if not self.rotate:
+            return [None] * len(codecs.flatten(state)[0])
+        cores = [None if kernel is None else (kernel.modes[0].path, kernel.core_shape) for kernel in kernels]
+        return mode_carriers(self.inner, state, treedef, cores)
+
+    def _turned(
+        self, kernels: list[Kernel | None], leaves: list[Leaf], good: list[jax.Array], treedef: Any, state: TuckerState
+    ) -> TuckerState:
+        """The state with the bases refreshed that are due or missing, and the inner state carried to them."""
+        key = seeds.key_of(self.seed, state.count)
+        due = self.refresh.due(state.count, policies.Slots(0, (), 1), ())
+        moments, inner_def = codecs.flatten(state.inner_state)
+        carriers = self._carriers(state.inner_state, treedef, kernels)
+        owners = guards.parameter_index(self.inner, state.inner_state, treedef)
+        bases, kept, rejected = self._bases(kernels, state.basis, treedef), state.kept, state.rejected
+        for i, (kernel, leaf) in enumerate(zip(kernels, leaves, strict=True)):
+            if kernel is None:
+                continue
+            mine = {j: carrier for j, carrier in enumerate(carriers) if carrier is not None and owners[j] == i}
+            missing = ~jnp.all(jnp.stack([self.projector.storage.exists(basis) for basis in bases[i]]))
+            wanted = good[i] & (due | missing)
+            current = bases[i], tuple(moments[j] for j in mine), rejected
+            turned = self._turning(kernel, key, state.count, leaf, current, tuple(mine.values()))
+            bases[i], carried, rejected = jax.lax.cond(wanted, turned, lambda current=current: current)
+            for j, moment in zip(mine, carried, strict=True):
+                moments[j] = moment
+            kept += (due & ~good[i]).astype(jnp.int32) * len(kernel.modes)
+        return state._replace(
+            kept=kept,
+            rejected=rejected,
+            basis=self._trees(kernels, bases, treedef),
+            inner_state=inner_def.unflatten(moments),
+        )
+
+    def _turning(
+        self,
+        kernel: Kernel,
+        key: jax.Array,
+        count: jax.Array,
+        leaf: Leaf,
+        current: tuple[tuple[Basis, ...], tuple[Any, ...], jax.Array],
+        carriers: tuple[Callable[[int], Carrier], ...],
+    ) -> Callable[[], tuple]:
+        """What makes new bases of one kernel, one mode after the other, from the whole gradient each."""
+
+        def turned() -> tuple:
+            old, moments, rejected = current
+            new = []
+            for mode, basis in zip(kernel.modes, old, strict=True):
+                axis = _axis(mode)
+                matrix = mode.to_matrices(jax.lax.stop_gradient(leaf.matrices))
+                coordinates = self.projector.storage.project(basis, matrix, mode.rank)
+                subspaces, accepted, _ = turn(
+                    self.projector,
+                    mode,
+                    jax.random.fold_in(key, axis),
+                    count,
+                    matrix,
+                    Subspace(basis, optax.MaskedNode(), coordinates, moments),
+                    tuple(carrier(axis) for carrier in carriers),
+                    jnp.array(True),
+                )
+                new.append(subspaces.left)
+                moments = subspaces.moments
+                rejected += (~accepted).astype(jnp.int32)
+            return tuple(new), moments, rejected
+
+        return turned
+
+    def _core(self, kernel: Kernel | None, array: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
+        return array if kernel is None else kernel.core(self.projector.storage, array, bases)
+
+    def _lift(self, kernel: Kernel | None, reply: jax.Array, bases: tuple[Basis, ...], like: jax.Array) -> jax.Array:
+        """The update of a parameter."""
+        if kernel is None:
+            return reply.astype(like.dtype)
+        if isinstance(self.scale, str):
+            alpha = math.prod(map(output.rms_scale, kernel.modes))
+        else:
+            alpha = output.alpha(kernel.modes[0], self.scale, reply.dtype)
+        lifted = kernel.lift(self.projector.storage, reply * alpha, bases)
+        return sharding.like(lifted.astype(like.dtype), like)
+
+
+def _kernels(tree: Any, rank: Rank, modes: tuple[int, ...], mask: Any) -> list[Kernel | None]:
+    """Each leaf with its modes, None for one that goes to the inner transformation whole."""
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return []  # optax.tree.map_params calls init on an empty tree
+    chosen = taking_part(tree, mask)
+    kernels = [
+        _kernel(path, tuple(jnp.shape(leaf)), rank, modes) if part else None
+        for leaf, (path, part) in zip(leaves, chosen, strict=True)
+    ]
+    if mask is not None and not any(kernels):
+        names = ", ".join(path for path, _ in chosen[:8])
+        raise ValueError(
+            f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with more than two axes "
+            f"that rank={rank} makes smaller."
+        )
+    return kernels
+
+
+def _kernel(path: str, shape: tuple[int, ...], rank: Rank, modes: tuple[int, ...]) -> Kernel | None:
+    if len(shape) < 3:
+        return None
+    axes = [axis % len(shape) for axis in modes]
+    if not all(-len(shape) <= axis < len(shape) for axis in modes) or len(set(axes)) < len(axes):
+        raise ValueError(
+            f"modes is {modes}, and {path!r} has the shape {shape}: name axes that it has, none of them twice, or leave the "
+            "parameter out with mask."
+        )
+    views, places = [], []
+    for place, axis in enumerate(axes):
+        rest = tuple(other for other in range(len(shape)) if other != axis)
+        view = MatrixView(path, shape, (), (axis,), rest, rank=1, left=True, right=False)
+        resolved = resolve_rank(rank, path, shape, shape[axis])
+        if resolved is not None and resolved < min(view.matrix_shape):
+            views.append(dataclasses.replace(view, rank=resolved))
+            places.append(place)
+    return Kernel(tuple(views), tuple(places)) if views else None
+
+
+def _checked_modes(modes: Sequence[int] | None) -> tuple[int, ...]:
+    if modes is None:
+        return _CHANNELS
+    valid = isinstance(modes, Sequence) and all(
+        isinstance(m, (int, np.integer)) and not isinstance(m, bool) for m in modes
+    )
+    if not valid or not modes:
+        raise ValueError(f"modes is {modes!r}: write a tuple of axes, such as (-2, -1), or None for these.")
+    return tuple(map(int, modes))
+
+
+def _mode_product(mode: MatrixView, x: jax.Array, multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """x with its unfolding along the axis of ``mode`` multiplied; other axes may have other sizes than the parameter's."""
+    axis = _axis(mode)
+    matrix = multiply(dataclasses.replace(mode, shape=x.shape).to_matrices(x))
+    shape = (*x.shape[:axis], matrix.shape[0], *x.shape[axis + 1 :])
+    return dataclasses.replace(mode, shape=shape).from_matrices(matrix)
+
+
+def _axis(mode: MatrixView) -> int:
+    return mode.reduction_axes[0]
+
+
+def _zero_core(kernel: Kernel | None, leaf: Any) -> Any:
+    """What the inner transformation's ``init`` sees of a leaf."""
+    if kernel is None:
+        return subspace.zero_coordinates(None, leaf)
+    spec = sharding.spec_of(leaf) and (None,) * len(kernel.core_shape)
+    return sharding.zeros(kernel.core_shape, state_dtype(leaf), spec, leaf)
+
+
+def _good(kernel: Kernel | None, leaf: Leaf) -> jax.Array:
+    """Whether a gradient can be used: finite and, where it is projected, not zero."""
+    return leaf.finite if kernel is None else leaf.finite & (leaf.peak > 0)
+
+
+def _any(flags: list[jax.Array]) -> jax.Array:
+    """int32, 0 or 1"""
+    return jnp.any(jnp.stack(flags)).astype(jnp.int32) if flags else jnp.zeros([], jnp.int32)
