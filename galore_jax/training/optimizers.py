@@ -20,6 +20,7 @@ import optax
 import galore_jax
 from galore_jax.catalogue import PRESETS
 from galore_jax.matrix_view import is_matrix_name
+from galore_jax.training import column_normalized
 from galore_jax.training.config import PretrainConfig
 
 
@@ -133,6 +134,10 @@ def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTra
     return in_float32(muon)
 
 
+def _scale(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return in_float32(column_normalized.scale(schedule, weight_decay=config.weight_decay))
+
+
 def _muon_dimension_numbers(params: optax.Params) -> Any:
     """The two last axes of every kernel of the blocks, stacked or not; None, which is Adam, for all other parameters."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -150,4 +155,5 @@ OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientT
     "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "muon": _muon,
+    "scale": _scale,
 }
