@@ -47,7 +47,9 @@ class PretrainConfig:
 
     Without any flag: a tiny model on the text of Python's own standard library, a few minutes on two CPU cores. --recipe NAME
     starts from the GaLore paper's settings, which the other flags change: galore-60m, galore-130m, galore-350m, galore-1b,
-    galore-7b, adamw-60m, adamw-130m, adamw-350m or adamw-1b.
+    galore-7b, adamw-60m, adamw-130m, adamw-350m, adamw-1b, lora-60m, lora-130m, lora-350m, lora-1b, relora-60m, relora-130m,
+    relora-350m, relora-1b, low-rank-60m, low-rank-130m, low-rank-350m, low-rank-1b, scale-60m, scale-130m, scale-350m or
+    scale-1b.
     """
 
     model: str = "demo"
