@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA on a Llama: the model it starts from, where the gradient goes, its equation in NumPy, and merging."""
+"""Low-rank weights of a Llama: where it starts from, where the gradient goes, the equations in NumPy, merging, restarting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flax import nnx
 from problems import leniency, quick_compilation  # noqa: F401
 from test_llama import forward, random_model, random_tokens, tiny
 
-from galore_jax.models.lora import LoRALinear, add_lora, merge_lora
+from galore_jax.models.lora import FactoredLinear, LoRALinear, add_lora, factorize, merge_lora, restart_lora
 from galore_jax.weights import quantize_weights
 
 MATRICES = ("attention/q_proj", "attention/k_proj", "attention/v_proj", "attention/o_proj",
@@ -124,10 +124,60 @@ def test_bfloat16_kernels_have_float32_adapters():
     assert model.layers.mlp.up_proj.kernel.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("rank", "says"), [(0, "at least 1"), (17, "layers/attention/k_proj, 16")])
-def test_an_impossible_rank_is_refused(rank, says):
+@pytest.mark.parametrize("adapt", [add_lora, factorize])
+@pytest.mark.parametrize(
+    ("rank", "says"), [(0, "at least 1"), (1.5, r"a fraction of .* in \(0, 1\]"), (17, "layers/attention/k_proj, 16")]
+)
+def test_an_impossible_rank_is_refused(rank, says, adapt):
     with pytest.raises(ValueError, match=says):
-        add_lora(random_model(tiny()), rank, key=jax.random.key(0))
+        adapt(random_model(tiny()), rank, key=jax.random.key(0))
+
+
+def test_a_rank_can_be_a_fraction_of_the_smaller_side():
+    model = random_model(tiny(num_key_value_heads=2))
+    add_lora(model, 0.25, key=jax.random.key(0))
+    ranks = {path: at(nnx.state(model)["layers"], path)["lora_a"].shape[-1] for path in MATRICES}
+    assert ranks == dict.fromkeys(MATRICES, 4) | {"attention/k_proj": 2, "attention/v_proj": 2}
+
+
+def test_a_restart_keeps_the_function_and_draws_new_adapters():
+    model = with_random_adapters(random_model(tiny()))
+    before, drawn = forward(model, TOKENS), np.asarray(model.layers.mlp.up_proj.lora_a[...])
+    kernel = np.asarray(model.layers.mlp.up_proj.base.kernel[...], np.float64)
+    product = 1.5 * drawn.astype(np.float64) @ np.asarray(model.layers.mlp.up_proj.lora_b[...])
+    restart_lora(model, key=jax.random.key(7))
+    np.testing.assert_allclose(forward(model, TOKENS), before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.layers.mlp.up_proj.base.kernel[...], kernel + product, rtol=1e-5, atol=1e-6)
+    adapters = nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam))["layers"]
+    for path in MATRICES:
+        assert not np.any(at(adapters, path)["lora_b"])
+    redrawn = np.asarray(adapters["mlp"]["up_proj"]["lora_a"])
+    assert np.abs(redrawn - drawn).min(axis=(1, 2)).max() > 0
+    assert np.abs(redrawn).max() <= 1 / np.sqrt(16)
+
+
+def test_a_factored_layer_is_its_equation_in_numpy():
+    rng = np.random.default_rng(0)
+    x, left, right = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 6), (6, 2), (2, 4)))
+    layer = FactoredLinear(nnx.Linear(6, 4, use_bias=False, rngs=nnx.Rngs(0)), 2, 1.0, jax.random.key(0))
+    layer.left[...], layer.right[...] = jnp.asarray(left), jnp.asarray(right)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), x.astype(np.float64) @ left @ right, rtol=1e-5, atol=1e-5)
+
+
+def test_a_factored_model_has_no_other_matrices_and_the_variance_of_an_ordinary_one_and_merges_into_one():
+    ordinary = random_model(tiny(num_key_value_heads=2, initializer_range=0.3))
+    model = random_model(tiny(num_key_value_heads=2, initializer_range=0.3))
+    factorize(model, 4, key=jax.random.key(0))
+    for path in MATRICES:
+        factors = at(nnx.to_pure_dict(nnx.state(model))["layers"], path)
+        assert factors.keys() == {"left", "right"}
+        product = np.einsum("lmr,lrn->lmn", factors["left"], factors["right"])
+        assert product.std() == pytest.approx(0.3, rel=0.3)
+    factored = forward(model, TOKENS)
+    merge_lora(model)
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(ordinary))
+    assert nnx.graphdef(model) == nnx.graphdef(ordinary)
+    np.testing.assert_allclose(forward(model, TOKENS), factored, rtol=1e-4, atol=1e-4)
 
 
 def test_a_second_adapter_is_refused():

@@ -30,6 +30,20 @@ def test_every_recipe_is_a_run(name):
     assert name in PretrainConfig.__doc__
 
 
+@pytest.mark.parametrize("size", ["130m", "1b", "350m", "60m"])
+def test_the_other_rows_of_the_table_have_the_ranks_and_steps_of_galore(size):
+    galore = recipes.recipe(f"galore-{size}")
+    for row in ("lora", "low-rank", "relora"):
+        config = recipes.recipe(f"{row}-{size}")
+        assert (config.model, config.steps, config.rank) == (galore.model, galore.steps, galore.rank)
+        assert config.optimizer == row.replace("-", "_")
+        assert config.lora_alpha == 32.0
+    assert recipes.recipe(f"relora-{size}").update_proj_gap == galore.steps // 10
+    for row in ("adamw", "scale"):
+        config = recipes.recipe(f"{row}-{size}")
+        assert (config.model, config.steps, config.optimizer) == (galore.model, galore.steps, row)
+
+
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_the_figures_are_the_papers(name):
     config = recipes.recipe(name)

@@ -35,6 +35,9 @@ OF_THE_PRESET = ("rank", "update_proj_gap", "scale", "proj_type", "projector", "
 _RANK = 0.25
 """But for the rank: the 128 or 256 of most presets is no less than the smaller side of a small model's matrices."""
 
+LOW_RANK_WEIGHTS = ("lora", "relora", "low_rank")
+"""Optimizers for which the model itself has low-rank weights."""
+
 _REFRESHES = tuple(name for name in REFRESHES if name != "manual")  # the loop leaves refreshes to the optimizer
 
 
@@ -44,7 +47,9 @@ class PretrainConfig:
 
     Without any flag: a tiny model on the text of Python's own standard library, a few minutes on two CPU cores. --recipe NAME
     starts from the GaLore paper's settings, which the other flags change: galore-60m, galore-130m, galore-350m, galore-1b,
-    galore-7b, adamw-60m, adamw-130m, adamw-350m or adamw-1b.
+    galore-7b, adamw-60m, adamw-130m, adamw-350m, adamw-1b, lora-60m, lora-130m, lora-350m, lora-1b, relora-60m, relora-130m,
+    relora-350m, relora-1b, low-rank-60m, low-rank-130m, low-rank-350m, low-rank-1b, scale-60m, scale-130m, scale-350m or
+    scale-1b.
     """
 
     model: str = "demo"
@@ -52,11 +57,13 @@ class PretrainConfig:
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
     with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
-    full-rank: adamw, adamw_8bit, adafactor, muon. Settings of GaLore that are None are what suits the optimizer."""
+    full-rank: adamw, adamw_8bit, adafactor, muon, scale; AdamW on low-rank weights: lora, relora, low_rank.
+    Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None
-    """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25."""
+    """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25.
+    lora, relora, low_rank: rank of the weights."""
     update_proj_gap: int | None = None
-    """GaLore: steps between two refreshes of the subspaces. None: mostly 200."""
+    """GaLore: steps between two refreshes of the subspaces. None: mostly 200. relora: steps between two merges."""
     scale: float | Literal["rms"] | None = None
     """GaLore: factor of the projected update; "rms" keeps the size the full-rank optimizer would give it. None: mostly 0.25."""
     proj_type: str | None = None
@@ -67,10 +74,12 @@ class PretrainConfig:
     """GaLore: refresh subspaces together, staggered, lazy (rarer if stable) or every_step. None: mostly staggered."""
     transport: str | None = None
     """GaLore: when a subspace changes, rotate the moments into it, keep them as they are, or reset them. None: mostly keep."""
+    lora_alpha: float = 32.0
+    """lora, relora: the adapters' product is multiplied by this, divided by the rank."""
     diagnostics: bool = True
     """GaLore: measure how well the subspaces do, matrix by matrix, for metrics.jsonl and subspace.png; costs little."""
     learning_rate: float = 0.01
-    """Peak learning rate; it rises linearly from 0 and falls as a cosine to a tenth of this."""
+    """Peak learning rate; it rises linearly from 0 and falls as a cosine to a tenth of this. relora: and again after a merge."""
     weight_decay: float = 0.0
     """Decoupled weight decay, multiplied by the learning rate."""
     clip: float = 1.0
@@ -223,7 +232,11 @@ def check(config: PretrainConfig) -> None:
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
     if scale is not None and not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):
         raise ValueError(f"--scale {scale} must be a positive finite number or rms.")
+    if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
+        raise ValueError(f"--lora-alpha {config.lora_alpha} must be a positive finite number.")
     check_seed(config.seed)
+    if config.optimizer in LOW_RANK_WEIGHTS:
+        _check_low_rank_weights(config)
     if config.weights == "int8" and not config.layerwise:
         raise ValueError(
             "--weights int8 needs --layerwise: a step on the whole model would widen all of its weights at once."
@@ -248,6 +261,24 @@ def check(config: PretrainConfig) -> None:
     if not 0 <= config.resolved_warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
+        )
+
+
+def _check_low_rank_weights(config: PretrainConfig) -> None:
+    optimizer = f"--optimizer {config.optimizer}"
+    impossible = {
+        "--layerwise": config.layerwise,
+        "--weights int8": config.weights == "int8",
+        f"--mesh {config.mesh}": config.mesh is not None,
+    }
+    for setting, applies in impossible.items():
+        if applies:
+            raise ValueError(
+                f"{setting} does not go with {optimizer}: low-rank weights are for one device and a plain step."
+            )
+    if config.optimizer == "relora" and config.update_proj_gap == 1:
+        raise ValueError(
+            f"--update-proj-gap 1 must be at least 2 with {optimizer}: a step that merges has a learning rate of 0."
         )
 
 

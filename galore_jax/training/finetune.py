@@ -29,7 +29,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-from galore_jax.memory import tree_bytes
 from galore_jax.models import Llama, LlamaClassifier, add_lora, load_hf, merge_lora, save_hf
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.training import checkpoint, finetune_config, report, run_folder
@@ -211,8 +210,7 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
         f"epochs\n{description}",
     )  # fmt: skip
     _make_state(run)
-    run.sizes = report.memory(config.training, parts.whole, run.opt_state) | {
-        "params_bytes": tree_bytes((run.params, run.frozen)),
+    run.sizes = report.memory(config.training, (run.params, run.frozen), run.opt_state, parts.whole) | {
         "trained_params": sum(leaf.size for leaf in jax.tree.leaves(run.params)),
     }
     return run

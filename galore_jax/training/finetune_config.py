@@ -139,7 +139,7 @@ def check(config: FinetuneConfig) -> None:
     settings.at_least("lora_rank", config.lora_rank, 1)
     if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
         raise ValueError(f"--lora-alpha {config.lora_alpha} must be a positive finite number.")
-    known = (LORA, *OPTIMIZERS)
+    known = (LORA, *(name for name in OPTIMIZERS if name not in settings.LOW_RANK_WEIGHTS))
     if config.optimizer not in known:
         raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(known)}.")
     settings.check(config.training)

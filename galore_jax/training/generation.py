@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from galore_jax.models import Llama, LlamaConfig, load_hf
+from galore_jax.models import Llama, LlamaConfig, load_hf, merge_lora
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.sampling import stream
 from galore_jax.training import checkpoint, config as settings, run_folder
@@ -128,7 +128,9 @@ def _run(folder: Path) -> _Source:
 
     def load() -> Llama:
         built = program(run, model_config)
-        return nnx.merge(built.graphdef, checkpoint.restore_params(checkpoints, step, built.state[0]))
+        model = nnx.merge(built.graphdef, checkpoint.restore_params(checkpoints, step, built.state[0]))
+        merge_lora(model)
+        return model
 
     return _Source(tokenizer, tokenizer.encode, model_config, load, frozenset([tokenizer.eos_id]))
 

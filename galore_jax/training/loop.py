@@ -27,13 +27,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.models import LlamaConfig, generate
 from galore_jax.training import checkpoint, config as settings, processes, report, run_folder
+from galore_jax.training.adapters import part
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
 from galore_jax.training.mesh import batch_parts, make_mesh
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
 from galore_jax.training.optimizers import check_optimizer, make_schedule
-from galore_jax.training.program import Program, program
+from galore_jax.training.program import Program, full_rank, program
 from galore_jax.training.step import make_eval_step
 from galore_jax.training.subspace_plot import plot_subspace
 
@@ -116,7 +117,7 @@ def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
     config, folder = run.config, run.folder
     began = time.perf_counter()
-    sizes = report.memory(config, run.params, run.opt_state)
+    sizes = report.memory(config, run.params, run.opt_state, full_rank(run.model_config))
     summary_file = folder / "summary.json"
     finished = report.read_summary(summary_file) if run.resumed_from == config.steps else None
     if finished is not None and finished["steps"] == config.steps:
@@ -138,7 +139,7 @@ def train(run: Run) -> Record:
         CheckpointWriter(folder / "checkpoints", config.keep) as writer,
     ):
         progress.say(
-            f"{config.model}, {run.model_config.num_params:,} parameters, {config.optimizer}\n"
+            f"{config.model}, {run.model_config.num_params:,} parameters, {_optimizer_words(run)}\n"
             f"{run.data.description}\nrun folder: {folder}, at step {run.step} of {config.steps}"
         )
         eval_step = make_eval_step(run.program.graphdef)
@@ -179,6 +180,14 @@ def train(run: Run) -> Record:
     else:
         print(f"Stopped after step {run.step}; continue with: {run_folder.resume_command(folder)}")
     return summary
+
+
+def _optimizer_words(run: Run) -> str:
+    """The optimizer, and how many parameters it trains if they are not the model's."""
+    name = run.config.optimizer
+    if name not in settings.LOW_RANK_WEIGHTS:
+        return name
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(part(run.params)[0])):,} trained, {name}"
 
 
 def take_steps(

@@ -20,23 +20,41 @@ import optax
 import galore_jax
 from galore_jax.catalogue import PRESETS
 from galore_jax.matrix_view import is_matrix_name
-from galore_jax.training.config import PretrainConfig
+from galore_jax.training import column_normalized
+from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
 
 
 def make_schedule(config: PretrainConfig) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then a cosine to a tenth of it at the last step.
 
+    With relora it rises linearly from 0 to the cosine once more after each merge (arXiv 2307.05695, section 3), over a tenth of
+    the steps between two merges, at most 100.
+
     >>> schedule = make_schedule(PretrainConfig(learning_rate=1.0, steps=100))
     >>> [round(float(schedule(step)), 2) for step in (0, 5, 10, 55, 100)]
     [0.0, 0.5, 1.0, 0.55, 0.1]
+    >>> jagged = make_schedule(PretrainConfig(optimizer="relora", update_proj_gap=50, learning_rate=1.0, steps=100))
+    >>> [round(float(jagged(step)), 2) for step in (5, 10, 49, 50, 52, 55)]
+    [0.5, 1.0, 0.64, 0.0, 0.24, 0.55]
     """
-    return optax.warmup_cosine_decay_schedule(
+    cosine = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
         warmup_steps=config.resolved_warmup_steps,
         decay_steps=config.steps,
         end_value=0.1 * config.learning_rate,
     )
+    period = config.resolved.update_proj_gap
+    if config.optimizer != "relora" or period is None:
+        return cosine
+    rising = min(100, max(1, period // 10))
+
+    def jagged(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count)
+        risen = jnp.minimum((count % period).astype(jnp.float32) / rising, 1.0)
+        return jnp.asarray(cosine(count)) * jnp.where(count < period, 1.0, risen)
+
+    return jagged
 
 
 def make_optimizer(
@@ -133,6 +151,10 @@ def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTra
     return in_float32(muon)
 
 
+def _scale(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return in_float32(column_normalized.scale(schedule, weight_decay=config.weight_decay))
+
+
 def _muon_dimension_numbers(params: optax.Params) -> Any:
     """The two last axes of every kernel of the blocks, stacked or not; None, which is Adam, for all other parameters."""
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
@@ -150,4 +172,6 @@ OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientT
     "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "muon": _muon,
+    "scale": _scale,
+    **dict.fromkeys(LOW_RANK_WEIGHTS, _adamw),
 }

@@ -22,6 +22,7 @@ from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.llama import block_stack
 from galore_jax.targets import MissingPackagesError, Plan, Target, compile_for, devices_of, target
 from galore_jax.training import config as settings
+from galore_jax.training.adapters import part
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.mesh import axis_sizes, make_mesh
 from galore_jax.training.program import Program, program
@@ -160,7 +161,7 @@ class Planned:
         return self.exact_bytes() | dataclasses.asdict(compiled) | {"traffic": wire, "missing": None}
 
     def _gradient_bytes(self) -> int:
-        dense = jax.eval_shape(dequantize, self.params)
+        dense = jax.eval_shape(dequantize, part(self.params)[0])
         low_rank = self.config.accumulate_low_rank or self.config.reduce_low_rank
         if self.config.accumulate > 1 and (self.config.layerwise or not low_rank):  # a sum, in float32
             dense = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "float32"), dense)

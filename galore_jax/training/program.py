@@ -20,6 +20,7 @@ from galore_jax.layerwise import Layerwise, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
 from galore_jax.sharding import state_sharding
+from galore_jax.training.adapters import adapt, make_restart, part
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.mesh import batch_sharding, cut_along_fsdp, param_shardings
 from galore_jax.training.optimizers import make_optimizer, make_schedule
@@ -66,7 +67,9 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
     """
 
     def split(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
-        return nnx.split(Llama(model_config, rngs=nnx.Rngs(key)), nnx.Param)
+        model = Llama(model_config, rngs=nnx.Rngs(key))
+        adapt(model, config, key)
+        return nnx.split(model, nnx.Param)
 
     def weights(key: jax.Array) -> Any:
         params = nnx.to_pure_dict(split(key)[1])
@@ -88,7 +91,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         params = weights(key)
-        return params, optimizer.init(params)
+        return params, optimizer.init(part(params)[0])
 
     data_parallel = mesh if config.reduce_low_rank else None
     batch = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
@@ -98,12 +101,22 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         shardings = _shardings(mesh, jax.eval_shape(weights, jax.random.key(0)), optimizer)
         out_shardings = (*shardings, NamedSharding(mesh, PartitionSpec()))
     if by_layers is None:
+        restart = make_restart(graphdef, config)
         step = make_train_step(
-            graphdef, tx, config.accumulate, config.accumulate_low_rank, out_shardings, data_parallel
+            graphdef, tx, config.accumulate, config.accumulate_low_rank, out_shardings, data_parallel, restart
         )
     else:
         step = _layerwise_step(by_layers, out_shardings, data_parallel)
     return Program(graphdef, jax.jit(init, out_shardings=shardings), step, batch, mesh, shardings)
+
+
+def full_rank(model_config: LlamaConfig) -> Any:
+    """The abstract parameters of a model of that shape with ordinary matrices.
+
+    >>> full_rank(LlamaConfig.preset("demo"))["layers"]["mlp"]["up_proj"]["kernel"].shape
+    (4, 128, 352)
+    """
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(model_config, rngs=nnx.Rngs(0)), nnx.Param)))
 
 
 def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:

@@ -5,7 +5,11 @@
 From arXiv 2403.03507, appendix C.1, and the scripts published with it: C4, sequences of 256 tokens, 512 of them a step, bfloat16,
 a warm-up over a tenth of the steps and a cosine to a tenth of the rate, bases by exact SVD of all matrices on one step.  The
 tokenizer differs: the paper's is T5's, and here, unless ``--tokenizer`` names a file, one of 32,000 tokens is trained on the
-text.  ``adamw-...`` are full-rank runs beside them, at 0.001, one of the rates of the paper's grid.
+text.  Beside them are the other rows of the paper's table 2, ``adamw-...`` (full rank), ``lora-...``, ``relora-...`` and
+``low-rank-...``, and ``scale-...``.  The paper tried five learning rates for each and does not say which was best; here it is
+0.001, one of them.  Of LoRA it gives the ranks and an alpha of 32; its dropout of 0.05 is left out.  ReLoRA merges after every
+tenth of the steps, as in its authors' scripts for 60M and 130M.  SCALE has the learning rates of its authors' scripts (arXiv
+2506.16659); in that for 1B the norms have one of their own, which is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +31,9 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 _RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512}
 _GALORE: dict[str, Any] = {"projector": "svd", "scale": 0.25}
+_BESIDE: dict[str, dict[str, Any]] = {
+    size: _COMMON | {"model": size, "learning_rate": 0.001} | settings for size, settings in _SIZES.items()
+}
 
 RECIPES: dict[str, dict[str, Any]] = {
     **{
@@ -46,10 +53,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"model": "7b", "optimizer": "galore_adamw_8bit", "learning_rate": 0.005, "rank": 1024, "update_proj_gap": 500}
     | _GALORE
     | {"steps": 150_000, "accumulate": 32, "layerwise": True},
+    **{f"adamw-{size}": settings | {"optimizer": "adamw"} for size, settings in _BESIDE.items()},
     **{
-        f"adamw-{size}": _COMMON | {"model": size, "optimizer": "adamw", "learning_rate": 0.001} | settings
-        for size, settings in _SIZES.items()
+        f"lora-{size}": settings | {"optimizer": "lora", "rank": _RANKS[size], "lora_alpha": 32.0}
+        for size, settings in _BESIDE.items()
     },
+    **{
+        f"relora-{size}": settings
+        | {
+            "optimizer": "relora",
+            "rank": _RANKS[size],
+            "lora_alpha": 32.0,
+            "update_proj_gap": settings["steps"] // 10,
+        }
+        for size, settings in _BESIDE.items()
+    },
+    **{
+        f"low-rank-{size}": settings | {"optimizer": "low_rank", "rank": _RANKS[size]}
+        for size, settings in _BESIDE.items()
+    },
+    **{f"scale-{size}": settings | {"optimizer": "scale"} for size, settings in _BESIDE.items() if size != "1b"},
+    "scale-1b": _BESIDE["1b"] | {"optimizer": "scale", "learning_rate": 0.0002},
 }
 """Name -> fields of :class:`PretrainConfig`."""
 

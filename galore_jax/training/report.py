@@ -8,7 +8,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,26 +17,26 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.run_folder import read_json
-from galore_jax.weights import dequantize
 
 _TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": _VALIDATION}
 
 
-def memory(config: PretrainConfig, params: Any, opt_state: Any) -> dict[str, int]:
-    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; both trees may be abstract.
+def memory(config: PretrainConfig, params: Any, opt_state: Any, whole: Any) -> dict[str, int]:
+    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; the trees may be abstract.
 
+    ``whole`` are the parameters that AdamW would train: those of the same model with ordinary matrices.
+
+    >>> import jax
     >>> params = {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}
-    >>> memory(PretrainConfig(), params, params)
+    >>> memory(PretrainConfig(), params, params, params)
     {'params_bytes': 32768, 'optimizer_state_bytes': 32768, 'adamw_state_bytes': 65544}
     """
     adamw = dataclasses.replace(config, optimizer="adamw")
     return {
         "params_bytes": tree_bytes(params),
         "optimizer_state_bytes": tree_bytes(opt_state),
-        "adamw_state_bytes": state_bytes(
-            make_optimizer(adamw, make_schedule(adamw)), jax.eval_shape(dequantize, params)
-        ),
+        "adamw_state_bytes": state_bytes(make_optimizer(adamw, make_schedule(adamw)), whole),
     }
 
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from galore_jax import GaLoreState
 from galore_jax.accumulate import low_rank_mean, mean_over_devices, update_from_low_rank
+from galore_jax.training.adapters import Restart, join, part
 
 Metrics = dict[str, Any]
 
@@ -36,18 +37,22 @@ def make_train_step(
     low_rank: bool = False,
     out_shardings: Any = None,
     data_parallel: Mesh | None = None,
+    restart: Restart | None = None,
 ) -> Any:
     """A jitted ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; the first two are donated.
 
+    Parameters that are frozen (:func:`galore_jax.training.adapters.part`) have no gradient, and stay.
+
     Args:
       graphdef: of the model, from ``nnx.split``.
-      tx: the optimizer; it is given float32 gradients.
+      tx: the optimizer of what is trained; it is given float32 gradients.
       accumulate: micro-batches that the batch is cut into; it divides the batch.
       low_rank: sum their gradients in the subspaces of the one galore in ``tx``: see :mod:`galore_jax.accumulate`.  Then
         ``grad_norm`` is that of the sum, what lies outside the subspaces left out.
       out_shardings: of (params, opt_state, metrics), as ``jax.jit`` takes them.
       data_parallel: a mesh along whose :data:`DATA_AXIS`, the only one longer than 1, gradients are averaged in the subspaces, as
         ``low_rank`` sums them.
+      restart: what is done to parameters and state before each step, of :func:`galore_jax.training.adapters.make_restart`.
 
     Returns:
       The step.  ``batch`` is int32 [batch, sequence + 1]; the metrics are on the device.  Scalars: ``loss``, ``grad_norm``
@@ -56,11 +61,11 @@ def make_train_step(
       that were not orthonormal).  ``subspace``: see :func:`subspace_metrics`.
     """
 
-    def loss_fn(params: Any, tokens: jax.Array) -> jax.Array:
-        return jnp.mean(token_losses(graphdef, params, tokens))
+    def loss_fn(trained: Any, frozen: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.mean(token_losses(graphdef, join(trained, frozen), tokens))
 
     def gradient(params: Any, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        loss, grads = jax.value_and_grad(loss_fn)(params, tokens)
+        loss, grads = jax.value_and_grad(loss_fn)(*part(params), tokens)
         return loss, optax.tree.cast(grads, jnp.float32)
 
     def cut(batch: jax.Array) -> jax.Array:
@@ -86,14 +91,17 @@ def make_train_step(
         return mean_over_devices(jnp.mean(losses), axis_name), grads, opt_state
 
     def train_step(params: Any, opt_state: Any, batch: jax.Array) -> tuple[Any, Any, Metrics]:
+        if restart is not None:
+            params, opt_state = restart(params, opt_state)
+        trained, frozen = part(params)
         if low_rank or data_parallel is not None:
             loss, grads, opt_state = on_parts(low_rank_gradient, data_parallel)(params, opt_state, batch)
-            updates, opt_state = update_from_low_rank(tx, grads, opt_state, params)
+            updates, opt_state = update_from_low_rank(tx, grads, opt_state, trained)
         else:
             loss, grads = mean_gradient(params, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(grads, opt_state, trained)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)} | optimizer_metrics(opt_state)
-        return add_updates(params, updates), opt_state, metrics
+        return join(add_updates(trained, updates), frozen), opt_state, metrics
 
     return jax.jit(train_step, donate_argnums=(0, 1), out_shardings=out_shardings)
 
