@@ -87,6 +87,7 @@ def test_a_run_trains_all_but_the_kernels_of_the_blocks_and_has_state_for_that(n
     summary = json.loads((run.folder / "summary.json").read_text())
     assert summary["params_bytes"] == sum(leaf.nbytes for leaf in after.values())
     assert summary["optimizer_state_bytes"] == 2 * trained + 2 * 4  # two moments, two counts
+    assert summary["adamw_params_bytes"] == 4 * MODEL.num_params
     assert summary["adamw_state_bytes"] == 2 * 4 * MODEL.num_params + 2 * 4
     losses = [record["loss"] for record in read_metrics(run.folder) if "loss" in record]
     assert len(losses) == 6

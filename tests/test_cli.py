@@ -192,7 +192,7 @@ def test_the_summary_is_complete_and_agrees_with_the_metrics(whole):
     result = summary(whole[0])
     assert result.keys() == {
         "steps", "tokens", "final_val_loss", "final_val_perplexity", "params_bytes", "optimizer_state_bytes",
-        "adamw_state_bytes", "step_seconds_median", "step_seconds_max", "resumed_from_step", "wall_seconds",
+        "adamw_params_bytes", "adamw_state_bytes", "step_seconds_median", "step_seconds_max", "resumed_from_step", "wall_seconds",
     }  # fmt: skip
     assert (result["steps"], result["tokens"], result["resumed_from_step"]) == (12, 1536, None)
     last = records(whole[0])[-1]

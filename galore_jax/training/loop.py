@@ -117,7 +117,7 @@ def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
     config, folder = run.config, run.folder
     began = time.perf_counter()
-    sizes = report.memory(config, run.params, run.opt_state, full_rank(run.model_config))
+    sizes = report.memory(config, run.params, run.opt_state, full_rank(config, run.model_config))
     summary_file = folder / "summary.json"
     finished = report.read_summary(summary_file) if run.resumed_from == config.steps else None
     if finished is not None and finished["steps"] == config.steps:

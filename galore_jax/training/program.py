@@ -72,8 +72,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         return nnx.split(model, nnx.Param)
 
     def weights(key: jax.Array) -> Any:
-        params = nnx.to_pure_dict(split(key)[1])
-        return quantize_weights(params) if config.weights == "int8" else params
+        return _stored(config, nnx.to_pure_dict(split(key)[1]))
 
     graphdef = nnx.eval_shape(split, jax.random.key(0))[0]
     tx = make_optimizer(config, make_schedule(config), clip=not config.layerwise)
@@ -110,13 +109,22 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
     return Program(graphdef, jax.jit(init, out_shardings=shardings), step, batch, mesh, shardings)
 
 
-def full_rank(model_config: LlamaConfig) -> Any:
-    """The abstract parameters of a model of that shape with ordinary matrices.
+def full_rank(config: PretrainConfig, model_config: LlamaConfig) -> Any:
+    """The abstract parameters that a run has if its optimizer is AdamW: all matrices of the blocks are ordinary ones.
 
-    >>> full_rank(LlamaConfig.preset("demo"))["layers"]["mlp"]["up_proj"]["kernel"].shape
+    >>> config = PretrainConfig(optimizer="low_rank")
+    >>> full_rank(config, config.model_config(256))["layers"]["mlp"]["up_proj"]["kernel"].shape
     (4, 128, 352)
     """
-    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(Llama(model_config, rngs=nnx.Rngs(0)), nnx.Param)))
+
+    def weights() -> Any:
+        return _stored(config, nnx.to_pure_dict(nnx.state(Llama(model_config, rngs=nnx.Rngs(0)), nnx.Param)))
+
+    return jax.eval_shape(weights)
+
+
+def _stored(config: PretrainConfig, params: Any) -> Any:
+    return quantize_weights(params) if config.weights == "int8" else params
 
 
 def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:

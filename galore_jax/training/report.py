@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,33 +18,36 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.run_folder import read_json
+from galore_jax.weights import dequantize
 
 _TRAINING, _VALIDATION = "#3b6fb6", "#d1495b"
 _LABEL: dict[str, Any] = {"textcoords": "offset points", "xytext": (0, 8), "ha": "right", "color": _VALIDATION}
 
 
 def memory(config: PretrainConfig, params: Any, opt_state: Any, whole: Any) -> dict[str, int]:
-    """Exact bytes of the parameters, this run's optimizer state, and full-rank AdamW's; the trees may be abstract.
+    """Exact bytes of the parameters and this run's optimizer state, and both of full-rank AdamW; the trees may be abstract.
 
     ``whole`` are the parameters that AdamW would train: those of the same model with ordinary matrices.
 
-    >>> import jax
     >>> params = {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}
     >>> memory(PretrainConfig(), params, params, params)
-    {'params_bytes': 32768, 'optimizer_state_bytes': 32768, 'adamw_state_bytes': 65544}
+    {'params_bytes': 32768, 'optimizer_state_bytes': 32768, 'adamw_params_bytes': 32768, 'adamw_state_bytes': 65544}
     """
     adamw = dataclasses.replace(config, optimizer="adamw")
     return {
         "params_bytes": tree_bytes(params),
         "optimizer_state_bytes": tree_bytes(opt_state),
-        "adamw_state_bytes": state_bytes(make_optimizer(adamw, make_schedule(adamw)), whole),
+        "adamw_params_bytes": tree_bytes(whole),
+        "adamw_state_bytes": state_bytes(
+            make_optimizer(adamw, make_schedule(adamw)), jax.eval_shape(dequantize, whole)
+        ),
     }
 
 
 def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
     """Two lines of a table: this run's optimizer, and full-rank AdamW with the same float32 moments.
 
-    >>> sizes = {"params_bytes": 4096, "optimizer_state_bytes": 4096, "adamw_state_bytes": 8192}
+    >>> sizes = {"params_bytes": 4096, "optimizer_state_bytes": 4096, "adamw_params_bytes": 4096, "adamw_state_bytes": 8192}
     >>> print("|" + memory_table("galore_adamw", sizes))
     |                  parameters   optimizer state   of AdamW's
     galore_adamw          4.0 KiB           4.0 KiB        50.0%
@@ -51,12 +55,12 @@ def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
     """
     columns = ("", "parameters", "optimizer state", "of AdamW's")
     lines: list[str] = ["{:<18}{:>11}{:>18}{:>13}".format(*columns)]
-    rows = {"adamw": sizes["adamw_state_bytes"]}
+    rows = {"adamw": (sizes["adamw_params_bytes"], sizes["adamw_state_bytes"])}
     if optimizer != "adamw":
-        rows = {optimizer: sizes["optimizer_state_bytes"]} | rows
-    for name, size in rows.items():
-        share = size / sizes["adamw_state_bytes"]
-        lines.append(f"{name:<18}{format_bytes(sizes['params_bytes']):>11}{format_bytes(size):>18}{share:>13.1%}")
+        rows = {optimizer: (sizes["params_bytes"], sizes["optimizer_state_bytes"])} | rows
+    for name, (params, state) in rows.items():
+        share = state / sizes["adamw_state_bytes"]
+        lines.append(f"{name:<18}{format_bytes(params):>11}{format_bytes(state):>18}{share:>13.1%}")
     return "\n".join(lines)
 
 
