@@ -61,10 +61,9 @@ def traffic(text: str, devices: int) -> Traffic:
                 into[found[2]] += times * _sent(found, line, devices)
                 continue  # what it applies is arithmetic
             is_branch = " conditional(" in line
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
             for one, several in _CALLED.findall(line):
                 for callee in re.findall(r"[\w.\-]+", one or several):
-                    visit(callee, times * int(trips[1]) if trips else times, in_branches if is_branch else into)
+                    visit(callee, times * _trips(line, computations), in_branches if is_branch else into)
 
     visit(entry, 1, always)
     return Traffic(*({kind: counted[kind] for kind in _KINDS} for counted in (always, in_branches)))
@@ -83,6 +82,21 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
         elif name:
             computations[name].append(line)
     return computations, entry
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often an instruction runs what it calls: a loop whose condition is i < N, N times, as JAX's loops count from 0."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+    if known is not None:
+        return int(known[1])
+    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)  # compilers for TPUs write no count
+    lines = computations.get(condition[1], ()) if condition is not None else ()
+    for text in lines:
+        bound = re.search(r"ROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT", text)
+        if bound is not None:
+            constant = re.compile(rf"%?{re.escape(bound[1])} = s\d+\[\]\S* constant\((\d+)\)")
+            return next((int(match[1]) for match in map(constant.search, lines) if match is not None), 1)
+    return 1
 
 
 def _sent(found: re.Match, line: str, devices: int) -> int:

@@ -47,6 +47,28 @@ def test_a_loop_counts_its_turns_and_a_branch_apart():
     assert (found.always["all-reduce"], found.in_branches["all-reduce"]) == (5 * one, one)
 
 
+@pytest.mark.parametrize(("bound", "turns"), [("constant(5)", 5), ("get-tuple-element(%tuple), index=2", 1)])
+def test_a_loop_without_a_count_turns_as_often_as_its_condition_says(bound, turns):
+    """As compilers for TPUs write it; a bound that is not known counts once."""
+    text = f"""
+%condition (tuple: (s32[], f32[8])) -> pred[] {{
+  %bound.1 = s32[]{{:T(128)}} {bound}
+  %tuple = (s32[]{{:T(128)}}, f32[8]{{0:T(256)}}) parameter(0)
+  %i = s32[]{{:T(128)}} get-tuple-element(%tuple), index=0
+  ROOT %lt = pred[]{{:T(512)}} compare(%i, %bound.1), direction=LT, metadata={{op_name="jit(step)/while/cond/lt"}}
+}}
+
+%body (tuple: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %sum = f32[8]{{0:T(256)}} all-reduce(%x), replica_groups=[1,8]<=[8], to_apply=%add
+}}
+
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %while = (s32[]{{:T(128)}}, f32[8]{{0:T(256)}}) while(%start), condition=%condition, body=%body, metadata={{op_name="while"}}
+}}
+"""
+    assert traffic(text, 8).always["all-reduce"] == turns * 2 * 4 * 8 * 7 // 8
+
+
 def test_a_group_is_the_devices_along_the_axes_that_are_reduced():
     found = traffic(text_of(lambda x, n: jax.lax.psum(x, "a"), (2, 4), ("a", "b")), 8)
     assert found.always["all-reduce"] == 2 * 4 * FLOATS * 1 // 2
