@@ -140,6 +140,36 @@ def by_partitioner(function: Callable[..., Any], results: Any) -> Callable[..., 
     return jax.sharding.auto_axes(function, axes=tuple(explicit), out_sharding=treedef.unflatten(specs))
 
 
+def cut_by_stack(matrices: jax.Array, batch: int) -> bool:
+    """Whether explicit axes cut an array (*batch, m, n), with as many batch axes, along batch axes alone."""
+    spec = spec_of(matrices)
+    return spec is not None and any(spec[:batch]) and not any(spec[batch:])
+
+
+def by_stack(function: Callable[..., Any], common: tuple, stacks: tuple, results: Any, batch: int) -> Any:
+    """``function(*common, *stacks)`` on each device's part of the stacks.
+
+    Args:
+      function: what it makes of a part of the stacks is that part of what it makes of all of them.
+      common: arguments that all devices have whole.
+      stacks: arguments of arrays (*batch, ...); the first of them is :func:`cut_by_stack`.
+      results: arrays with the shapes and the sharding types of what it returns.
+      batch: how many batch axes there are.
+    """
+    first = jax.tree.leaves(stacks)[0]
+    parts = PartitionSpec(*(spec_of(first) or ())[:batch])
+    whole = jax.tree.map(lambda _: PartitionSpec(), common)
+    mapped = jax.shard_map(
+        function,
+        mesh=jax.typeof(first).sharding.mesh,
+        in_specs=(*whole, *jax.tree.map(lambda _: parts, stacks)),
+        out_specs=jax.tree.map(lambda _: parts, results),
+        check_vma=False,
+    )
+    found = mapped(*common, *jax.tree.map(lambda x: jax.sharding.reshard(x, named(tuple(parts), first)), stacks))
+    return jax.tree.map(like, found, results)
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple | None, array: Any) -> jax.Array:
     """Zeros sharded by ``spec`` on the mesh of ``array``."""
     return jnp.zeros(shape, dtype, device=named(spec, array))

@@ -4,13 +4,13 @@
 
 A loop whose length is the number of matrices wanted takes each out of the stack, makes its new basis, transports its moments
 and puts them back: the other matrices cost nothing, the workspace is that of one matrix, and the factorisation is compiled
-once a parameter.  (``vmap`` over the stack would turn each ``lax.cond`` inside into both of its branches.)  A new basis that
+once a parameter.  (``vmap`` over the stack would turn each ``lax.cond`` inside into both of its branches.)  Where explicit mesh
+axes cut a stack and no matrix in it, each device turns the bases of its own matrices.  A new basis that
 is not finite, or not orthonormal where its projector promises that, is rejected: the old one stays.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +75,7 @@ def turn(
     """
     batch = view.batch_shape
     nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
-    seen = jax.lax.stop_gradient((key, step, matrices, nothing, wanted))
+    stacks = jax.lax.stop_gradient((matrices, nothing, wanted))
 
     def turn_one(key: jax.Array, step: jax.Array, matrix: jax.Array, one: Turned) -> Turned:
         current = one.subspace
@@ -87,7 +87,7 @@ def turn(
 
     def recompute(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
         def flat(array: jax.Array) -> jax.Array:
-            return array.reshape(math.prod(batch), *array.shape[len(batch) :])
+            return array.reshape(wanted.size, *array.shape[len(batch) :])
 
         todo = flat(wanted)
         order = jnp.argsort(~todo, stable=True)
@@ -110,7 +110,9 @@ def turn(
 
         return jax.lax.cond(jnp.any(wanted), now, lambda: nothing)
 
-    return sharding.by_partitioner(turn_wanted, nothing)(*seen)
+    if sharding.cut_by_stack(matrices, len(batch)):
+        return sharding.by_stack(turn_wanted, (key, step), stacks, nothing, len(batch))
+    return sharding.by_partitioner(turn_wanted, nothing)(key, step, *stacks)
 
 
 def coordinates_in_constant_bases(

@@ -190,13 +190,9 @@ def test_merged_axes_keep_the_type_of_the_parameter(spec):
     assert_trees_close(updates, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("projector", ["power", "randomized"])
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
-def test_a_refresh_gathers_no_gradient(kind, projector):
-    """Devices exchange arrays of the size of a basis or of a low-rank gradient, whichever dimension is cut."""
+def sent(kind, projector, cuts, shapes):
+    """Sizes, in numbers, of what devices exchange in an update."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(kind,))
-    cuts = {"first": P("fsdp", None), "second": P(None, "fsdp"), "stack": P(None, "fsdp", None)}
-    shapes = {"first": (64, 256), "second": (64, 256), "stack": (2, 64, 256)}
     shardings = {name: NamedSharding(mesh, spec) for name, spec in cuts.items()}
     tx = galore_jax.galore(optax.scale_by_adam(), rank=RANK, projector=projector)
     whole = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
@@ -208,10 +204,23 @@ def test_a_refresh_gathers_no_gradient(kind, projector):
     lowered = jax.jit(tx.update, out_shardings=(shardings, parts)).lower(
         cut(whole, shardings), cut(jax.eval_shape(tx.init, whole), parts)
     )
-    sent = re.findall(
+    found = re.findall(
         r"= \w+\[([\d,]*)\]\S* (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(",
         lowered.compile().as_text(),
     )
-    sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in sent]
+    return [math.prod(map(int, filter(None, dims.split(",")))) for dims in found]
+
+
+@pytest.mark.parametrize("projector", ["power", "randomized"])
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
+def test_a_refresh_gathers_no_gradient(kind, projector):
+    """Devices exchange arrays of the size of a basis or of a low-rank gradient, whichever dimension is cut."""
+    cuts = {"first": P("fsdp", None), "second": P(None, "fsdp"), "stack": P(None, "fsdp", None)}
+    shapes = {"first": (64, 256), "second": (64, 256), "stack": (2, 64, 256)}
     columns = RANK + (8 if projector == "randomized" else 0)  # that many are oversampled
-    assert 64 * RANK <= max(sizes) <= columns * 2 * 256
+    assert 64 * RANK <= max(sent(kind, projector, cuts, shapes)) <= columns * 2 * 256
+
+
+def test_devices_turn_the_bases_of_their_own_part_of_a_stack():
+    cuts, shapes = {"stack": P("fsdp", None, None)}, {"stack": (16, 64, 256)}
+    assert sent(AxisType.Explicit, "power", cuts, shapes) == []
