@@ -244,7 +244,8 @@ def test_a_terminated_run_saves_survives_a_full_disk_and_resumes_bit_for_bit(sho
     result = galore(shop, "pretrain", "--resume", "--out", out, script=FULL_DISK)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    error = result.stderr.splitlines()[-1]
+    # Orbax's abandoned coroutines may warn after it, when the interpreter ends.
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: The checkpoint of step 10 could not be written (")
     assert "the last good one is of step 7" in error
     assert error.endswith(f"continue with `galore-jax pretrain --resume --out {out}`.")

@@ -127,7 +127,8 @@ def test_injected_hyperparameters_equal_constants(preset, kwargs):
         updates, state = jax.jit(plain.update)(tree(seed + 1), state, params)
         injected_updates, injected_state = jax.jit(injected.update)(tree(seed + 1), injected_state, params)
         assert_trees_close(injected_updates, updates, rtol=1e-5, atol=1e-7)
-    assert_trees_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-7)
+    # LDAdam's error is what is left of numbers of size 1, which the two programs round differently, at 1.2e-7 each time.
+    assert_trees_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-6)
 
 
 @presets
