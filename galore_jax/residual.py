@@ -136,11 +136,13 @@ def check_direction(inner: optax.GradientTransformation, residual: Residual | No
     """
     if residual is None:
         return
-    ones = {"w": jnp.ones((2, 2))}
-    with jax.ensure_compile_time_eval():
+    # On no mesh: that of the arrays around it may be abstract, on which nothing can be computed.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.ensure_compile_time_eval():
+        ones = {"w": jnp.ones((2, 2))}
         [reply] = jax.tree.leaves(inner.update(ones, inner.init(ones), ones)[0])
         total = jnp.sum(reply)
-    if not isinstance(total, jax.core.Tracer) and total < 0:
+        uphill = not isinstance(total, jax.core.Tracer) and bool(total < 0)
+    if uphill:
         raise ValueError(
             f"residual={residual.name!r} adds up with an inner transformation that answers in the direction of the gradient, but "
             "inner goes against it: take the learning rate out, for example optax.chain(galore(optax.scale_by_adam(), ...), "

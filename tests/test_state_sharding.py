@@ -33,6 +33,7 @@ PRESETS = {
     "fira_adamw": {},
     "apollo_adamw": {},
     "apollo_mini": {"rank": 1},
+    "galore_muon": {},
 }
 STEPS = 20
 TRAINED = ("fsdp8", "tp8", "both", "bias")  # by all presets
