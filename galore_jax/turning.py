@@ -5,12 +5,14 @@
 A loop whose length is the number of matrices wanted takes each out of the stack, makes its new basis, transports its moments
 and puts them back: the other matrices cost nothing, the workspace is that of one matrix, and the factorisation is compiled
 once a parameter.  (``vmap`` over the stack would turn each ``lax.cond`` inside into both of its branches.)  Where explicit mesh
-axes cut a stack and no matrix in it, each device turns the bases of its own matrices.  A new basis that
-is not finite, or not orthonormal where its projector promises that, is rejected: the old one stays.
+axes cut a stack and no matrix in it, each device turns the bases of its own matrices.  A new basis that is not finite, or not
+orthonormal where its projector promises that, is rejected: the old one stays.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -73,9 +75,8 @@ def turn(
       The subspaces, in the shapes, dtypes and shardings of ``current``.  To differentiation a refresh is a constant: see
       :func:`coordinates_in_constant_bases`.
     """
-    batch = view.batch_shape
-    nothing = Turned(current, jnp.zeros(batch, bool), jnp.full(batch, -1, jnp.float32))
-    stacks = jax.lax.stop_gradient((matrices, nothing, wanted))
+    batch = len(view.batch_shape)
+    nothing = Turned(current, jnp.zeros(wanted.shape, bool), jnp.full(wanted.shape, -1, jnp.float32))
 
     def turn_one(key: jax.Array, step: jax.Array, matrix: jax.Array, one: Turned) -> Turned:
         current = one.subspace
@@ -85,34 +86,39 @@ def turn(
         turned = _turn_one(projector, view, key, step, matrix, current, carriers)
         return jax.tree.map(lambda new, old: new.astype(old.dtype), turned, one)
 
-    def recompute(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
-        def flat(array: jax.Array) -> jax.Array:
-            return array.reshape(wanted.size, *array.shape[len(batch) :])
-
-        todo = flat(wanted)
-        order = jnp.argsort(~todo, stable=True)
-        stack = flat(matrices)
-
-        def body(i: jax.Array, turned: Turned) -> Turned:
-            index = order[i]
-            matrix, one = jax.tree.map(lambda x: x[index], (stack, turned))
-            result = turn_one(key, step, matrix, one)
-            return jax.tree.map(lambda whole, x: whole.at[index].set(x), turned, result)
-
-        turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
-        return jax.tree.map(lambda new, old: new.reshape(old.shape), turned, nothing)
-
     def turn_wanted(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
         def now() -> Turned:
-            if batch:
-                return recompute(key, step, matrices, nothing, wanted)
-            return turn_one(key, step, matrices, nothing)
+            constant = jax.lax.stop_gradient((matrices, nothing))
+            one = functools.partial(turn_one, key, step)
+            return _one_by_one(one, wanted, *constant) if batch else one(*constant)
 
         return jax.lax.cond(jnp.any(wanted), now, lambda: nothing)
 
-    if sharding.cut_by_stack(matrices, len(batch)):
-        return sharding.by_stack(turn_wanted, (key, step), stacks, nothing, len(batch))
+    stacks = (matrices, nothing, wanted)
+    if sharding.cut_by_stack(matrices, batch):
+        return sharding.by_stack(turn_wanted, (key, step), stacks, nothing, batch)
     return sharding.by_partitioner(turn_wanted, nothing)(key, step, *stacks)
+
+
+def _one_by_one(
+    turn_one: Callable[[jax.Array, Turned], Turned], wanted: jax.Array, matrices: jax.Array, nothing: Turned
+) -> Turned:
+    """``nothing``, with what ``turn_one`` makes of a matrix in the place of each that is wanted."""
+
+    def flat(array: jax.Array) -> jax.Array:
+        return array.reshape(wanted.size, *array.shape[wanted.ndim :])
+
+    todo = flat(wanted)
+    order = jnp.argsort(~todo, stable=True)
+    stack = flat(matrices)
+
+    def body(i: jax.Array, turned: Turned) -> Turned:
+        index = order[i]
+        result = turn_one(*jax.tree.map(lambda x: x[index], (stack, turned)))
+        return jax.tree.map(lambda whole, x: whole.at[index].set(x), turned, result)
+
+    turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
+    return jax.tree.map(lambda new, old: new.reshape(old.shape), turned, nothing)
 
 
 def coordinates_in_constant_bases(

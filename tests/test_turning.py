@@ -233,3 +233,16 @@ def test_a_refresh_is_a_constant_to_differentiation():
 
     _, new = jax.jit(tx.update)(gradient, state)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(gradient), new.left @ (new.left.T @ gradient), atol=1e-4)
+
+
+def test_what_a_moment_was_reaches_the_update_where_no_basis_turns():
+    """As an outer optimizer that differentiates through steps needs it."""
+    gradient = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)}
+    tx = galore_jax.galore(optax.trace(0.9), rank=2, transport="rotate", update_proj_gap=100, refresh="together")
+    _, state = tx.update(gradient, tx.init(gradient))
+
+    def total(momentum):
+        updates, _ = tx.update(gradient, state._replace(inner_state=optax.TraceState({"w": momentum})))
+        return jnp.sum(updates["w"] ** 2)
+
+    assert float(jnp.max(jnp.abs(jax.grad(total)(state.inner_state.trace["w"])))) > 0.01
