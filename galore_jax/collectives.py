@@ -61,9 +61,10 @@ def traffic(text: str, devices: int) -> Traffic:
                 into[found[2]] += times * _sent(found, line, devices)
                 continue  # what it applies is arithmetic
             is_branch = " conditional(" in line
+            turns = times * _trips(line, computations)
             for one, several in _CALLED.findall(line):
                 for callee in re.findall(r"[\w.\-]+", one or several):
-                    visit(callee, times * _trips(line, computations), in_branches if is_branch else into)
+                    visit(callee, turns, in_branches if is_branch else into)
 
     visit(entry, 1, always)
     return Traffic(*({kind: counted[kind] for kind in _KINDS} for counted in (always, in_branches)))

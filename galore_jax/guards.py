@@ -34,6 +34,15 @@ def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: An
     return [jax.tree.leaves(leaf)[0] for leaf in codecs.flatten(tree)[0]]
 
 
+def any_of(flags: list[jax.Array]) -> jax.Array:
+    """A scalar: whether any flag in any of the arrays is set; not if there is none.
+
+    >>> bool(any_of([jnp.array([False, True]), jnp.array(False)])), bool(any_of([]))
+    (True, False)
+    """
+    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.array(False)
+
+
 def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
     """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
 
@@ -47,7 +56,7 @@ def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) ->
       The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a state
       leaf does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
     """
-    any_good = jnp.any(jnp.stack([jnp.any(g) for g in good]))
+    any_good = any_of(good)
 
     def choose(owner: int, new_leaf: Any, old_leaf: Any) -> Any:
         flag = any_good if owner == _REST else good[owner]

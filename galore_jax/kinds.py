@@ -70,15 +70,8 @@ _STATES: dict[str, dict[str, Kind]] = {
     ),
     "LDAdamState": _kinds("count mu nu", basis=Kind.KEPT, error=Kind.LINEAR),
     "ZeroNansState": _kinds("", found_nan=Kind.KEPT),
-    "TuckerState": _kinds(
-        "",
-        count=Kind.KEPT,
-        skipped=Kind.KEPT,
-        kept=Kind.KEPT,
-        rejected=Kind.KEPT,
-        basis=Kind.KEPT,
-        inner_state=Kind.NESTED,
-    ),
+    "TuckerState": dict.fromkeys(("count", "skipped", "kept", "rejected", "basis"), Kind.KEPT)
+    | {"inner_state": Kind.NESTED},
     "QuantizeState": _kinds("", count=Kind.KEPT, inner_state=Kind.NESTED),
 }
 

@@ -24,8 +24,12 @@ class Leaf(NamedTuple):
 
     @property
     def good(self) -> jax.Array:
+        """[*batch] whether it is :meth:`usable`, projected if there is a view"""
+        return self.usable(self.view is not None)
+
+    def usable(self, projected: bool) -> jax.Array:
         """[*batch] finite and, where it is projected, not zero"""
-        return self.finite if self.view is None else self.finite & (self.peak > 0)
+        return self.finite & (self.peak > 0) if projected else self.finite
 
     def over(self, flags: jax.Array) -> jax.Array:
         """[*batch] flags, to be broadcast over the matrices."""

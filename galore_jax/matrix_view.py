@@ -154,10 +154,10 @@ def select(
     )
     views = [
         _view(path, leaf, rank, proj_type, leaf_mask, leaf_spec)
-        for path, leaf, leaf_mask, leaf_spec in zip(_paths(params), leaves, masks, specs, strict=True)
+        for path, leaf, leaf_mask, leaf_spec in zip(paths_of(params), leaves, masks, specs, strict=True)
     ]
     if mask is not None and not any(views):
-        names = ", ".join(_paths(params)[:8])
+        names = ", ".join(paths_of(params)[:8])
         raise ValueError(
             f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
             f"two axes whose smaller side exceeds rank={rank}."
@@ -171,7 +171,7 @@ def taking_part(params: Any, mask: Any = None) -> list[tuple[str, bool]]:
     >>> taking_part({"conv": {"kernel": jnp.zeros((3, 3, 4, 8))}, "norm": jnp.zeros((8,))})
     [('conv/kernel', True), ('norm', False)]
     """
-    triples = zip(_paths(params), jax.tree.leaves(params), _masks(mask, params), strict=True)
+    triples = zip(paths_of(params), jax.tree.leaves(params), _masks(mask, params), strict=True)
     return [(path, _takes_part(path, leaf, choice)) for path, leaf, choice in triples]
 
 
@@ -219,8 +219,8 @@ def _per_leaf(
 
 def _first_mismatch(prefix: Any, params: Any, is_leaf: Callable[[Any], bool]) -> str:
     """The first path at which a prefix tree and the parameters part."""
-    chosen = _paths(prefix, is_leaf)
-    wanted = _paths(params)
+    chosen = paths_of(prefix, is_leaf)
+    wanted = paths_of(params)
 
     def covers(choice: str, path: str) -> bool:
         return path == choice or path.startswith(f"{choice}/")
@@ -231,7 +231,12 @@ def _first_mismatch(prefix: Any, params: Any, is_leaf: Callable[[Any], bool]) ->
     return repr(outside[0]) if outside else "its root"
 
 
-def _paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+def paths_of(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
+    """The '/'-separated path of each leaf.
+
+    >>> paths_of({"mlp": {"kernel": 0, "bias": 1}})
+    ['mlp/bias', 'mlp/kernel']
+    """
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 

@@ -127,7 +127,7 @@ def by_partitioner(function: Callable[..., Any], results: Any) -> Callable[..., 
 
     Args:
       function: of arrays alone; it closes over none.
-      results: arrays with the shapes and the sharding types of what it returns, or of ``jax.ShapeDtypeStruct``s.
+      results: arrays with the shapes and the sharding types of what it returns.
     """
     leaves, treedef = jax.tree.flatten(results)
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if spec_of(leaf) is not None]

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax.matrix_view import MatrixView, select
+from galore_jax.matrix_view import MatrixView, paths_of, select
 from galore_jax.memory import state_bytes
 
 
@@ -89,24 +89,23 @@ def ranks_from_gradients(
     ({'flat': 8, 'steep': 2}, 1940)
     """
     views = select(gradients, rank=1, mask=mask, weight_dimension_numbers=weight_dimension_numbers)
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    taking_part = {
-        path: (view, _energies(view, leaf))
-        for path, (_, leaf), view in zip(paths, leaves, views, strict=True)
+    paths = paths_of(gradients)
+    matrices = {
+        view.path: (view, _energies(view, leaf))
+        for leaf, view in zip(jax.tree.leaves(gradients), views, strict=True)
         if view is not None
     }
-    if not taking_part:
+    if not matrices:
         raise ValueError("ranks_from_gradients found no matrix to project among " + ", ".join(paths[:8]) + ".")
     abstract = jax.eval_shape(lambda: gradients)
 
     def bytes_at(ranks: dict[str, int | None]) -> int:
         return state_bytes(optimizer(rank=lambda path, shape: ranks.get(path)), abstract)
 
-    ranks = _Allocation(taking_part, bytes_at, may_be_whole=mask is None).within(max_bytes)
+    ranks = _Allocation(matrices, bytes_at, may_be_whole=mask is None).within(max_bytes)
     return Ranks(
         dict.fromkeys(paths) | ranks,
-        {path: float(taking_part[path][1][:rank].sum()) for path, rank in ranks.items() if rank is not None},
+        {path: float(matrices[path][1][:rank].sum()) for path, rank in ranks.items() if rank is not None},
     )
 
 
@@ -134,26 +133,27 @@ class _Allocation:
 
     def __init__(
         self,
-        taking_part: dict[str, tuple[MatrixView, np.ndarray]],
+        matrices: dict[str, tuple[MatrixView, np.ndarray]],
         bytes_at: Callable[[dict[str, int | None]], int],
         may_be_whole: bool,
     ):
         self.bytes_at = bytes_at
-        self.paths = list(taking_part)
+        self.paths = list(matrices)
         ones: dict[str, int | None] = dict.fromkeys(self.paths, 1)
         least = bytes_at(ones)
         owners, gains, self.most = [], [], {}
-        for i, (path, (view, energies)) in enumerate(taking_part.items()):
+        for i, (path, (view, energies)) in enumerate(matrices.items()):
             highest = len(energies) - 1
             one_more = (bytes_at(ones | {path: highest}) - least) / max(highest - 1, 1)
-            whole = bytes_at(ones | {path: None}) if may_be_whole else math.inf
-            self.most[path] = _largest(
-                highest, lambda rank, path=path, whole=whole: bytes_at(ones | {path: rank}) <= whole
-            )
-            matrices = math.prod(view.batch_shape)
-            raises = energies[1:] if may_be_whole else energies[1:highest]
+            raises, self.most[path] = energies[1:highest], highest
+            if may_be_whole:
+                whole = bytes_at(ones | {path: None})
+                raises = energies[1:]
+                self.most[path] = _largest(
+                    highest, lambda rank, path=path, whole=whole: bytes_at(ones | {path: rank}) <= whole
+                )
             owners.append(np.full(len(raises), i))
-            gains.append(matrices * raises / max(one_more, 1))
+            gains.append(math.prod(view.batch_shape) * raises / max(one_more, 1))
         self.order = np.concatenate(owners)[np.argsort(-np.concatenate(gains), kind="stable")]
 
     def ranks(self, raises: int) -> dict[str, int | None]:

@@ -355,8 +355,8 @@ class _GaLore:
             if residual:
                 residual[i] = rest
         new_state = state._replace(
-            count=state.count + _any(good).astype(jnp.int32),
-            skipped=state.skipped + _any([~leaf.finite for leaf in leaves]).astype(jnp.int32),
+            count=state.count + guards.any_of(good).astype(jnp.int32),
+            skipped=state.skipped + guards.any_of([~leaf.finite for leaf in leaves]).astype(jnp.int32),
             inner_state=guards.hold_bad(
                 owners(inner, inner_state, treedef), new=inner_state, old=state.inner_state, good=good
             ),
@@ -388,7 +388,7 @@ class _GaLore:
         It is shown bad gradients too, and what it makes of them is thrown away: its arithmetic is as it would be alone, and no
         branch holds a copy of the state.
         """
-        finite = ~_any([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
+        finite = ~guards.any_of([~jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(updates)])
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         replies = jax.tree.map(lambda reply: jnp.where(finite, reply, 0), replies)
@@ -433,7 +433,3 @@ def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) 
         None if view is None else policies.Slots(start, view.batch_shape, sum(sizes)).of(layer)
         for view, start in zip(views, first, strict=True)
     ]
-
-
-def _any(flags: list[jax.Array]) -> jax.Array:
-    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.array(False)

@@ -196,7 +196,7 @@ class _Tucker:
         gradients, treedef = jax.tree.flatten(updates)
         kernels = self.kernels_of(updates)
         leaves = [measured(None, gradient) for gradient in gradients]
-        good = [_good(kernel, leaf) for kernel, leaf in zip(kernels, leaves, strict=True)]
+        good = [leaf.usable(kernel is not None) for kernel, leaf in zip(kernels, leaves, strict=True)]
         state = self._turned(kernels, leaves, good, treedef, state)
         bases = self._bases(kernels, state.basis, treedef)
 
@@ -212,8 +212,8 @@ class _Tucker:
         replies = [jnp.where(*pair, 0) for pair in zip(good, treedef.flatten_up_to(replies), strict=True)]
         lifted = map(self._lift, kernels, replies, bases, gradients)
         return treedef.unflatten(lifted), state._replace(
-            count=state.count + _any(good),
-            skipped=state.skipped + _any([~leaf.finite for leaf in leaves]),
+            count=state.count + guards.any_of(good).astype(jnp.int32),
+            skipped=state.skipped + guards.any_of([~leaf.finite for leaf in leaves]).astype(jnp.int32),
             inner_state=new,
         )
 
@@ -385,13 +385,3 @@ def _zero_core(kernel: Kernel | None, leaf: Any) -> Any:
         return subspace.zero_coordinates(None, leaf)
     spec = sharding.spec_of(leaf) and (None,) * len(kernel.core_shape)
     return sharding.zeros(kernel.core_shape, state_dtype(leaf), spec, leaf)
-
-
-def _good(kernel: Kernel | None, leaf: Leaf) -> jax.Array:
-    """Whether a gradient can be used: finite and, where it is projected, not zero."""
-    return leaf.finite if kernel is None else leaf.finite & (leaf.peak > 0)
-
-
-def _any(flags: list[jax.Array]) -> jax.Array:
-    """int32, 0 or 1"""
-    return jnp.any(jnp.stack(flags)).astype(jnp.int32) if flags else jnp.zeros([], jnp.int32)

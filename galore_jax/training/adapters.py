@@ -80,8 +80,8 @@ def make_restart(graphdef: nnx.GraphDef, config: PretrainConfig) -> Restart | No
       A function of the whole parameters and of the state of AdamW on those that are trained; when no restart is due it gives both
       back.
     """
-    period = config.resolved.update_proj_gap
-    if config.optimizer != "relora" or period is None:
+    period = config.merge_period
+    if period is None:
         return None
 
     def restarted(params: Any, moments: tuple[Any, Any], count: jax.Array) -> tuple[Any, tuple[Any, Any]]:

@@ -160,6 +160,15 @@ class PretrainConfig:
         chosen["transport"] = chosen["transport"] or "keep"
         return dataclasses.replace(self, warmup_steps=self.resolved_warmup_steps, **chosen)
 
+    @property
+    def merge_period(self) -> int | None:
+        """Steps between two merges of relora; None for every other optimizer.
+
+        >>> PretrainConfig(optimizer="relora").merge_period, PretrainConfig(optimizer="lora").merge_period
+        (200, None)
+        """
+        return self.resolved.update_proj_gap if self.optimizer == "relora" else None
+
     def model_config(self, vocab_size: int) -> LlamaConfig:
         """The model's shape for a vocabulary of that size; ValueError if the preset is unknown.
 

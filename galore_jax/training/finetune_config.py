@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -137,8 +136,6 @@ def check(config: FinetuneConfig) -> None:
     ValueError: --lora-rank 0 must be at least 1.
     """
     settings.at_least("lora_rank", config.lora_rank, 1)
-    if not (config.lora_alpha > 0 and math.isfinite(config.lora_alpha)):
-        raise ValueError(f"--lora-alpha {config.lora_alpha} must be a positive finite number.")
     known = (LORA, *(name for name in OPTIMIZERS if name not in settings.LOW_RANK_WEIGHTS))
     if config.optimizer not in known:
         raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(known)}.")

@@ -44,8 +44,8 @@ def make_schedule(config: PretrainConfig) -> optax.Schedule:
         decay_steps=config.steps,
         end_value=0.1 * config.learning_rate,
     )
-    period = config.resolved.update_proj_gap
-    if config.optimizer != "relora" or period is None:
+    period = config.merge_period
+    if period is None:
         return cosine
     rising = min(100, max(1, period // 10))
 

@@ -9,6 +9,8 @@ that what was planned is what is run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -66,15 +68,8 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
     ((4, 128, 352), (4,))
     """
 
-    def split(key: jax.Array) -> tuple[nnx.GraphDef, Any]:
-        model = Llama(model_config, rngs=nnx.Rngs(key))
-        adapt(model, config, key)
-        return nnx.split(model, nnx.Param)
-
-    def weights(key: jax.Array) -> Any:
-        return _stored(config, nnx.to_pure_dict(split(key)[1]))
-
-    graphdef = nnx.eval_shape(split, jax.random.key(0))[0]
+    weights = functools.partial(_weights, config, model_config)
+    graphdef = nnx.eval_shape(functools.partial(_split, config, model_config), jax.random.key(0))[0]
     tx = make_optimizer(config, make_schedule(config), clip=not config.layerwise)
     by_layers = None
     if config.layerwise:
@@ -116,14 +111,19 @@ def full_rank(config: PretrainConfig, model_config: LlamaConfig) -> Any:
     >>> full_rank(config, config.model_config(256))["layers"]["mlp"]["up_proj"]["kernel"].shape
     (4, 128, 352)
     """
-
-    def weights() -> Any:
-        return _stored(config, nnx.to_pure_dict(nnx.state(Llama(model_config, rngs=nnx.Rngs(0)), nnx.Param)))
-
-    return jax.eval_shape(weights)
+    adamw = dataclasses.replace(config, optimizer="adamw")
+    return jax.eval_shape(functools.partial(_weights, adamw, model_config), jax.random.key(0))
 
 
-def _stored(config: PretrainConfig, params: Any) -> Any:
+def _split(config: PretrainConfig, model_config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+    model = Llama(model_config, rngs=nnx.Rngs(key))
+    adapt(model, config, key)
+    return nnx.split(model, nnx.Param)
+
+
+def _weights(config: PretrainConfig, model_config: LlamaConfig, key: jax.Array) -> Any:
+    """The parameters of a new run, as it stores them."""
+    params = nnx.to_pure_dict(_split(config, model_config, key)[1])
     return quantize_weights(params) if config.weights == "int8" else params
 
 
