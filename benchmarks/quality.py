@@ -38,6 +38,7 @@ from flax import nnx
 import galore_jax
 from galore_jax.matrix_view import is_matrix_name
 from galore_jax.models import Llama, LlamaConfig
+from galore_jax.training.column_normalized import scale
 from galore_jax.training.step import token_losses
 
 ADAMW, MUON = "adamw", "muon"
@@ -51,18 +52,6 @@ def preset(make, **settings):
 def direction(make):
     """(learning rate, rank) -> what ``make`` returns, which answers in the direction of the gradient."""
     return lambda learning_rate, rank: optax.chain(make(), optax.scale_by_learning_rate(learning_rate))
-
-
-def column_normalised():
-    """SCALE (arXiv 2506.16659): the gradient over the norm of each of its columns; no state at all."""
-
-    def normalise(updates, params=None):
-        del params
-        return jax.tree.map(
-            lambda g: g / jnp.maximum(jnp.linalg.norm(g, axis=-2, keepdims=True), 1e-12) * g.shape[-2] ** -0.5, updates
-        )
-
-    return optax.stateless(normalise)
 
 
 def muon():
@@ -82,7 +71,7 @@ def contestants(steps: int) -> dict:
         MUON: direction(muon),
         "adamw_8bit": direction(lambda: galore_jax.quantize_state(optax.scale_by_adam())),
         "adafactor": direction(lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=32)),
-        "scale": direction(column_normalised),
+        "scale": lambda learning_rate, rank: scale(learning_rate),
         "galore_adamw": preset(galore_jax.galore_adamw, update_proj_gap=gap),
         "galore_adamw_8bit": preset(galore_jax.galore_adamw_8bit, update_proj_gap=gap),
         "galore_adamw, sign": preset(galore_jax.galore_adamw, update_proj_gap=gap, residual="sign"),

@@ -241,12 +241,17 @@ def maxima(array: jax.Array, width: int) -> jax.Array:
     def by_reshape(array: jax.Array) -> jax.Array:
         return jnp.max(blocked(array, width), axis=-1)
 
-    def by_window(array: jax.Array) -> jax.Array:
-        window = (*(1,) * (array.ndim - 1), width)
+    def window(array: jax.Array, width: int) -> jax.Array:
+        sizes = (*(1,) * (array.ndim - 1), width)
         padding = (*((0, 0),) * (array.ndim - 1), (0, -array.shape[-1] % width))
-        return jax.lax.reduce_window(array, jnp.zeros([], array.dtype), jax.lax.max, window, window, padding)
+        return jax.lax.reduce_window(array, jnp.zeros([], array.dtype), jax.lax.max, sizes, sizes, padding)
 
-    return _on_tiles(by_window, by_reshape, array, array, width)
+    def by_windows(array: jax.Array) -> jax.Array:
+        # In two passes: one wide window of a long, low array needs more scratch memory than a TPU's compiler allows.
+        low = math.gcd(width, 8)
+        return window(window(array, width // low), low)
+
+    return _on_tiles(by_windows, by_reshape, array, array, width)
 
 
 def _on_tiles(

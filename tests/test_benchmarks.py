@@ -69,7 +69,8 @@ def assert_picture(path):
 
 def test_every_benchmark_has_a_test():
     tested = {"finetune.py", "learns.py", "memory.py", "quality.py", "refresh.py", "step.py", "transport.py"}
-    elsewhere = {"optimizer_bytes.py", "huggingface.py"}  # test_memory.py, test_generate.py
+    # test_memory.py, test_generate.py, test_mesh.py
+    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
 
 

@@ -3,7 +3,10 @@
 """Runs on a mesh: the same numbers as on one device, made and kept where they belong, and restored on any devices."""
 
 import dataclasses
+import importlib
+import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +70,22 @@ def test_steps_on_a_mesh_equal_those_on_one_device(mesh, settings):
         found, wanted = (np.asarray(x, np.float64) for x in (found, wanted))
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5, err_msg=jax.tree_util.keystr(path))
     assert losses[-1] != losses[0]
+
+
+def test_the_benchmark_compares_steps_on_a_mesh_with_those_on_one_device(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    sharded_steps = importlib.import_module("sharded_steps")
+    chosen = ["--presets", "galore_adamw", "--meshes", "data=8", "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["sharded_steps.py", *chosen])
+    sharded_steps.main()
+    found = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[2:4]]
+    assert [row[1:4] for row in found] == [
+        ["`galore_adamw`", step, "data=8, low-rank gradients"] for step in ("plain", "layer-wise")
+    ]
+    assert all(float(row[4]) <= 1e-5 for row in found)
+    monkeypatch.setattr(sharded_steps, "rows_of", lambda *arguments: [("data=8", 0.0, 2e-5)])
+    with pytest.raises(SystemExit, match=r"2\.0e-05 is above 1e-05"):
+        sharded_steps.main()
 
 
 def test_the_rules_cut_what_they_divide():

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from galore_jax.sharding import maxima
 from galore_jax.targets import HERE, TARGETS, compile_for, target
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda13_plugin", "nvidia"))
@@ -102,6 +103,7 @@ def test_a_process_that_uses_jax_already_can_compile_for_a_gpu():
     script = """
 import jax, jax.numpy as jnp
 print(jax.devices()[0].platform)
+from galore_jax.sharding import maxima
 from galore_jax.targets import compile_for, target
 print(compile_for(target("rtx4090"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32)).argument_bytes)
 print(jax.devices()[0].platform)
@@ -114,6 +116,7 @@ print(jax.devices()[0].platform)
 def test_two_processes_compile_for_a_tpu_at_once():
     script = """
 import sys, jax, jax.numpy as jnp
+from galore_jax.sharding import maxima
 from galore_jax.targets import compile_for, target
 plan = compile_for(target("tpu-v5e"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
 print(plan.argument_bytes, flush=True)
@@ -136,6 +139,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_remedy(name, package
 import sys
 sys.modules["{module}"] = None  # as if it were not installed
 import jax, jax.numpy as jnp
+from galore_jax.sharding import maxima
 from galore_jax.targets import MissingPackagesError, compile_for, target
 try:
     compile_for(target("{name}"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
@@ -152,3 +156,10 @@ def test_a_process_that_only_trains_is_not_told_of_missing_hardware():
     script = "import sys; from galore_jax import cli; cli.main(['pretrain', '--model', 'x']); import jax; jax.devices()"
     done = python(script, JAX_PLATFORMS="")
     assert [line[:29] for line in done.stderr.splitlines()] == ["error: Unknown model preset '"], done.stderr
+
+
+@needs_extra
+def test_a_tpu_compiles_the_scales_of_long_and_low_moments():
+    """As on each of 64 devices that share the moments of an embedding of 32,000 tokens."""
+    moments = jax.ShapeDtypeStruct((64, 32000), jnp.float32)
+    assert compile_for(target("tpu-v5e"), lambda x: maxima(x, 256), moments).output_bytes >= 64 * 125 * 4
