@@ -8,6 +8,7 @@ A collective over a group of g devices with S bytes of result on each of them se
 
 An instruction in a loop counts as often as the loop runs, once where that is not known before it does.  What is in a branch of a
 conditional counts apart: a training step of galore has its refreshes there, and goes through no more than some of them.
+Compilers for TPUs spread one collective over the fusions that run beside it, all with the number of its channel; it counts once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _CALLED = re.compile(
     r"(?:body|calls|to_apply|true_computation|false_computation|called_computations|branch_computations)"
     r"=(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -54,19 +56,23 @@ def traffic(text: str, devices: int) -> Traffic:
     computations, entry = _computations(text)
     always, in_branches = Counter(), Counter()
 
-    def visit(name: str, times: int, into: Counter) -> None:
+    def visit(name: str, times: int, into: Counter, counted: set[str]) -> None:
         for line in computations.get(name, ()):
             found = _INSTRUCTION.search(line)
             if found is not None:
-                into[found[2]] += times * _sent(found, line, devices)
+                channel = _CHANNEL.search(line)
+                if channel is None or channel[1] not in counted:
+                    into[found[2]] += times * _sent(found, line, devices)
+                if channel is not None:
+                    counted.add(channel[1])
                 continue  # what it applies is arithmetic
             is_branch = " conditional(" in line
             turns = times * _trips(line, computations)
             for one, several in _CALLED.findall(line):
                 for callee in re.findall(r"[\w.\-]+", one or several):
-                    visit(callee, turns, in_branches if is_branch else into)
+                    visit(callee, turns, in_branches if is_branch else into, counted if " fusion(" in line else set())
 
-    visit(entry, 1, always)
+    visit(entry, 1, always, set())
     return Traffic(*({kind: counted[kind] for kind in _KINDS} for counted in (always, in_branches)))
 
 

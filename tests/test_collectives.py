@@ -87,3 +87,32 @@ def test_a_group_is_the_devices_along_the_axes_that_are_reduced():
 def test_a_collective_that_is_begun_counts_its_result_alone(instruction, kind, size):
     found = traffic(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %r = {instruction}\n}}", 8)
     assert found.always == dict.fromkeys(found.always, 0) | {kind: size}
+
+
+def test_a_collective_in_several_fusions_counts_once():
+    """As compilers for TPUs write one that runs beside other work: its parts have one channel.  Each loop sends anew."""
+    text = """
+%part.1 (x: f32[8]) -> f32[64] {
+  ROOT %g.1 = f32[64]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%part.2 (x: f32[8]) -> f32[64] {
+  ROOT %g.2 = f32[64]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%part.3 (x: f32[8]) -> f32[64] {
+  ROOT %g.3 = f32[64]{0} all-gather(%x), channel_id=8, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+}
+
+%body (x: f32[8]) -> f32[8] {
+  %first = f32[64]{0} fusion(%x), kind=kCustom, calls=%part.1
+  %second = f32[64]{0} fusion(%x), kind=kCustom, calls=%part.2
+  ROOT %other = f32[64]{0} fusion(%x), kind=kCustom, calls=%part.3
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %one = f32[8]{0} while(%x), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %two = f32[8]{0} while(%one), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"2"}}
+}
+"""
+    assert traffic(text, 8).always["all-gather"] == 7 * 2 * 4 * 64 * 7 // 8

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from problems import galore_states, quick_compilation  # noqa: F401
 
 from galore_jax import galore_adamw
@@ -195,6 +196,17 @@ def test_a_loss_taken_in_pieces_is_the_loss_and_has_its_gradient(limit, monkeypa
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
     shapes = str(jax.make_jaxpr(losses)(hidden, weights))
     assert ("f32[2,12,40]" in shapes) == (limit == 2**30)
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(AxisType.Auto, True), (AxisType.Manual, False)])
+def test_a_loss_is_taken_in_no_more_pieces_than_what_one_device_has_of_it_needs(kind, whole, monkeypatch):
+    monkeypatch.setattr("galore_jax.models.llama._LOGITS_BYTES", 4 * 2 * 12 * 40 // 2)
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=40)
+    graphdef, weights = nnx.split(Llama(config, rngs=nnx.Rngs(0)))
+    hidden, targets = normal(2, 12, 8), jnp.zeros((2, 12), jnp.int32)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("fsdp",), axis_types=(kind,))):
+        traced = jax.make_jaxpr(lambda weights: nnx.merge(graphdef, weights).losses(hidden, targets))(weights)
+    assert ("f32[2,12,40]" in str(traced)) == whole
 
 
 def test_the_bound_on_the_global_norm_is_that_of_optax():

@@ -141,14 +141,16 @@ class Llama(nnx.Module):
     def losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target, float32 [batch, sequence], from the residual stream after all blocks.
 
-        The sequence is taken in pieces, so that no more than 64 MiB of logits exist at a time.
+        The sequence is taken in pieces, so that no device has more than 64 MiB of logits at a time.
         """
 
         def piece(hidden: jax.Array, targets: jax.Array) -> jax.Array:
             return optax.softmax_cross_entropy_with_integer_labels(self.head(hidden), targets)
 
         batch, length = targets.shape
-        pieces = _divisor(length, at_least=4 * batch * length * self.config.vocab_size / _LOGITS_BYTES)
+        # Of no more pieces than needed: on a mesh the head is gathered, and its gradient summed, for each of them.
+        logits_bytes = 4 * batch * length * self.config.vocab_size / math.prod(_batch_axes().values())
+        pieces = _divisor(length, at_least=logits_bytes / _LOGITS_BYTES)
         if pieces == 1:
             return piece(hidden, targets)
         cut = [jnp.moveaxis(x.reshape(batch, pieces, -1, *x.shape[2:]), 1, 0) for x in (hidden, targets)]
@@ -323,14 +325,19 @@ def rotary_frequencies(config: LlamaConfig) -> jax.Array:
 
 
 def _spread(hidden: jax.Array) -> jax.Array:
-    """The residual stream, its sequences spread over the automatic axes "data" and "fsdp" of the mesh, where there are any.
+    """The residual stream, its sequences spread over the automatic axes "data" and "fsdp" of the mesh.
 
     Left to itself, the compiler may cut it along the hidden size, as it finds the weights.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    automatic = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto]
-    axes = tuple(name for name in ("data", "fsdp") if name in automatic)
+    axes = tuple(_batch_axes())
     return jax.lax.with_sharding_constraint(hidden, PartitionSpec(axes)) if axes else hidden
+
+
+def _batch_axes() -> dict[str, int]:
+    """The sizes of the automatic axes "data" and "fsdp" of the mesh, where there are any."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return {name: mesh.shape[name] for name in ("data", "fsdp") if kinds.get(name) == AxisType.Auto}
 
 
 def _divisor(length: int, at_least: float) -> int:
