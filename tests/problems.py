@@ -86,9 +86,18 @@ def strictly(tx):
     return optax.GradientTransformationExtraArgs(strict(tx.init), strict(tx.update))
 
 
+@contextlib.contextmanager
+def quickly():
+    """Without most of XLA's optimizations: of programs that are run a few times, they cost more than they save."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    """Many small programs, each run a few times: XLA's optimizations cost more than they save.  For modules that import it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    """For modules that import it."""
+    with quickly():
+        yield

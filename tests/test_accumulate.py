@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import quick_compilation  # noqa: F401
 
 from galore_jax import galore, galore_adamw, galore_adamw_8bit
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from finetuning import write_lines, write_model
-from problems import leniency
+from problems import leniency, quickly
 
 from galore_jax import projectors, refresh
 from galore_jax.projectors import Observation
@@ -222,11 +222,8 @@ def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_p
     write_lines(tmp_path / "train.jsonl", texts[:64])
     write_lines(tmp_path / "test.jsonl", texts[64:])
     common = ["--only", "LoRA r=4", "--steps", 2, "--tune-steps", 1, "--tune-rows", 16, "--rates", 1e-5, 0.1]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+    with quickly():
         out = benchmark(*common)
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
     results = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert results["rows"] == {"train": 32, "tune": 16, "test": 16}
     learnt, chose = ((tmp_path / "out" / f"{part}.jsonl").read_text() for part in ("train", "tune"))

@@ -4,21 +4,24 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
+QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of a few steps, compilation is nearly all of the work
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-def run(name, *args):
+def run(name, *args, **environment):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, args)],
         capture_output=True,
         text=True,
         timeout=240,
+        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,7 +65,7 @@ def test_cnn_tucker_learns_with_a_third_of_the_state():
 
 @pytest.mark.slow
 def test_pretrain_llama_writes_a_run(tmp_path):
-    output = run("pretrain_llama.py", tmp_path / "run")
+    output = run("pretrain_llama.py", tmp_path / "run", **QUICKLY)
     assert float(output.splitlines()[-1].split()[2]) < 4.5  # log(257) = 5.5 before training
     assert (tmp_path / "run" / "loss.png").stat().st_size > 10_000
 
@@ -87,7 +90,7 @@ def test_pretrain_7b_runs_as_it_is_with_a_tiny_model(tmp_path):
         "bytes",
         "--int8",
     ]
-    last = run("pretrain_7b_24gb.py", "--data", text, "--out", run_folder, *arguments).splitlines()[-1]
+    last = run("pretrain_7b_24gb.py", "--data", text, "--out", run_folder, *arguments, **QUICKLY).splitlines()[-1]
     assert 0 < int(last.split("%")[0].split()[-1]) < 50
     settings = json.loads((run_folder / "config.json").read_text())
     assert (settings["weights"], settings["layerwise"], settings["proj_type"]) == ("int8", True, "reverse_std")

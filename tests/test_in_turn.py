@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import quick_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax.in_turn import update_in_turn

@@ -75,7 +75,7 @@ def test_steps_on_a_mesh_equal_those_on_one_device(mesh, settings):
 def test_the_benchmark_compares_steps_on_a_mesh_with_those_on_one_device(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
     sharded_steps = importlib.import_module("sharded_steps")
-    chosen = ["--presets", "galore_adamw", "--meshes", "data=8", "--steps", "2"]
+    chosen = ["--optimizers", "galore_adamw", "--meshes", "data=8", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["sharded_steps.py", *chosen])
     sharded_steps.main()
     found = [[cell.strip() for cell in line.split("|")] for line in capsys.readouterr().out.splitlines()[2:4]]

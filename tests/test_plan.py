@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from problems import quickly
 from test_targets import needs_extra
 
 from galore_jax.cli import main
@@ -82,10 +83,11 @@ LAYERWISE = [
 def test_the_exact_bytes_are_those_of_the_live_arrays_of_a_run(tiny, text, tmp_path, optimizer, options):
     config = PlanConfig(model=tiny, optimizer=optimizer, target="here", **SMALL, **options)
     row = prepare(config).exact_bytes()
-    run = loop.prepare(
-        dataclasses.replace(config.pretrain_config(), data=text, out=tmp_path / "run", sample_tokens=0),
-        config.model_config(),
-    )
+    with quickly():
+        run = loop.prepare(
+            dataclasses.replace(config.pretrain_config(), data=text, out=tmp_path / "run", sample_tokens=0),
+            config.model_config(),
+        )
     assert row["params_bytes"] == live_bytes(run.params)
     assert row["optimizer_state_bytes"] == live_bytes(run.opt_state)
     assert row["optimizer_state"] == state_bytes_by_kind(run.opt_state)
@@ -97,7 +99,8 @@ def test_a_plan_of_the_demo_has_the_bytes_that_its_run_sums_up(text, tmp_path, c
     run_flags = ["--model", "demo", "--batch", "2", "--seq", "16", "--rank", "8"]
     out = tmp_path / "run"
     steps = ["--data", text, "--steps", "2", "--eval-tokens", "100", "--sample-tokens", "0", "--out", str(out)]
-    assert main(["pretrain", *run_flags, *steps]) == 0
+    with quickly():
+        assert main(["pretrain", *run_flags, *steps]) == 0
     capsys.readouterr()
     assert main(["plan", *run_flags, "--vocab-size", "257", "--dtype", "f32", "--target", "here", "--json"]) == 0
     row, summary = json.loads(capsys.readouterr().out), json.loads((out / "summary.json").read_text())

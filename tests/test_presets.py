@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import leniency
+from problems import leniency, quick_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax import codecs

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import quick_compilation  # noqa: F401
 
 from galore_jax import projectors
 from galore_jax.bases import Dense, RowBasis

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from problems import quick_compilation  # noqa: F401
 
 from galore_jax import (
     GaLoreDimensionNumbers,
