@@ -8,7 +8,7 @@ A collective over a group of g devices with S bytes of result on each of them se
 
 An instruction in a loop counts as often as the loop runs, once where that is not known before it does.  What is in a branch of a
 conditional counts apart: a training step of galore has its refreshes there, and goes through no more than some of them.
-Compilers for TPUs spread one collective over the fusions that run beside it, all with the number of its channel; it counts once.
+Compilers for TPUs spread one collective over the fusions that run beside it, all with the number of one chain; it counts once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CALLED = re.compile(
     r"(?:body|calls|to_apply|true_computation|false_computation|called_computations|branch_computations)"
     r"=(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CHAIN = re.compile(r'chain_id="(\w+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -60,11 +60,11 @@ def traffic(text: str, devices: int) -> Traffic:
         for line in computations.get(name, ()):
             found = _INSTRUCTION.search(line)
             if found is not None:
-                channel = _CHANNEL.search(line)
-                if channel is None or channel[1] not in counted:
+                chain = _CHAIN.search(line)
+                if chain is None or chain[1] not in counted:
                     into[found[2]] += times * _sent(found, line, devices)
-                if channel is not None:
-                    counted.add(channel[1])
+                if chain is not None:
+                    counted.add(chain[1])
                 continue  # what it applies is arithmetic
             is_branch = " conditional(" in line
             turns = times * _trips(line, computations)

@@ -90,18 +90,18 @@ def test_a_collective_that_is_begun_counts_its_result_alone(instruction, kind, s
 
 
 def test_a_collective_in_several_fusions_counts_once():
-    """As compilers for TPUs write one that runs beside other work: its parts have one channel.  Each loop sends anew."""
+    """As compilers for TPUs write one that runs beside other work: its parts have one chain, and each loop sends anew."""
     text = """
 %part.1 (x: f32[8]) -> f32[64] {
-  ROOT %g.1 = f32[64]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %g.1 = f32[64]{0} all-gather(%x), channel_id=1, dimensions={0}, frontend_attributes={chain_id="7"}
 }
 
 %part.2 (x: f32[8]) -> f32[64] {
-  ROOT %g.2 = f32[64]{0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %g.2 = f32[64]{0} all-gather(%x), channel_id=1, dimensions={0}, frontend_attributes={chain_id="7"}
 }
 
 %part.3 (x: f32[8]) -> f32[64] {
-  ROOT %g.3 = f32[64]{0} all-gather(%x), channel_id=8, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %g.3 = f32[64]{0} all-gather(%x), channel_id=1, dimensions={0}, frontend_attributes={chain_id="8"}
 }
 
 %body (x: f32[8]) -> f32[8] {
