@@ -103,7 +103,6 @@ def test_a_process_that_uses_jax_already_can_compile_for_a_gpu():
     script = """
 import jax, jax.numpy as jnp
 print(jax.devices()[0].platform)
-from galore_jax.sharding import maxima
 from galore_jax.targets import compile_for, target
 print(compile_for(target("rtx4090"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32)).argument_bytes)
 print(jax.devices()[0].platform)
@@ -116,7 +115,6 @@ print(jax.devices()[0].platform)
 def test_two_processes_compile_for_a_tpu_at_once():
     script = """
 import sys, jax, jax.numpy as jnp
-from galore_jax.sharding import maxima
 from galore_jax.targets import compile_for, target
 plan = compile_for(target("tpu-v5e"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
 print(plan.argument_bytes, flush=True)
@@ -139,7 +137,6 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_remedy(name, package
 import sys
 sys.modules["{module}"] = None  # as if it were not installed
 import jax, jax.numpy as jnp
-from galore_jax.sharding import maxima
 from galore_jax.targets import MissingPackagesError, compile_for, target
 try:
     compile_for(target("{name}"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
