@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What learns best?  Optimizers for the matrices of a small LLaMA, at equal tokens, everything else on the same AdamW.
 
-    python benchmarks/quality.py OUT --data TEXT               two to four minutes on two cores for each of about ninety runs;
+    python benchmarks/quality.py OUT --data TEXT               two to four minutes on two cores for each of about eighty runs;
                                                                those in OUT are not repeated, and --only NAMES makes some
+    python benchmarks/quality.py OUT --data TEXT --report      table and picture of the runs that are in OUT, and no new ones
     python benchmarks/quality.py OUT --data TEXT --short       five minutes: five optimizers, 40 steps, two learning rates
     python benchmarks/quality.py OUT --data TEXT --ablation    projector x transport x residual of galore, at one learning rate
 
 A byte-level LLaMA of 3.3 million parameters (the preset 20m), 1,024 tokens a step, float32, warm-up over a tenth of the steps
-and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and takes
-each learning rate of one grid; embeddings, head and norms are on AdamW at --rest-rate in every run, so that what differs is the
-treatment of the matrices.  The best --leaders, and AdamW and Muon, are run with more seeds at their best rate.
+and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and its
+learning rate from one grid: from the middle of it, up and then down, as far as the validation loss falls.  Embeddings, head and
+norms are on AdamW at --rest-rate in every run, so that what differs is the treatment of the matrices.  The best --leaders, and
+AdamW and Muon, are run with more seeds at their best rate.
 
 Low-rank optimizers keep --rank of each matrix's smaller side.  State is counted for the matrices, in bytes, and as a share of
 AdamW's.  The update's RMS is the mean over the run of the root mean square of what is added to the matrices, over the rate.
@@ -18,6 +20,7 @@ Writes OUT/runs/*.json, OUT/quality.json and OUT/quality.png, and prints a Markd
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -38,7 +41,10 @@ from flax import nnx
 import galore_jax
 from galore_jax.matrix_view import is_matrix_name
 from galore_jax.models import Llama, LlamaConfig
+from galore_jax.training.adapters import adapt, join, make_restart, part
 from galore_jax.training.column_normalized import scale
+from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
+from galore_jax.training.optimizers import make_schedule
 from galore_jax.training.step import token_losses
 
 ADAMW, MUON = "adamw", "muon"
@@ -62,18 +68,35 @@ def muon():
     return optax.chain(against, optax.scale(-1.0))
 
 
+def galore_muon_8bit(learning_rate, rank, **settings):
+    """galore_muon with a momentum in 8 bits and bases in 4."""
+    momentum = galore_jax.quantize_state(optax.trace(0.95, nesterov=True))
+    outside = galore_jax.residual.orthogonal(16.0)
+    low_rank = galore_jax.galore(
+        momentum, rank=rank, scale=1.0, residual=outside, transport="rotate", basis_codec="int4", **settings
+    )
+    return optax.chain(low_rank, optax.scale_by_learning_rate(learning_rate))
+
+
 def contestants(steps: int) -> dict:
-    """Each optimizer of the comparison, a function of learning rate and rank.  Bases are refreshed eight times in a run."""
+    """Each optimizer of the comparison, a function of learning rate and rank.
+
+    Bases are refreshed eight times in a run, or as often as the name says.  Adam trains low-rank weights
+    too (lora, relora, low_rank), and relora merges three times.
+    """
     gap = max(1, steps // 8)
     galore_muon = functools.partial(preset, galore_jax.galore_muon)
     return {
         ADAMW: direction(optax.scale_by_adam),
         MUON: direction(muon),
         "adamw_8bit": direction(lambda: galore_jax.quantize_state(optax.scale_by_adam())),
+        **dict.fromkeys(LOW_RANK_WEIGHTS, direction(optax.scale_by_adam)),
         "adafactor": direction(lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=32)),
         "scale": lambda learning_rate, rank: scale(learning_rate),
         "galore_adamw": preset(galore_jax.galore_adamw, update_proj_gap=gap),
         "galore_adamw_8bit": preset(galore_jax.galore_adamw_8bit, update_proj_gap=gap),
+        "q_galore_adamw_8bit": preset(galore_jax.q_galore_adamw_8bit, update_proj_gap=gap),
+        "galore_adafactor": preset(galore_jax.galore_adafactor, update_proj_gap=gap),
         "galore_adamw, sign": preset(galore_jax.galore_adamw, update_proj_gap=gap, residual="sign"),
         "golore_adamw": preset(galore_jax.golore_adamw, update_proj_gap=gap, random_from=steps * 4 // 5),
         "grass_adamw": preset(galore_jax.grass_adamw, update_proj_gap=gap),
@@ -84,6 +107,8 @@ def contestants(steps: int) -> dict:
         "galore_muon": galore_muon(update_proj_gap=2 * gap),
         "galore_muon, c = 8": galore_muon(update_proj_gap=2 * gap, factor=8.0),
         "galore_muon, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, factor=30.0),
+        "galore_muon, 8-bit": functools.partial(galore_muon_8bit, update_proj_gap=2 * gap),
+        "galore_muon, 8-bit, r = 1/2": lambda rate, rank: galore_muon_8bit(rate, 2 * rank, update_proj_gap=2 * gap),
     }
 
 
@@ -115,28 +140,31 @@ def matrices_and_rest(params):
 
 
 class Task:
-    """The model and its text; the same for all runs of one seed."""
+    """The model and its text; the same for all runs of one seed, but for what ``name`` makes of the matrices (``adapters``)."""
 
-    def __init__(self, args: argparse.Namespace, seed: int):
-        self.args, self.seed = args, seed
-        self.text = language_text(args.data, args.batch, args.seq, seed=seed)
+    def __init__(self, args: argparse.Namespace, name: str, seed: int):
+        self.args, self.text = args, text_of(args.data, args.batch, args.seq, seed)
+        self.config = PretrainConfig(
+            model=args.model, optimizer=name if name in LOW_RANK_WEIGHTS else ADAMW, rank=args.rank, steps=args.steps, seed=seed,
+            update_proj_gap=max(1, args.steps // 4),
+        )  # fmt: skip
         config = LlamaConfig.preset(args.model, vocab_size=self.text.tokenizer.vocab_size)
-        self.graphdef, params = nnx.split(Llama(config, rngs=nnx.Rngs(seed)), nnx.Param)
+        model = Llama(config, rngs=nnx.Rngs(seed))
+        adapt(model, self.config, jax.random.key(seed))
+        self.graphdef, params = nnx.split(model, nnx.Param)
         self.params = nnx.to_pure_dict(params)
-        self.labels = matrices_and_rest(self.params)
+        self.labels = matrices_and_rest(part(self.params)[0])
+        self.restart = make_restart(self.graphdef, self.config)
 
-    def loss(self, params, tokens):
-        return jnp.mean(token_losses(self.graphdef, params, tokens))
+    def loss(self, trained, frozen, tokens):
+        return jnp.mean(token_losses(self.graphdef, join(trained, frozen), tokens))
 
     def schedule(self, peak):
-        steps = self.args.steps
-        return optax.warmup_cosine_decay_schedule(0.0, peak, max(1, steps // 10), steps, 0.1 * peak)
+        return make_schedule(dataclasses.replace(self.config, learning_rate=peak))
 
     def optimizer(self, make, rate):
-        parts = {
-            "matrices": make(self.schedule(rate), self.args.rank),
-            "rest": optax.adam(self.schedule(self.args.rest_rate)),
-        }
+        rest = dataclasses.replace(self.config, optimizer=ADAMW, learning_rate=self.args.rest_rate)
+        parts = {"matrices": make(self.schedule(rate), self.args.rank), "rest": optax.adam(make_schedule(rest))}
         return optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, self.labels))
 
     def matrices(self, tree):
@@ -144,40 +172,60 @@ class Task:
             x for x, kind in zip(jax.tree.leaves(tree), jax.tree.leaves(self.labels), strict=True) if kind == "matrices"
         ]
 
+    def train_step(self, tx):
+        """(parameters, state, tokens) -> the same after a step, the loss, and the root mean square of the matrices' updates."""
+
+        def restarted(params, state):
+            clipped, partitioned = state
+            matrices = partitioned.inner_states["matrices"]
+            params, matrices = self.restart(params, matrices)
+            inner = partitioned.inner_states | {"matrices": matrices}
+            return params, (clipped, partitioned._replace(inner_states=inner))
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        def step(params, state, tokens):
+            if self.restart is not None:
+                params, state = restarted(params, state)
+            trained, frozen = part(params)
+            value, grads = jax.value_and_grad(self.loss)(trained, frozen, tokens)
+            updates, state = tx.update(grads, state, trained)
+            changed = self.matrices(updates)
+            square = sum(jnp.sum(jnp.square(x)) for x in changed) / sum(x.size for x in changed)
+            return join(optax.apply_updates(trained, updates), frozen), state, (value, jnp.sqrt(square))
+
+        return step
+
+    def validation(self):
+        """Parameters -> the loss on the held-out text."""
+        evaluate = jax.jit(self.loss)
+        held_out = list(self.text.validation_batches(self.args.val_tokens))
+        return lambda params: float(np.mean([evaluate(*part(params), batch) for batch in held_out]))
+
+
+@functools.lru_cache
+def text_of(data, batch, seq, seed):
+    return language_text(data, batch, seq, seed=seed)
+
 
 def run(task: Task, make, rate: float) -> dict:
     """One training run: its curve, its held-out losses, the bytes of its state and its seconds."""
     tx, steps = task.optimizer(make, rate), task.args.steps
-    params, state = jax.tree.map(jnp.copy, task.params), tx.init(task.params)
+    params, state = task.params, tx.init(part(task.params)[0])
     state_bytes = galore_jax.tree_bytes(state[1].inner_states["matrices"])
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state, tokens):
-        value, grads = jax.value_and_grad(task.loss)(params, tokens)
-        updates, state = tx.update(grads, state, params)
-        changed = task.matrices(updates)
-        square = sum(jnp.sum(jnp.square(x)) for x in changed) / sum(x.size for x in changed)
-        return optax.apply_updates(params, updates), state, (value, jnp.sqrt(square))
-
-    evaluate = jax.jit(task.loss)
-    held_out = list(task.text.validation_batches(task.args.val_tokens))
-
-    def validation(params):
-        return float(np.mean([evaluate(params, batch) for batch in held_out]))
-
+    step, validation = task.train_step(tx), task.validation()
     batches, schedule = task.text.train_iterator(), task.schedule(rate)
-    curve, rms, seconds, validations = [], [], [], []
+    curve, sizes, seconds, validations = [], [], [], []
     for number in range(steps):
         start = time.perf_counter()
         params, state, (value, size) = step(params, state, jnp.asarray(next(batches)))
         curve.append(float(value))
         seconds.append(time.perf_counter() - start)
-        if number:
-            rms.append(float(size) / float(schedule(number)))
+        if (now := float(schedule(number))) > 0:
+            sizes.append(float(size) / now)
         if (number + 1) % max(1, steps // 8) == 0 or number + 1 == steps:
             validations.append((number + 1, validation(params)))
     return {
-        "train_loss": curve, "validation": validations, "val_loss": validations[-1][1], "update_rms": statistics.fmean(rms),
+        "train_loss": curve, "validation": validations, "val_loss": validations[-1][1], "update_rms": statistics.fmean(sizes),
         "matrix_state_bytes": state_bytes, "seconds_per_step": statistics.median(seconds),
     }  # fmt: skip
 
@@ -188,12 +236,12 @@ class Runs:
     def __init__(self, args: argparse.Namespace, contestants: dict):
         self.args, self.contestants = args, contestants
         self.settings = {
-            name: str(getattr(args, name)) for name in ("model", "data", "steps", "batch", "seq", "rank", "rest_rate")
+            name: str(getattr(args, name))
+            for name in ("model", "data", "steps", "batch", "seq", "val_tokens", "rank", "rest_rate")
         }
-        self.task = functools.lru_cache(maxsize=1)(lambda seed: Task(args, seed))
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, rate: float, seed: int) -> dict:
+    def get(self, name: str, rate: float, seed: int) -> dict | None:
         path = self.args.out / "runs" / f"{name}-{rate:g}-{seed}.json".replace(" ", "_").replace("/", "_")
         if path.exists():
             record = json.loads(path.read_text())
@@ -202,19 +250,51 @@ class Runs:
                     f"{path} is of a run with {record['settings']}, not {self.settings}: choose another OUT."
                 )
             return record
+        if self.args.report:
+            return None
         record = {"optimizer": name, "learning_rate": rate, "seed": seed, "settings": self.settings}
-        record |= run(self.task(seed), self.contestants[name], rate)
+        record |= run(Task(self.args, name, seed), self.contestants[name], rate)
         path.write_text(json.dumps(record) + "\n")
         print(f"{name}, {rate:g}, seed {seed}: {record['val_loss']:.4f}", file=sys.stderr, flush=True)
         return record
 
     def grid(self) -> dict[str, dict]:
-        """Each contestant's best run with the first seed."""
+        """Each contestant's best run with the first seed, and under "tried" the losses by learning rate."""
         best = {}
         for name in self.contestants:
-            tried = [self.get(name, rate, 0) for rate in self.args.rates]
-            best[name] = min(tried, key=lambda record: np.nan_to_num(record["val_loss"], nan=np.inf))
+            tried = self.report(name) if self.args.report else self.search(name)
+            if tried:
+                rate = min(tried, key=lambda rate: loss_of(tried[rate]))
+                losses = {f"{rate:g}": tried[rate]["val_loss"] for rate in sorted(tried)}
+                best[name] = tried[rate] | {"tried": losses}
         return best
+
+    def report(self, name: str) -> dict[float, dict]:
+        """The runs in OUT, by learning rate."""
+        found = {rate: self.get(name, rate, 0) for rate in self.args.rates}
+        return {rate: record for rate, record in found.items() if record is not None}
+
+    def search(self, name: str) -> dict[float, dict]:
+        """Runs by learning rate, from the middle of the rates as far as the loss falls: up, and down if up is worse."""
+        rates = sorted(self.args.rates)
+        middle = len(rates) // 2
+        found = {rates[middle]: self.get(name, rates[middle], 0)}
+        for way in (1, -1):
+            at = middle
+            while 0 <= at + way < len(rates):
+                here, there = rates[at], rates[at + way]
+                found[there] = self.get(name, there, 0)
+                if not loss_of(found[there]) < loss_of(found[here]):
+                    break
+                at += way
+            if at != middle:
+                break
+        return found
+
+
+def loss_of(record: dict) -> float:
+    """The validation loss of a run; infinite if it is not a number."""
+    return float(np.nan_to_num(record["val_loss"], nan=np.inf))
 
 
 def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> list[dict]:
@@ -226,32 +306,36 @@ def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> li
     for name in order:
         found = best[name]
         others = [runs.get(name, found["learning_rate"], seed) for seed in range(1, seeds)] if name in again else []
-        losses = [record["val_loss"] for record in (found, *others)]
+        losses = [record["val_loss"] for record in (found, *others) if record is not None]
         line = {
             key: found[key]
-            for key in ("optimizer", "learning_rate", "matrix_state_bytes", "update_rms", "seconds_per_step")
+            for key in ("optimizer", "learning_rate", "tried", "matrix_state_bytes", "update_rms", "seconds_per_step")
         }
         lines.append(line | {"val_losses": losses, "share": adamw and found["matrix_state_bytes"] / adamw})
     return sorted(lines, key=lambda line: statistics.fmean(line["val_losses"]))
 
 
 def table(lines: list[dict]) -> str:
-    text = [
-        "| matrices on | learning rate | validation loss, nats a byte | of AdamW's | matrix state, MB | of AdamW's | update RMS "
-        "| s a step |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Markdown: the validation losses by learning rate with the first seed, the best of them bold, and of all seeds with it."""
+    rates = sorted({rate for line in lines for rate in line["tried"]}, key=float)
+    heads = [
+        "matrices on", *rates, "of all seeds", "of AdamW's", "matrix state, MB", "of AdamW's", "update RMS", "s a step",
+    ]  # fmt: skip
+    text = [heads, ["---"] * len(heads)]
     reference = next((statistics.fmean(line["val_losses"]) for line in lines if line["optimizer"] == ADAMW), None)
     for line in lines:
         losses = line["val_losses"]
+        tried = {rate: f"{loss:.3f}" for rate, loss in line["tried"].items()}
+        tried[f"{line['learning_rate']:g}"] = f"**{losses[0]:.3f}**"
         mean = statistics.fmean(losses)
-        shown = f"{mean:.4f}" + (f" ± {statistics.stdev(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else "")
-        share = "" if line["share"] is None else f"{line['share']:.1%}"
-        text.append(
-            f"| {line['optimizer']} | {line['learning_rate']:g} | {shown} | {f'{mean / reference:.3f}' if reference else ''} "
-            f"| {line['matrix_state_bytes'] / 1e6:.2f} | {share} | {line['update_rms']:.2g} | {line['seconds_per_step']:.2f} |"
-        )
-    return "\n".join(text)
+        several = f" ± {statistics.stdev(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else ""
+        text.append([
+            line["optimizer"], *(tried.get(rate, "") for rate in rates), f"{mean:.4f}{several}",
+            f"{mean / reference:.3f}" if reference else "", f"{line['matrix_state_bytes'] / 1e6:.2f}",
+            "" if line["share"] is None else f"{line['share']:.1%}", f"{line['update_rms']:.2g}",
+            f"{line['seconds_per_step']:.2f}",
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
 def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
@@ -296,6 +380,7 @@ def main() -> None:
     parser.add_argument("--leaders", type=int, default=3)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--report", action="store_true", help="of the runs in OUT, and make no new ones")
     args = parser.parse_args()
     if args.ablation:
         args.rates, args.leaders, args.seeds = [1e-2], 0, 1

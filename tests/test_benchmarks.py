@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run from end to end, on tiny shapes and few steps, and what they write holds on any machine."""
 
+import argparse
 import importlib
 import json
 import os
@@ -130,7 +131,42 @@ def test_quality_trains_the_same_model_with_each_optimizer(tmp_path, text):
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert run(*arguments, 0.01, 0.001) == out
+    assert run(*arguments, 0.01, 0.001, 0.0001, 0.1, "--report") == out  # of the runs that are there
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()} == times
+
+
+@pytest.mark.parametrize(
+    ("losses", "made"),
+    [
+        ((5, 4, 3, 2, 3), [3, 2, 3]),
+        ((5, 4, 3, 2, 1), [3, 2, 1]),
+        ((5, 2, 3, 4, 5), [5, 2, 3, 4]),
+        ((1, 2, 3, np.nan, 5), [1, 2, 3, np.nan]),
+        ((3, 2, 1, 1, 0), [2, 1, 1]),
+    ],
+)
+def test_quality_walks_the_learning_rates_from_the_middle_as_far_as_the_loss_falls(script, losses, made):
+    quality = script("quality")
+    rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+    runs = object.__new__(quality.Runs)
+    runs.args = argparse.Namespace(rates=rates, report=False)
+    runs.get = lambda name, rate, seed: {"val_loss": losses[rates.index(rate)]}
+    found = runs.search("adamw")
+    np.testing.assert_array_equal([found[rate]["val_loss"] for rate in sorted(found)], made)
+
+
+def test_quality_trains_low_rank_weights_in_place_of_the_matrices(tmp_path, text):
+    run(
+        "quality.py", text, tmp_path, "--model", "demo", "--steps", 8, "--batch", 2, "--seq", 16, "--val-tokens", 64,
+        "--only", "low_rank", "relora", "--seeds", 1, "--rates", 0.01,
+    )  # fmt: skip
+    results = {line["optimizer"]: line for line in json.loads((tmp_path / "quality.json").read_text())["results"]}
+    factors = 4 * 32 * (4 * (128 + 128) + 3 * (128 + 352))  # a quarter of the rank, four layers
+    for name, line in results.items():
+        assert 8 * factors <= line["matrix_state_bytes"] < 8 * factors + 100
+        record = json.loads((tmp_path / "runs" / f"{name}-0.01-0.json").read_text())
+        assert record["train_loss"][0] == pytest.approx(np.log(257), abs=0.3)
+        assert record["train_loss"][-1] < record["train_loss"][0] - 0.3
 
 
 def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
