@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 import optax
 from _common import language_text
@@ -338,19 +339,49 @@ def table(lines: list[dict]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
+def label_points(axis, points: list[tuple[float, float, str]]) -> None:
+    """Names beside (x, y), the lowest first, each at least a line above those that it would cover."""
+    axis.figure.draw_without_rendering()
+    placed = []
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        left, bottom = axis.transData.transform((x, y))
+        right = left + 8 + 7 * len(name)
+        covered = [above for start, end, above in placed if start < right and left < end]
+        bottom = max([bottom, *(above for above in covered if above > bottom)])
+        placed.append((left, right, bottom + 15))
+        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"}
+        axis.annotate(
+            name, (x, y), xytext=axis.transData.inverted().transform((left + 8, bottom)), textcoords="data", fontsize="small",
+            verticalalignment="center", arrowprops=arrow,
+        )  # fmt: skip
+
+
 def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
-    figure, (state, steps, clock) = plt.subplots(1, 3, figsize=(16, 5.2), layout="constrained")
-    for number, line in enumerate(lines):
+    """Loss against state with names; against steps and time in colour for the optimizers with several seeds, if there are any."""
+    figure, axes = plt.subplot_mosaic(
+        [["state", "steps"], ["state", "clock"]], figsize=(14, 8.5), width_ratios=(1.5, 1)
+    )
+    figure.set_layout_engine("constrained")
+    state, steps, clock = (axes[name] for name in ("state", "steps", "clock"))
+    several = any(len(line["val_losses"]) > 1 for line in lines)
+    colours = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
+    points = []
+    for line in lines:
         name, losses = line["optimizer"], line["val_losses"]
-        look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5]}
-        megabytes = line["matrix_state_bytes"] / 1e6
-        spread = (max(losses) - min(losses)) / 2
-        state.errorbar(megabytes, statistics.fmean(losses), yerr=spread, linestyle="", label=name, **look)
+        shown = len(losses) > 1 or not several
+        look = {"color": next(colours) if shown else "0.75", "marker": "o", "zorder": 3 if shown else 2}
+        megabytes, mean = line["matrix_state_bytes"] / 1e6, statistics.fmean(losses)
+        state.errorbar(megabytes, mean, yerr=(max(losses) - min(losses)) / 2, linestyle="", **look)
+        points.append((megabytes, mean, name))
         record = runs.get(name, line["learning_rate"], 0)
         numbers, values = np.array(record["validation"]).T
-        steps.plot(numbers, values, markersize=4, linewidth=1, label=name, **look)
-        clock.plot(numbers * line["seconds_per_step"], values, markersize=4, linewidth=1, **look)
-    state.set(xlabel="optimizer state of the matrices (MB)", xscale="symlog", ylabel="validation loss (nats a byte)")
+        for axis, x in ((steps, numbers), (clock, numbers * line["seconds_per_step"])):
+            axis.plot(x, values, markersize=3, linewidth=1, label=name if shown else None, **look)
+    state.set_xscale("symlog", linthresh=0.1)
+    state.set_xlim(-0.02, 8 * max(x for x, *_ in points))
+    state.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([0, 0.1, 0.3, 1, 3, 10, 30]))
+    state.xaxis.set_major_formatter("{x:g}")
+    state.set(xlabel="optimizer state of the matrices (MB)", ylabel="validation loss (nats a byte)")
     state.set_title("Loss against state")
     steps.set(xlabel="step", title="Loss against steps")
     clock.set(xlabel="seconds of training", title="Loss against time")
@@ -359,7 +390,8 @@ def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
         axis.set_ylim(low - 0.03, low + 0.8)
     for axis in (state, steps, clock):
         axis.grid(alpha=0.25)
-    figure.legend(*state.get_legend_handles_labels(), loc="outside right center", fontsize="small")
+    steps.legend(fontsize="small")
+    label_points(state, points)
     figure.savefig(path, dpi=110)
 
 
