@@ -35,8 +35,10 @@ ROWS = {
     "galore": {"optimizer": "galore_adamw", **BF16},
     "galore 8-bit": {"optimizer": "galore_adamw_8bit", **BF16},
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
-    "q_galore (int8 weights), layer-wise": {"optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE},
-}
+    "q_galore (int8 weights), layer-wise": {
+        "optimizer": "q_galore_adamw_8bit", "proj_type": "reverse_std", "weights": "int8", **LAYERWISE,  # the least bytes
+    },
+}  # fmt: skip
 
 PARTS = {"parameters": "#3b6fb6", "optimizer state": "#d1495b", "gradients, activations, workspace": "#edae49"}
 

@@ -96,7 +96,14 @@ def contestants(steps: int) -> dict:
         "scale": lambda learning_rate, rank: scale(learning_rate),
         "galore_adamw": preset(galore_jax.galore_adamw, update_proj_gap=gap),
         "galore_adamw_8bit": preset(galore_jax.galore_adamw_8bit, update_proj_gap=gap),
+        **{
+            f"galore_adamw_8bit, {side}": preset(galore_jax.galore_adamw_8bit, update_proj_gap=gap, proj_type=side)
+            for side in ("reverse_std", "left", "right")
+        },
         "q_galore_adamw_8bit": preset(galore_jax.q_galore_adamw_8bit, update_proj_gap=gap),
+        "q_galore_adamw_8bit, reverse_std": preset(
+            galore_jax.q_galore_adamw_8bit, update_proj_gap=gap, proj_type="reverse_std"
+        ),
         "galore_adafactor": preset(galore_jax.galore_adafactor, update_proj_gap=gap),
         "galore_adamw, sign": preset(galore_jax.galore_adamw, update_proj_gap=gap, residual="sign"),
         "golore_adamw": preset(galore_jax.golore_adamw, update_proj_gap=gap, random_from=steps * 4 // 5),

@@ -93,4 +93,4 @@ def test_pretrain_7b_runs_as_it_is_with_a_tiny_model(tmp_path):
     last = run("pretrain_7b_24gb.py", "--data", text, "--out", run_folder, *arguments, **QUICKLY).splitlines()[-1]
     assert 0 < int(last.split("%")[0].split()[-1]) < 50
     settings = json.loads((run_folder / "config.json").read_text())
-    assert (settings["weights"], settings["layerwise"], settings["proj_type"]) == ("int8", True, "reverse_std")
+    assert (settings["weights"], settings["layerwise"], settings["proj_type"]) == ("int8", True, "std")

@@ -149,7 +149,7 @@ def test_the_8_bit_presets_take_the_arguments_of_galore_adamw(preset):
     ours, theirs = inspect.signature(preset).parameters, inspect.signature(galore_jax.galore_adamw).parameters
     assert list(ours) == list(theirs)
     changed = {name: p.default for name, p in ours.items() if p.default != theirs[name].default}
-    quantized = {"proj_type": "reverse_std", "refresh": "lazy", "basis_codec": "int4"}
+    quantized = {"refresh": "lazy", "basis_codec": "int4"}
     assert changed == ({"basis_codec": "bfloat16"} if preset is EIGHT_BIT[0] else quantized)
     assert preset.__doc__
     assert preset.__name__ in ("galore_adamw_8bit", "q_galore_adamw_8bit")
@@ -195,12 +195,12 @@ def test_the_bytes_of_the_8_bit_presets_are_the_formula(rank, basis_codec):
     assert galore_jax.state_bytes(tx, LARGE) == sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(LARGE)))
     if basis_codec == "int4":
         lazy = 3 * 4 * (1 + 1 + 5)  # for each matrix its gap, when it is due, and five overlaps
-        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank, proj_type="std")
+        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank)
         assert galore_jax.state_bytes(q_galore, LARGE) == galore_jax.state_bytes(tx, LARGE) + lazy
-        # By default the basis is on the larger side, and the moments on the smaller.
+        # With the bases on the larger sides the moments are on the smaller.
         bases = sum(side * -(-r // 2) + 4 * side + 4 * r for side in (600, 700, 700))
         moments = moment(64, r) + moment(2 * r, 64) + moment(300, 64) + moment(64, 300) + 4 * 64
-        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank)
+        q_galore = galore_jax.q_galore_adamw_8bit(0.1, rank=rank, proj_type="reverse_std")
         assert galore_jax.state_bytes(q_galore, LARGE) == bases + 2 * moments + counts + lazy
 
 

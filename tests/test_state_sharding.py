@@ -28,7 +28,7 @@ RANK = 4
 PRESETS = {
     "galore_adamw": {"transport": "rotate"},
     "galore_adamw_8bit": {},
-    "q_galore_adamw_8bit": {},
+    "q_galore_adamw_8bit": {"proj_type": "reverse_std"},
     "galore_adafactor": {"min_dim_size_to_factor": 4, "transport": "reset"},
     "fira_adamw": {},
     "apollo_adamw": {},
