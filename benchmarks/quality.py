@@ -74,7 +74,14 @@ def galore_muon_8bit(learning_rate, rank, **settings):
     momentum = galore_jax.quantize_state(optax.trace(0.95, nesterov=True))
     outside = galore_jax.residual.orthogonal(16.0)
     low_rank = galore_jax.galore(
-        momentum, rank=rank, scale=1.0, residual=outside, transport="rotate", basis_codec="int4", **settings
+        momentum,
+        rank=rank,
+        scale=1.0,
+        residual=outside,
+        projector="random",
+        transport="rotate",
+        basis_codec="int4",
+        **settings,
     )
     return optax.chain(low_rank, optax.scale_by_learning_rate(learning_rate))
 
@@ -82,7 +89,7 @@ def galore_muon_8bit(learning_rate, rank, **settings):
 def contestants(steps: int) -> dict:
     """Each optimizer of the comparison, a function of learning rate and rank.
 
-    Bases are refreshed eight times in a run, or as often as the name says.  Adam trains low-rank weights
+    Bases are refreshed eight times in a run, those of galore_muon four times.  Adam trains low-rank weights
     too (lora, relora, low_rank), and relora merges three times.
     """
     gap = max(1, steps // 8)
@@ -113,8 +120,10 @@ def contestants(steps: int) -> dict:
         "apollo_mini": preset(galore_jax.apollo_mini, rank=1, update_proj_gap=gap),
         "ldadam": preset(galore_jax.ldadam),
         "galore_muon": galore_muon(update_proj_gap=2 * gap),
-        "galore_muon, c = 8": galore_muon(update_proj_gap=2 * gap, factor=8.0),
-        "galore_muon, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, factor=30.0),
+        "galore_muon, keep": galore_muon(update_proj_gap=2 * gap, transport="keep"),
+        "galore_muon, power": galore_muon(update_proj_gap=2 * gap, projector="power"),
+        "galore_muon, power, c = 8": galore_muon(update_proj_gap=2 * gap, projector="power", factor=8.0),
+        "galore_muon, power, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, projector="power", factor=30.0),
         "galore_muon, 8-bit": functools.partial(galore_muon_8bit, update_proj_gap=2 * gap),
         "galore_muon, 8-bit, r = 1/2": lambda rate, rank: galore_muon_8bit(rate, 2 * rank, update_proj_gap=2 * gap),
     }

@@ -177,7 +177,7 @@ def galore_muon(
     update_proj_gap: int | jax.Array = 200,
     scale: float | jax.Array | str = 1.0,
     proj_type: str = "std",
-    projector: str | projectors.Projector = "power",
+    projector: str | projectors.Projector = "random",
     refresh: str | policies.Together | None = None,
     transport: str | None = "rotate",
     basis_codec: str = "float32",
@@ -192,8 +192,9 @@ def galore_muon(
     does with a momentum of full size (K. Jordan 2024).  Not published; judged by measurement only.  State of a projected m x n
     matrix with k = min(m, n) and K = max(m, n): r(k + K) numbers, about half of :func:`galore_adamw`'s and, at a quarter of the
     rank of a square matrix, half of Muon's; the step has full rank.  It costs Muon's products of full-size matrices at every
-    update.  Choose it for quality at little memory where matrices make up the model.  It needs the whole gradient, so
-    micro-batches cannot be summed in the subspaces.
+    update.  Bases are random, and the momentum is carried from each to the next: that learnt better than bases of the gradient
+    (``projector="power"``), and a refresh does not look at it (``benchmarks/quality.py``).  Choose it for quality at little
+    memory where matrices make up the model.  It needs the whole gradient, so micro-batches cannot be summed in the subspaces.
 
     Args:
       learning_rate: a number or a schedule, for updates that have the root mean square of AdamW's.
