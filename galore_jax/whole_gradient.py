@@ -243,8 +243,8 @@ def recommended(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> opta
     """What learnt best in a fifth of AdamW's state: :func:`galore_muon` at a quarter of the rank, refreshed every 100 updates.
 
     The evidence is ``benchmarks/quality.py``: a byte-level LLaMA of 3.3 million parameters on prose, 400 steps, each optimizer
-    at the best of one grid of learning rates.  It ended below full-rank Muon and 13 % below AdamW, with 20 % of AdamW's state
-    for the matrices; the figures and their spread are in docs/benchmarks.md.  That is a small model and few tokens: measure
+    at the best of one grid of learning rates.  It ended 4 % below full-rank Muon and 15 % below AdamW, with 20 % of AdamW's
+    state for the matrices; the figures and their spread are in docs/benchmarks.md.  That is a small model and few tokens: measure
     your own.  Where micro-batches are summed or sent in the subspaces it cannot be used; there take :func:`galore_adamw`.
 
     Args:
