@@ -138,7 +138,7 @@ def test_a_checkpoint_of_eight_devices_restores_on_one_and_four_bit_for_bit(tmp_
             assert jax.tree.map(lambda x: x.sharding, (restored.params, restored.opt_state)) == other.shardings
     layers, rest = state[1].layers, state[1].rest
     assert optax.tree.get(rest, "mu")["embed_tokens"]["embedding"].codes.dtype == jnp.uint8
-    assert optax.tree.get(layers, "right")["layers"]["mlp"]["up_proj"]["kernel"].packed.dtype == jnp.uint8
+    assert optax.tree.get(layers, "left")["layers"]["mlp"]["up_proj"]["kernel"].packed.dtype == jnp.uint8
     assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(state[0]))
 
 
