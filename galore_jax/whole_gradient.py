@@ -244,9 +244,9 @@ def recommended(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> opta
 
     The evidence is ``benchmarks/quality.py``: a byte-level LLaMA of 3.3 million parameters on prose, 400 steps, each optimizer
     at the best of one grid of learning rates.  It ended 4 % below full-rank Muon and 15 % below AdamW, with 20 % of AdamW's
-    state for the matrices; after 1,200 steps it was 1.7 % above Muon.  The figures and their spread are in docs/benchmarks.md.
-    That is a small model and few tokens: measure your own.  Where micro-batches are summed or sent in the subspaces it cannot be
-    used; there take :func:`galore_adamw`.
+    state for the matrices; after 1,200 steps it was 1.7 % above Muon and 5 % below AdamW.  The figures and their spread are
+    in docs/benchmarks.md.  That is a small model and few tokens: measure your own.  Where micro-batches are summed or sent in
+    the subspaces it cannot be used; there take :func:`galore_adamw`.
 
     Args:
       learning_rate: a number or a schedule; the best of the grid was 0.01.
