@@ -12,7 +12,7 @@ A byte-level LLaMA of 3.3 million parameters (the preset 20m), 1,024 tokens a st
 and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and its
 learning rate from one grid: from the middle of it, up and then down, as far as the validation loss falls.  Embeddings, head and
 norms are on AdamW at --rest-rate in every run, so that what differs is the treatment of the matrices.  The best --leaders, and
-AdamW and Muon, are run with more seeds at their best rate.
+AdamW, Muon and galore_adamw, are run with more seeds at their best rate.
 
 Low-rank optimizers keep --rank of each matrix's smaller side.  State is counted for the matrices, in bytes, and as a share of
 AdamW's.  The update's RMS is the mean over the run of the root mean square of what is added to the matrices, over the rate.
@@ -41,7 +41,7 @@ from flax import nnx
 
 import galore_jax
 from galore_jax.matrix_view import is_matrix_name
-from galore_jax.models import Llama, LlamaConfig
+from galore_jax.models import Llama
 from galore_jax.training.adapters import adapt, join, make_restart, part
 from galore_jax.training.column_normalized import scale
 from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
@@ -49,6 +49,7 @@ from galore_jax.training.optimizers import make_schedule
 from galore_jax.training.step import token_losses
 
 ADAMW, MUON = "adamw", "muon"
+ALWAYS_AGAIN = (ADAMW, MUON, "galore_adamw")
 
 
 def preset(make, **settings):
@@ -72,25 +73,16 @@ def muon():
 def galore_muon_8bit(learning_rate, rank, **settings):
     """galore_muon with a momentum in 8 bits and bases in 4."""
     momentum = galore_jax.quantize_state(optax.trace(0.95, nesterov=True))
-    outside = galore_jax.residual.orthogonal(16.0)
-    low_rank = galore_jax.galore(
-        momentum,
-        rank=rank,
-        scale=1.0,
-        residual=outside,
-        projector="random",
-        transport="rotate",
-        basis_codec="int4",
-        **settings,
-    )
+    settings |= {"projector": "random", "transport": "rotate", "basis_codec": "int4", "scale": 1.0}
+    low_rank = galore_jax.galore(momentum, rank=rank, residual="orthogonal", **settings)
     return optax.chain(low_rank, optax.scale_by_learning_rate(learning_rate))
 
 
 def contestants(steps: int) -> dict:
     """Each optimizer of the comparison, a function of learning rate and rank.
 
-    Bases are refreshed eight times in a run, those of galore_muon four times.  Adam trains low-rank weights
-    too (lora, relora, low_rank), and relora merges three times.
+    Bases are refreshed eight times in a run, those of galore_muon four times.  Adam trains low-rank weights too (lora, relora,
+    low_rank), and relora merges three times.
     """
     gap = max(1, steps // 8)
     galore_muon = functools.partial(preset, galore_jax.galore_muon)
@@ -165,8 +157,7 @@ class Task:
             model=args.model, optimizer=name if name in LOW_RANK_WEIGHTS else ADAMW, rank=args.rank, steps=args.steps, seed=seed,
             update_proj_gap=max(1, args.steps // 4),
         )  # fmt: skip
-        config = LlamaConfig.preset(args.model, vocab_size=self.text.tokenizer.vocab_size)
-        model = Llama(config, rngs=nnx.Rngs(seed))
+        model = Llama(self.config.model_config(self.text.tokenizer.vocab_size), rngs=nnx.Rngs(seed))
         adapt(model, self.config, jax.random.key(seed))
         self.graphdef, params = nnx.split(model, nnx.Param)
         self.params = nnx.to_pure_dict(params)
@@ -258,7 +249,7 @@ class Runs:
         }
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
 
-    def get(self, name: str, rate: float, seed: int) -> dict | None:
+    def get(self, name: str, rate: float, seed: int = 0) -> dict | None:
         path = self.args.out / "runs" / f"{name}-{rate:g}-{seed}.json".replace(" ", "_").replace("/", "_")
         if path.exists():
             record = json.loads(path.read_text())
@@ -279,34 +270,33 @@ class Runs:
         """Each contestant's best run with the first seed, and under "tried" the losses by learning rate."""
         best = {}
         for name in self.contestants:
-            tried = self.report(name) if self.args.report else self.search(name)
+            get = functools.partial(self.get, name)
+            if self.args.report:
+                tried = {rate: record for rate in self.args.rates if (record := get(rate)) is not None}
+            else:
+                tried = walk(self.args.rates, get)
             if tried:
-                rate = min(tried, key=lambda rate: loss_of(tried[rate]))
                 losses = {f"{rate:g}": tried[rate]["val_loss"] for rate in sorted(tried)}
-                best[name] = tried[rate] | {"tried": losses}
+                best[name] = min(tried.values(), key=loss_of) | {"tried": losses}
         return best
 
-    def report(self, name: str) -> dict[float, dict]:
-        """The runs in OUT, by learning rate."""
-        found = {rate: self.get(name, rate, 0) for rate in self.args.rates}
-        return {rate: record for rate, record in found.items() if record is not None}
 
-    def search(self, name: str) -> dict[float, dict]:
-        """Runs by learning rate, from the middle of the rates as far as the loss falls: up, and down if up is worse."""
-        rates = sorted(self.args.rates)
-        middle = len(rates) // 2
-        found = {rates[middle]: self.get(name, rates[middle], 0)}
-        for way in (1, -1):
-            at = middle
-            while 0 <= at + way < len(rates):
-                here, there = rates[at], rates[at + way]
-                found[there] = self.get(name, there, 0)
-                if not loss_of(found[there]) < loss_of(found[here]):
-                    break
-                at += way
-            if at != middle:
+def walk(rates: list[float], get) -> dict[float, dict]:
+    """``get(rate)`` by rate, from the middle of the rates as far as the loss falls: up, and down if up is worse."""
+    rates = sorted(rates)
+    middle = len(rates) // 2
+    start = rates[middle]
+    found = {start: get(start)}
+    for way in (rates[middle + 1 :], rates[:middle][::-1]):
+        best = start
+        for rate in way:
+            found[rate] = get(rate)
+            if not loss_of(found[rate]) < loss_of(found[best]):
                 break
-        return found
+            best = rate
+        if best != start:
+            break
+    return found
 
 
 def loss_of(record: dict) -> float:
@@ -316,8 +306,8 @@ def loss_of(record: dict) -> float:
 
 def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> list[dict]:
     """One line a contestant, the lowest loss first."""
-    order = sorted(best, key=lambda name: best[name]["val_loss"])
-    again = {*order[:leaders], ADAMW, MUON} & set(order)
+    order = sorted(best, key=lambda name: loss_of(best[name]))
+    again = {*order[:leaders], *ALWAYS_AGAIN} & set(order)
     adamw = best[ADAMW]["matrix_state_bytes"] if ADAMW in best else None
     lines = []
     for name in order:
@@ -375,9 +365,8 @@ def label_points(axis, points: list[tuple[float, float, str]]) -> None:
 def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
     """Loss against state with names; against steps and time in colour for the optimizers with several seeds, if there are any."""
     figure, axes = plt.subplot_mosaic(
-        [["state", "steps"], ["state", "clock"]], figsize=(14, 8.5), width_ratios=(1.5, 1)
+        [["state", "steps"], ["state", "clock"]], figsize=(14, 8.5), width_ratios=(1.5, 1), layout="constrained"
     )
-    figure.set_layout_engine("constrained")
     state, steps, clock = (axes[name] for name in ("state", "steps", "clock"))
     several = any(len(line["val_losses"]) > 1 for line in lines)
     colours = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
@@ -389,7 +378,7 @@ def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
         megabytes, mean = line["matrix_state_bytes"] / 1e6, statistics.fmean(losses)
         state.errorbar(megabytes, mean, yerr=(max(losses) - min(losses)) / 2, linestyle="", **look)
         points.append((megabytes, mean, name))
-        record = runs.get(name, line["learning_rate"], 0)
+        record = runs.get(name, line["learning_rate"])
         numbers, values = np.array(record["validation"]).T
         for axis, x in ((steps, numbers), (clock, numbers * line["seconds_per_step"])):
             axis.plot(x, values, markersize=3, linewidth=1, label=name if shown else None, **look)
@@ -441,7 +430,12 @@ def main() -> None:
     chosen = {name: make for name, make in known.items() if not args.only or name in args.only}
     matplotlib.use("Agg")
     runs = Runs(args, chosen)
-    lines = summaries(runs, runs.grid(), args.seeds, args.leaders)
+    best = runs.grid()
+    if not best:
+        raise SystemExit(
+            f"--report: {args.out / 'runs'} has no run of {', '.join(chosen)}; leave --report out to make them."
+        )
+    lines = summaries(runs, best, args.seeds, args.leaders)
     name = "ablation" if args.ablation else "quality"
     (args.out / f"{name}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
     plot(runs, lines, args.out / f"{name}.png")
