@@ -38,7 +38,7 @@ from optimizer_bytes import RANKS
 
 from galore_jax import projectors
 from galore_jax.models import LlamaConfig
-from galore_jax.projectors import Observation
+from galore_jax.projectors import ProjectorInput
 
 MATRIX = "layers/mlp/up_proj/kernel"
 CONTESTANTS = {
@@ -54,7 +54,7 @@ CONTESTANTS = {
 }
 
 
-def contrib(seen: Observation):
+def contrib(seen: ProjectorInput):
     """What optax.contrib.galore does: an SVD of the whole, then a slice."""
     basis = jnp.linalg.svd(seen.gradient, full_matrices=False)[0][:, : seen.coordinates.shape[0]]
     return basis, basis.T @ seen.gradient
@@ -64,7 +64,7 @@ def program(name: str):
     """refresh(key, gradient, basis, coordinates), and the storage of the basis."""
     make = CONTESTANTS[name]
     refresh, storage = (contrib, projectors.svd().storage) if make is None else (make().refresh, make().storage)
-    return (lambda *fields: refresh(Observation(*fields, jnp.int32(0), False))), storage
+    return (lambda *fields: refresh(ProjectorInput(*fields, jnp.int32(0), False))), storage
 
 
 def shape_of(preset: str) -> tuple[int, int, int]:

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from galore_jax.catalogue import LOW_RANK, PRESETS
 from galore_jax.models import LlamaConfig
+from galore_jax.presets import LOW_RANK, PRESETS
 from galore_jax.training import PretrainConfig
 from galore_jax.training.mesh import make_mesh
 from galore_jax.training.program import program

@@ -4,33 +4,31 @@
 
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
 from galore_jax._chain import chain as chain
+from galore_jax._core.state import GaLoreState as GaLoreState
 from galore_jax.bare import GaLoreMemoryWarning as GaLoreMemoryWarning
 from galore_jax.limiter import limit_norm_growth as limit_norm_growth
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.presets import (
+    apollo_adamw as apollo_adamw,
+    apollo_mini as apollo_mini,
+    fira_adamw as fira_adamw,
     galore_adafactor as galore_adafactor,
     galore_adamw as galore_adamw,
     galore_adamw_8bit as galore_adamw_8bit,
+    galore_muon as galore_muon,
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
+    ldadam as ldadam,
+    q_apollo_mini as q_apollo_mini,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
+    recommended as recommended,
 )
 from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.sharding import state_sharding as state_sharding
 from galore_jax.spectra import ranks_from_gradients as ranks_from_gradients
-from galore_jax.state import GaLoreState as GaLoreState
 from galore_jax.transform import galore as galore
 from galore_jax.tucker import tucker as tucker
-from galore_jax.whole_gradient import (
-    apollo_adamw as apollo_adamw,
-    apollo_mini as apollo_mini,
-    fira_adamw as fira_adamw,
-    galore_muon as galore_muon,
-    ldadam as ldadam,
-    q_apollo_mini as q_apollo_mini,
-    recommended as recommended,
-)
 
 __version__ = "0.1.0"

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.state import check_reached, galore_states_of
+from galore_jax._core.state import check_reached, galore_states_of
 
 AxisName = str | tuple[str, ...] | None
 

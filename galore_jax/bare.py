@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import optax
 
-from galore_jax.state import GaLoreState
+from galore_jax._core.state import GaLoreState
 
 
 class GaLoreMemoryWarning(UserWarning):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
-from galore_jax import targets
+from galore_jax.planning import targets
 
 Settings = TypeVar("Settings")
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.dtypes import promoted
+from galore_jax._core.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 
 

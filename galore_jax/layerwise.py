@@ -28,8 +28,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
-from galore_jax.in_turn import update_in_turn
-from galore_jax.independence import check_independent
+from galore_jax.execution.in_turn import update_in_turn
+from galore_jax.execution.independence import check_independent
 from galore_jax.refresh import Layer
 from galore_jax.weights import apply_updates, dequantize
 

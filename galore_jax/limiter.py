@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import sharding
-from galore_jax.dtypes import promoted
+from galore_jax._core.dtypes import promoted
 
 GAMMA = 1.01
 

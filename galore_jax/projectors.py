@@ -30,14 +30,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.bases import Basis, Dense, RowBasis, Rows, Seeded, Storage
-from galore_jax.dtypes import promoted
-from galore_jax.orthonormal import orthonormal
+from galore_jax._core.basis import Basis, Dense, RowBasis, Rows, Seeded, Storage
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.orthonormal import orthonormal
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-class Observation(NamedTuple):
+class ProjectorInput(NamedTuple):
     """What a projector is shown of one matrix; a basis on the right of a gradient is one on the left of its transpose.
 
     The gradient is finite and not zero, of any scale.
@@ -58,14 +58,14 @@ class Projector(NamedTuple):
     """
 
     name: str
-    refresh: Callable[[Observation], tuple[Basis, jax.Array]]
+    refresh: Callable[[ProjectorInput], tuple[Basis, jax.Array]]
     storage: Storage = Dense()
 
 
 def svd() -> Projector:
     """The exact leading left singular vectors, signs as the SVD routine returns them: the reference, not for large matrices."""
 
-    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         rank = seen.coordinates.shape[0]
         gradient = promoted(seen.gradient)
         if seen.transposed:
@@ -80,7 +80,7 @@ def svd() -> Projector:
 def eigh() -> Projector:
     """The exact leading left singular vectors by way of the m x m Gram matrix."""
 
-    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         vectors, _ = _gram_eigh(seen.gradient)
         basis = vectors[:, : seen.coordinates.shape[0]]
         return _by_energy(basis, basis.T @ promoted(seen.gradient))
@@ -100,7 +100,7 @@ def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
             f"randomized() needs power_iterations >= 0 and oversample >= 0, got {power_iterations} and {oversample}."
         )
 
-    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         rank = seen.coordinates.shape[0]
         columns = min(rank + oversample, *seen.gradient.shape)  # the rank itself never exceeds the smaller side
         sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.coordinates.dtype)
@@ -121,7 +121,7 @@ def power(iterations: int = 1) -> Projector:
       iterations: at each refresh, at least 1.
 
     >>> gradient = jax.random.normal(jax.random.key(0), (8, 16)) / 4
-    >>> seen = Observation(jax.random.key(1), gradient, jnp.zeros((8, 2)), jnp.zeros((2, 16)), jnp.int32(0), False)
+    >>> seen = ProjectorInput(jax.random.key(1), gradient, jnp.zeros((8, 2)), jnp.zeros((2, 16)), jnp.int32(0), False)
     >>> basis, coordinates = power().refresh(seen)
     >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6)), bool(jnp.allclose(coordinates, basis.T @ gradient, atol=1e-5))
     (True, True)
@@ -129,7 +129,7 @@ def power(iterations: int = 1) -> Projector:
     if iterations < 1:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
-    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         warm = Dense().exists(seen.basis)
         shape, dtype = seen.coordinates.shape, seen.coordinates.dtype
         start = jax.lax.cond(warm, lambda: seen.coordinates, lambda: jax.random.normal(seen.key, shape, dtype))
@@ -154,11 +154,11 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
     orthonormal_columns = kind == "stiefel"
     seeded = Seeded(draw, orthonormal_columns)
 
-    def refresh_stored(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh_stored(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         basis = draw(seen.key, seen.basis.shape, seen.basis.dtype)
         return _by_energy(basis, basis.T @ promoted(seen.gradient))
 
-    def refresh_seed(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh_seed(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         seed = jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
         return seed, seeded.project(seed, seen.gradient, seen.coordinates.shape[0])
 
@@ -177,7 +177,7 @@ def rows(select: str = "top") -> Projector:
         raise ValueError(f'rows() got select={select!r}: write "top" or "sampled".')
     storage = Rows()
 
-    def refresh(seen: Observation) -> tuple[RowBasis, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[RowBasis, jax.Array]:
         rank = seen.coordinates.shape[0]
         energy = jnp.sum(jnp.square(_unit(promoted(seen.gradient))), axis=1)  # [m]
         if select == "top":
@@ -196,7 +196,7 @@ def rows(select: str = "top") -> Projector:
 def sampled() -> Projector:
     """Singular vectors drawn without replacement with probability proportional to their singular values."""
 
-    def refresh(seen: Observation) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
         vectors, values = _gram_eigh(seen.gradient)
         # The largest of log σ + Gumbel noise are such a draw; a σ of zero is taken only when nothing else is left.
         noise = jax.random.gumbel(seen.key, values.shape, values.dtype)
@@ -223,7 +223,7 @@ def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
             f"({first.storage} and {then.storage}): choose two that store theirs alike."
         )
 
-    def refresh(seen: Observation) -> tuple[Basis, jax.Array]:
+    def refresh(seen: ProjectorInput) -> tuple[Basis, jax.Array]:
         # By closure: as an operand, the flag whether it is transposed would become an array.
         return jax.lax.cond(seen.step < at, lambda: first.refresh(seen), lambda: then.refresh(seen))
 

@@ -9,7 +9,7 @@ turns a positive number into 0 and so never divides by one, everything else by t
 stochastically: to nearest, a second moment would stop moving, as 0.999 v is v in bfloat16.  See :mod:`galore_jax.codecs`.
 
 An array is stored so if it is float32, has at least 4,096 elements and a last axis of at least 16, and is in a field that
-:mod:`galore_jax.kinds` knows.  (bitsandbytes has the first bound too: small tensors do not pay.)  What is not known stays as it
+:mod:`galore_jax._core.state_fields` knows.  (bitsandbytes has the first bound too: small tensors do not pay.)  What is not known stays as it
 is: 8 bits do not do for a copy of the parameters, nor the signed map for a second moment under another name.  So does the mean
 beside a centred second moment, whose difference must not turn negative.
 """
@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import codecs, seeds, subspace
-from galore_jax.dtypes import promoted
-from galore_jax.kinds import Kind, labelled
+from galore_jax import codecs
+from galore_jax._core import coordinates as subspace, seeds
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.state_fields import Kind, labelled
 
 CODECS = ("int8", "bf16")
 _MIN_SIZE = 4096

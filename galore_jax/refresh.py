@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax.state import check_reached, galore_states_of
+from galore_jax._core.state import check_reached, galore_states_of
 
 Gap = int | jax.Array | None
 
@@ -62,11 +62,11 @@ class Slots(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
-    """All bases on the same update."""
+class RefreshPolicy:
+    """When bases are refreshed.  A subclass implements :meth:`due`, and the other methods if it has a state."""
 
     update_proj_gap: Gap = None
-    automatic = True
+    automatic = True  # whether ``update`` refreshes bases at all
 
     def init(self, slots: Slots) -> Any:
         """What the policy remembers of one parameter: an array, a tree of them, or () for nothing."""
@@ -74,15 +74,22 @@ class Together:
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
         """[*batch] which matrices the update number ``count`` refreshes."""
-        return jnp.full(slots.batch_shape, count % _as_int32(self.update_proj_gap) == 0)
+        raise NotImplementedError
 
     def advance(self, count: jax.Array, slots: Slots, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
         """What it remembers once the matrices ``turned`` [*batch] have new bases; ``overlap`` [*batch] is -1 for a first one."""
         return schedule
 
 
+class Together(RefreshPolicy):
+    """All bases on the same update."""
+
+    def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
+        return jnp.full(slots.batch_shape, count % _as_int32(self.update_proj_gap) == 0)
+
+
 @dataclasses.dataclass(frozen=True)
-class Staggered(Together):
+class Staggered(RefreshPolicy):
     """The matrices spread evenly over T updates."""
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
@@ -98,7 +105,7 @@ class LazySchedule(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy(Together):
+class Lazy(RefreshPolicy):
     """Staggered, with a gap of its own for each matrix that grows while its subspace stays put."""
 
     threshold: float = 0.4
@@ -128,7 +135,7 @@ class Lazy(Together):
 
 
 @dataclasses.dataclass(frozen=True)
-class Manual(Together):
+class Manual(RefreshPolicy):
     """Never in ``update``."""
 
     automatic = False
@@ -137,17 +144,17 @@ class Manual(Together):
         return jnp.zeros(slots.batch_shape, bool)
 
 
-def together(update_proj_gap: Gap = None) -> Together:
+def together(update_proj_gap: Gap = None) -> RefreshPolicy:
     """Every basis at updates 0, T, 2T, ..., as published; T is galore's ``update_proj_gap`` unless given here."""
     return Together(_checked(update_proj_gap))
 
 
-def staggered(update_proj_gap: Gap = None) -> Together:
+def staggered(update_proj_gap: Gap = None) -> RefreshPolicy:
     """Each basis every T updates, spread so that no update after the first refreshes more than its share."""
     return Staggered(_checked(update_proj_gap))
 
 
-def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.0, window: int = 5) -> Together:
+def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.0, window: int = 5) -> RefreshPolicy:
     """Staggered, with a gap that grows for matrices whose subspace stays put.
 
     Args:
@@ -163,17 +170,17 @@ def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.
     return Lazy(_checked(update_proj_gap), threshold, factor, window)
 
 
-def every_step() -> Together:
+def every_step() -> RefreshPolicy:
     """Every basis at every update."""
     return Together(1)
 
 
-def manual() -> Together:
+def manual() -> RefreshPolicy:
     """Never: ``update`` holds no factorisation, and the projected parameters stand still until :func:`refresh_bases`."""
     return Manual()
 
 
-REFRESHES: dict[str, Callable[[], Together]] = {
+REFRESHES: dict[str, Callable[[], RefreshPolicy]] = {
     "together": together,
     "staggered": staggered,
     "lazy": lazy,
@@ -182,7 +189,7 @@ REFRESHES: dict[str, Callable[[], Together]] = {
 }
 
 
-def get(refresh: str | Together, update_proj_gap: int | jax.Array) -> Together:
+def get(refresh: str | RefreshPolicy, update_proj_gap: int | jax.Array) -> RefreshPolicy:
     """A policy by name, or the object itself, with galore's ``update_proj_gap`` where it has none of its own.
 
     >>> get("staggered", 50).update_proj_gap, get(together(10), 50).update_proj_gap
@@ -191,7 +198,7 @@ def get(refresh: str | Together, update_proj_gap: int | jax.Array) -> Together:
     check_gap(update_proj_gap)
     if isinstance(refresh, str) and refresh in REFRESHES:
         refresh = REFRESHES[refresh]()
-    if not isinstance(refresh, Together):
+    if not isinstance(refresh, RefreshPolicy):
         raise ValueError(
             f"refresh is {refresh!r}: write one of {', '.join(REFRESHES)}, or a policy of galore_jax.refresh."
         )

@@ -20,15 +20,18 @@ not ``optax.adam(1e-3)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from galore_jax import sharding
 from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
+from galore_jax.matrix_view import MatrixView
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
@@ -126,6 +129,30 @@ def get(residual: str | Residual | None) -> Residual | None:
             f"residual is {residual!r}: write None, one of {', '.join(RESIDUALS)}, or a rule of galore_jax.residual."
         )
     return RESIDUALS[residual]()
+
+
+def check_scale(scale: Any) -> None:
+    """Raises unless ``scale`` is a finite number, "rms" or an injected hyperparameter."""
+    if isinstance(scale, jax.Array) or (isinstance(scale, str) and scale == "rms"):
+        return
+    if isinstance(scale, (bool, str)) or not isinstance(scale, (int, float, np.number)) or not math.isfinite(scale):
+        raise ValueError(f'scale is {scale!r}: write a finite number or "rms".')
+
+
+def alpha(view: MatrixView, scale: Any, dtype: Any) -> jax.Array | float:
+    """α of a parameter."""
+    return rms_scale(view) if isinstance(scale, str) else jnp.asarray(scale).astype(dtype)
+
+
+def rms_scale(view: MatrixView) -> float:
+    """The α that keeps the root mean square of the inner update.
+
+    >>> from galore_jax.matrix_view import select
+    >>> [view] = select({"w": jnp.zeros((64, 256))}, rank=16)
+    >>> rms_scale(view)
+    2.0
+    """
+    return math.sqrt(math.prod(view.matrix_shape) / math.prod(view.low_rank_shape[-2:]))
 
 
 def check_direction(inner: optax.GradientTransformation, residual: Residual | None) -> None:

@@ -27,26 +27,23 @@ import optax
 
 from galore_jax import (
     accumulate,
-    basis_codecs,
     codecs,
     diagnostics as diagnosis,
-    guards,
-    output,
     projectors,
     refresh as policies,
+    residual as output,
     residual as residuals,
-    seeds,
     sharding,
-    subspace,
 )
+from galore_jax._core import basis_codecs, coordinates as subspace, gradients as guards, seeds
+from galore_jax._core.basis_refresh import Subspace, coordinates_in_constant_bases, turn
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.gradients import MatrixGradient, measured
+from galore_jax._core.per_matrix import owners, per_matrix
+from galore_jax._core.state import GaLoreState
 from galore_jax.bare import BareGaLore, warned_once
-from galore_jax.dtypes import promoted
-from galore_jax.leaf import Leaf, measured
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
-from galore_jax.per_matrix import owners, per_matrix
-from galore_jax.state import GaLoreState
 from galore_jax.transport import carriers, check_transport
-from galore_jax.turning import Subspace, coordinates_in_constant_bases, turn
 
 
 def galore(
@@ -57,7 +54,7 @@ def galore(
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
     projector: str | projectors.Projector = "power",
-    refresh: str | policies.Together | None = None,
+    refresh: str | policies.RefreshPolicy | None = None,
     transport: str | None = None,
     basis_codec: str = "float32",
     residual: str | residuals.Residual | None = None,
@@ -91,7 +88,7 @@ def galore(
         published.
       transport: what becomes of the inner state when a basis turns: ``"keep"``, ``"rotate"`` or ``"reset"``; see
         :mod:`galore_jax.transport`.  None is keep.
-      basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; see :mod:`galore_jax.basis_codecs`.
+      basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; .
       residual: what the update does with the gradient outside the subspace: None leaves it out, as GaLore does; ``"fira"``,
         ``"sgd"``, ``"sign"``, ``"channel"``, ``"tensor"``, ``"orthogonal"`` or an object of :mod:`galore_jax.residual`.
       diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
@@ -168,7 +165,7 @@ class _GaLore:
     inner: optax.GradientTransformationExtraArgs
     views_of: Callable[[Any], list[MatrixView | None]]
     projector: projectors.Projector
-    refresh: policies.Together
+    refresh: policies.RefreshPolicy
     transport: str
     residual: residuals.Residual | None
     diagnostics: bool
@@ -258,7 +255,7 @@ class _GaLore:
 
     def _turn_all(
         self,
-        leaves: list[Leaf],
+        leaves: list[MatrixGradient],
         treedef: Any,
         state: GaLoreState,
         layer: policies.Layer | None,
@@ -323,7 +320,7 @@ class _GaLore:
 
     def _step(
         self,
-        leaves: list[Leaf],
+        leaves: list[MatrixGradient],
         treedef: Any,
         low_rank: list[jax.Array],
         state: GaLoreState,
@@ -400,7 +397,7 @@ class _GaLore:
         )
 
     def _lift(
-        self, leaf: Leaf, low_rank: jax.Array, reply: jax.Array, left: Any, right: Any, residual: Any
+        self, leaf: MatrixGradient, low_rank: jax.Array, reply: jax.Array, left: Any, right: Any, residual: Any
     ) -> tuple[jax.Array, Any, Any]:
         """The update of a parameter, zero where its gradient is bad; its RMS, matrix by matrix; what the residual remembers."""
         reply = leaf.where_good(reply)

@@ -14,7 +14,7 @@ independent coordinates; a direction that the old basis held only in part is giv
 mass.  (Q v would let coordinates cancel.)  m is (r, n) for a basis on the left.  On the right m is (m, r) and the same holds
 for its columns, m' = m Qᵀ; with both bases one side turns after the other.
 
-Which arrays of a state are linear and which quadratic, :mod:`galore_jax.kinds` knows.  An array that is stored by a codec is
+Which arrays of a state are linear and which quadratic, :mod:`galore_jax._core.state_fields` knows.  An array that is stored by a codec is
 decoded, turned and stored again, rounded to nearest, one matrix at a time.
 """
 
@@ -29,11 +29,10 @@ import numpy as np
 import optax
 
 from galore_jax import codecs
-from galore_jax.dtypes import promoted, state_dtype
-from galore_jax.guards import parameter_index
-from galore_jax.kinds import Kind, Label, labelled
+from galore_jax._core.dtypes import promoted, state_dtype
+from galore_jax._core.per_matrix import PerMatrix, alone, owners
+from galore_jax._core.state_fields import Kind, Label, labelled, parameter_index
 from galore_jax.matrix_view import MatrixView
-from galore_jax.per_matrix import PerMatrix, alone, owners
 
 TRANSPORTS = ("keep", "rotate", "reset")
 
@@ -63,7 +62,7 @@ def carriers(
 
     Args:
       transport: ``"keep"``, ``"rotate"`` or ``"reset"``.
-      inner: the transformation whose state this is; for reset that of :func:`galore_jax.per_matrix.per_matrix`, because a
+      inner: the transformation whose state this is; for reset that of :func:`galore_jax._core.per_matrix.per_matrix`, because a
         count that all matrices share cannot start again for one.
       state: arrays or their ``jax.ShapeDtypeStruct``.
       treedef: of the low-rank tree that ``inner`` was given.

@@ -32,13 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import accumulate, codecs, guards, output, projectors, refresh as policies, seeds, sharding, subspace
-from galore_jax.bases import Basis, Storage
-from galore_jax.dtypes import promoted, state_dtype
-from galore_jax.leaf import Leaf, measured
+from galore_jax import accumulate, codecs, projectors, refresh as policies, residual as output, sharding
+from galore_jax._core import coordinates as subspace, gradients as guards, seeds, state_fields
+from galore_jax._core.basis import Basis, Storage
+from galore_jax._core.basis_refresh import Subspace, turn
+from galore_jax._core.dtypes import promoted, state_dtype
+from galore_jax._core.gradients import MatrixGradient, measured
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
-from galore_jax.turning import Subspace, turn
 
 _CHANNELS = (-2, -1)  # of a Flax kernel: input, output
 
@@ -168,7 +169,7 @@ class _Tucker:
     kernels_of: Callable[[Any], list[Kernel | None]]
     number: int  # of modes
     projector: projectors.Projector
-    refresh: policies.Together
+    refresh: policies.RefreshPolicy
     rotate: bool
     scale: float | jax.Array | str
     seed: int | jax.Array
@@ -206,7 +207,7 @@ class _Tucker:
         low_rank = [jnp.where(*pair, 0) for pair in zip(good, cores(gradients), strict=True)]
         coordinates = None if params is None else treedef.unflatten(cores(treedef.flatten_up_to(params)))
         replies, new = self.inner.update(treedef.unflatten(low_rank), state.inner_state, coordinates, **extra_args)
-        owners = guards.parameter_index(self.inner, new, treedef)
+        owners = state_fields.parameter_index(self.inner, new, treedef)
         if good:
             new = guards.hold_bad(owners, new=new, old=state.inner_state, good=good)
         replies = [jnp.where(*pair, 0) for pair in zip(good, treedef.flatten_up_to(replies), strict=True)]
@@ -239,14 +240,19 @@ class _Tucker:
         return mode_carriers(self.inner, state, treedef, cores)
 
     def _turned(
-        self, kernels: list[Kernel | None], leaves: list[Leaf], good: list[jax.Array], treedef: Any, state: TuckerState
+        self,
+        kernels: list[Kernel | None],
+        leaves: list[MatrixGradient],
+        good: list[jax.Array],
+        treedef: Any,
+        state: TuckerState,
     ) -> TuckerState:
         """The state with the bases refreshed that are due or missing, and the inner state carried to them."""
         key = seeds.key_of(self.seed, state.count)
         due = self.refresh.due(state.count, policies.Slots(0, (), 1), ())
         moments, inner_def = codecs.flatten(state.inner_state)
         carriers = self._carriers(state.inner_state, treedef, kernels)
-        owners = guards.parameter_index(self.inner, state.inner_state, treedef)
+        owners = state_fields.parameter_index(self.inner, state.inner_state, treedef)
         bases, kept, rejected = self._bases(kernels, state.basis, treedef), state.kept, state.rejected
         for i, (kernel, leaf) in enumerate(zip(kernels, leaves, strict=True)):
             if kernel is None:
@@ -272,7 +278,7 @@ class _Tucker:
         kernel: Kernel,
         key: jax.Array,
         count: jax.Array,
-        leaf: Leaf,
+        leaf: MatrixGradient,
         current: tuple[tuple[Basis, ...], tuple[Any, ...], jax.Array],
         carriers: tuple[Callable[[int], Carrier], ...],
     ) -> Callable[[], tuple]:

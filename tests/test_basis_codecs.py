@@ -12,8 +12,8 @@ import pytest
 from problems import quick_compilation  # noqa: F401
 
 from galore_jax import galore, projectors
-from galore_jax.bases import Dense
-from galore_jax.basis_codecs import BASIS_CODECS, Int4Basis, stored
+from galore_jax._core.basis import Dense
+from galore_jax._core.basis_codecs import BASIS_CODECS, Int4Basis, stored
 from galore_jax.projectors import Projector
 
 CODED = ("bfloat16", "int4")

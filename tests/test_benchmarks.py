@@ -18,7 +18,7 @@ from finetuning import write_lines, write_model
 from problems import leniency, quickly
 
 from galore_jax import projectors, refresh
-from galore_jax.projectors import Observation
+from galore_jax.projectors import ProjectorInput
 from galore_jax.training import FinetuneConfig, finetune_config
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -306,7 +306,7 @@ def test_a_factorisation_is_found_in_a_program(script, function, names):
 def test_the_fast_projectors_hold_no_factorisation_but_cholesky(script, name):
     projector = projectors.get(name)
     basis = projector.storage.zeros((8, 2), jnp.float32, None, None)
-    seen = Observation(jax.random.key(0), jnp.ones((8, 12)), basis, jnp.zeros((2, 12)), jnp.int32(0), False)
+    seen = ProjectorInput(jax.random.key(0), jnp.ones((8, 12)), basis, jnp.zeros((2, 12)), jnp.int32(0), False)
     fields = jax.tree.leaves((seen.gradient, seen.coordinates))
     traced = jax.jit(lambda g, c: projector.refresh(seen._replace(gradient=g, coordinates=c))).trace(*fields)
     for_tpu = traced.lower(lowering_platforms=("tpu",)).as_text()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
-from galore_jax.collectives import traffic
+from galore_jax.planning.traffic import traffic
 
 FLOATS = 64  # on each device
 

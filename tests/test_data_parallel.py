@@ -15,8 +15,8 @@ from test_mesh import CONFIG, MODEL, built, run
 
 from galore_jax import tree_bytes
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
-from galore_jax.catalogue import LOW_RANK
-from galore_jax.collectives import traffic
+from galore_jax.planning.traffic import traffic
+from galore_jax.presets import LOW_RANK
 from galore_jax.training import config as settings
 
 DEVICES = 8

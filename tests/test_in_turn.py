@@ -10,7 +10,7 @@ import pytest
 from problems import quick_compilation  # noqa: F401
 
 import galore_jax
-from galore_jax.in_turn import update_in_turn
+from galore_jax.execution.in_turn import update_in_turn
 from galore_jax.weights import apply_updates
 
 PARAMS = {

@@ -10,9 +10,9 @@ import pytest
 from problems import quick_compilation  # noqa: F401
 
 import galore_jax
-from galore_jax.ldadam import LDAdamState
 from galore_jax.matrix_view import select
-from galore_jax.on_matrices import on_matrices
+from galore_jax.presets._partition import on_matrices
+from galore_jax.presets.ldadam import LDAdamState
 
 RANK, B1, B2, EPS, RHO = 4, 0.8, 0.95, 1e-8, 0.7
 

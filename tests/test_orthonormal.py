@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_jax.orthonormal import by_cholesky, by_householder, defect, orthonormal
+from galore_jax._core.orthonormal import by_cholesky, by_householder, defect, orthonormal
 
 
 @pytest.fixture(params=[by_householder, by_cholesky])  # a CPU's way, and that of every other device

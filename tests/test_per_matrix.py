@@ -17,7 +17,7 @@ from problems import (
     tree,
 )
 
-from galore_jax.per_matrix import PerMatrixState, owners, per_matrix
+from galore_jax._core.per_matrix import PerMatrixState, owners, per_matrix
 from galore_jax.transport import carriers
 
 CENTRED = {

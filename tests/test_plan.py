@@ -21,7 +21,7 @@ from galore_jax.cli import main
 from galore_jax.memory import state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
-from galore_jax.targets import TARGETS
+from galore_jax.planning.targets import TARGETS
 from galore_jax.training import loop, plan_report
 from galore_jax.training.plan import PlanConfig, plan, prepare
 

@@ -15,8 +15,8 @@ from reference import Adam
 
 import galore_jax
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
-from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.layerwise import BlockStack, layerwise
+from galore_jax.presets import PRESETS, WHOLE_GRADIENT
 
 RANK, ALPHA = 4, 0.25
 both_sides = pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])

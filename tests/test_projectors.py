@@ -12,8 +12,8 @@ import pytest
 from problems import quick_compilation  # noqa: F401
 
 from galore_jax import projectors
-from galore_jax.bases import Dense, RowBasis
-from galore_jax.projectors import Observation
+from galore_jax._core.basis import Dense, RowBasis
+from galore_jax.projectors import ProjectorInput
 
 RANK = 4
 MAKERS = {
@@ -53,7 +53,7 @@ every_gradient = pytest.mark.parametrize("kind", GRADIENTS)
 @functools.cache
 def refresher(name, transposed=False):
     refresh = MAKERS[name]().refresh
-    return jax.jit(lambda *fields: refresh(Observation(*fields, transposed)))
+    return jax.jit(lambda *fields: refresh(ProjectorInput(*fields, transposed)))
 
 
 @functools.cache
@@ -210,7 +210,7 @@ def mean_of_ppt(name, gradient, draws):
     refresh = MAKERS[name]().refresh
 
     def one(key):
-        basis, _ = refresh(Observation(key, gradient, none, coordinates, jnp.int32(0), False))
+        basis, _ = refresh(ProjectorInput(key, gradient, none, coordinates, jnp.int32(0), False))
         return storage.lift(basis, storage.project(basis, jnp.eye(m), RANK), m)
 
     return np.asarray(jnp.mean(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), draws)), axis=0), np.float64)
@@ -239,7 +239,7 @@ def test_sampled_singular_vectors_come_with_the_frequencies_of_their_singular_va
     gradient = jnp.asarray(np.diag(sigma) @ np.eye(6, 8), jnp.float32) / 10
 
     def one(key):
-        basis, _ = projector.refresh(Observation(key, gradient, jnp.zeros((6, 2)), jnp.zeros((2, 8)), 0, False))
+        basis, _ = projector.refresh(ProjectorInput(key, gradient, jnp.zeros((6, 2)), jnp.zeros((2, 8)), 0, False))
         return jnp.sum(jnp.square(basis), axis=1)  # 1 in the rows that were drawn
 
     ours = np.mean(np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), 4000))), axis=0)

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import assert_trees_close, assert_trees_equal, leniency, quick_compilation  # noqa: F401
 
 from galore_jax import galore, quantize_state, state_bytes
+from galore_jax._core.state_fields import labelled
 from galore_jax.codecs import Bfloat16, SignedBlocks, UnsignedBlocks, decoded, flatten, is_coded
-from galore_jax.kinds import labelled
 
 SHAPES = {"kernel": (64, 96), "stack": (3, 96, 64), "bias": (96,)}
 CODECS = ("int8", "bf16")

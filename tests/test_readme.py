@@ -12,8 +12,8 @@ from flax import nnx
 from run_pages import blocks
 
 import galore_jax
-from galore_jax.catalogue import PRESETS
 from galore_jax.models import Llama, LlamaConfig, save_hf
+from galore_jax.presets import PRESETS
 
 README = pathlib.Path(__file__).parent.parent / "README.md"
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from galore_jax.planning.targets import HERE, TARGETS, compile_for, target
 from galore_jax.sharding import maxima
-from galore_jax.targets import HERE, TARGETS, compile_for, target
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda13_plugin", "nvidia"))
 needs_extra = pytest.mark.skipif(not EXTRA, reason="the extra plan is not installed: pip install 'galore-jax[plan]'")
@@ -103,7 +103,7 @@ def test_a_process_that_uses_jax_already_can_compile_for_a_gpu():
     script = """
 import jax, jax.numpy as jnp
 print(jax.devices()[0].platform)
-from galore_jax.targets import compile_for, target
+from galore_jax.planning.targets import compile_for, target
 print(compile_for(target("rtx4090"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32)).argument_bytes)
 print(jax.devices()[0].platform)
 """
@@ -115,7 +115,7 @@ print(jax.devices()[0].platform)
 def test_two_processes_compile_for_a_tpu_at_once():
     script = """
 import sys, jax, jax.numpy as jnp
-from galore_jax.targets import compile_for, target
+from galore_jax.planning.targets import compile_for, target
 plan = compile_for(target("tpu-v5e"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
 print(plan.argument_bytes, flush=True)
 sys.stdin.read()  # stay, with the library loaded
@@ -137,7 +137,7 @@ def test_a_compiler_that_is_not_installed_is_named_with_the_remedy(name, package
 import sys
 sys.modules["{module}"] = None  # as if it were not installed
 import jax, jax.numpy as jnp
-from galore_jax.targets import MissingPackagesError, compile_for, target
+from galore_jax.planning.targets import MissingPackagesError, compile_for, target
 try:
     compile_for(target("{name}"), jnp.sum, jax.ShapeDtypeStruct((1024,), jnp.float32))
 except MissingPackagesError as error:

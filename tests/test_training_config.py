@@ -14,7 +14,7 @@ from problems import quick_compilation  # noqa: F401
 from runs import TINY, small_tree
 
 import galore_jax
-from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
+from galore_jax.presets import PRESETS, WHOLE_GRADIENT
 from galore_jax.training.config import PretrainConfig, check, check_lengths
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.run_folder import check_same_run, choose_folder, load_config, new_folder, save_config

@@ -10,7 +10,7 @@ import pytest
 from problems import galore_states, quick_compilation  # noqa: F401
 from runs import small_tree, tiny_model
 
-from galore_jax.catalogue import PRESETS
+from galore_jax.presets import PRESETS
 from galore_jax.training import report
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer

@@ -30,8 +30,8 @@ from problems import (
     quick_compilation,  # noqa: F401
 )
 
+from galore_jax._core.per_matrix import per_matrix
 from galore_jax.matrix_view import select
-from galore_jax.per_matrix import per_matrix
 from galore_jax.transport import carriers, check_transport
 
 # With "std" the kernel (6, 10) has its basis on the left, the stack (2, 12, 8) on the right.

@@ -15,9 +15,9 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from galore_jax.catalogue import PRESETS, WHOLE_GRADIENT
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
+from galore_jax.presets import PRESETS, WHOLE_GRADIENT
 from galore_jax.projectors import PROJECTORS
 from galore_jax.refresh import REFRESHES
 from galore_jax.training.mesh import axis_sizes

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
-from galore_jax.catalogue import PRESETS
 from galore_jax.matrix_view import is_matrix_name
+from galore_jax.presets import PRESETS
 from galore_jax.training import column_normalized
 from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
 

@@ -3,7 +3,7 @@
 """Will a training run fit?  The memory of one step of ``galore-jax pretrain``, before there is any hardware.
 
 Parameters and optimizer state are counted exactly, from shapes alone.  The rest is the compiler's answer: the very step
-that a run executes is compiled for the target (see :mod:`galore_jax.targets`), and nothing is run.
+that a run executes is compiled for the target (see :mod:`galore_jax.planning.targets`), and nothing is run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from galore_jax.memory import device_bytes, state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.llama import block_stack
-from galore_jax.targets import MissingPackagesError, Plan, Target, compile_for, devices_of, target
+from galore_jax.planning.targets import MissingPackagesError, Plan, Target, compile_for, devices_of, target
 from galore_jax.training import config as settings
 from galore_jax.training.adapters import part
 from galore_jax.training.config import PretrainConfig
@@ -194,7 +194,7 @@ def plan(config: PlanConfig) -> Row:
     """One plan, of ``config.optimizer``: what ``--json`` prints.
 
     On a mesh all sizes that the compiler gives are of one device, and ``traffic`` has the bytes that each sends in a step,
-    outside and inside branches (:mod:`galore_jax.collectives`). ``optimizer_state`` has the bytes of
+    outside and inside branches (:mod:`galore_jax.planning.traffic`). ``optimizer_state`` has the bytes of
     :func:`galore_jax.memory.state_bytes_by_kind`. ``gradient_bytes`` is one gradient of all parameters, or layer-wise the
     largest that exists at a time: of one layer, or of all that is outside the layers; it is part of ``temporary_bytes``.
     What could not be compiled is null: with ``missing``, a compiler that is not installed; with ``refusal``, what the

@@ -21,7 +21,7 @@ import jax
 import optax
 
 from galore_jax import codecs, sharding
-from galore_jax.guards import parameter_index
+from galore_jax._core.state_fields import parameter_index
 from galore_jax.matrix_view import MatrixView
 
 

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from galore_jax import codecs
+
+NO_PARAMETER = -1  # marks a leaf that belongs to no parameter
 
 
 class Kind(enum.Enum):
@@ -113,3 +116,18 @@ def _labelled(node: Any, kind: Kind | None, name: str, path: tuple) -> list[Labe
         else:
             found += _labelled(child, kind, name, path + keys)
     return found
+
+
+def parameter_index(inner: optax.GradientTransformation, state: Any, treedef: Any) -> list[int]:
+    """For each leaf of ``state`` the index of the parameter it belongs to, or -1; a coded array is one leaf."""
+    indices = jax.tree.unflatten(treedef, range(treedef.num_leaves))
+    tree = optax.tree.map_params(
+        inner.init,
+        lambda copy, indices: jax.tree.map(lambda i, leaves: jax.tree.map(lambda _: i, leaves), indices, copy),
+        state,
+        indices,
+        transform_non_params=lambda leaf: jax.tree.map(lambda _: NO_PARAMETER, leaf),
+        # A whole copy of the tree at once: in it a parameter may have several leaves (SM3) or none (masked).
+        is_leaf=lambda _: True,
+    )
+    return [jax.tree.leaves(leaf)[0] for leaf in codecs.flatten(tree)[0]]

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax.dtypes import promoted
+from galore_jax import codecs
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.state_fields import NO_PARAMETER
 from galore_jax.matrix_view import MatrixView
 
 
-class Leaf(NamedTuple):
+class MatrixGradient(NamedTuple):
     """The gradient of one parameter, and whether it can be used."""
 
     view: MatrixView | None
@@ -39,7 +41,7 @@ class Leaf(NamedTuple):
         """x with a matrix for each of this gradient's, zeros where the gradient cannot be used."""
         return jnp.where(self.over(self.good), x, 0)
 
-    def agreed(self, axis_name: Any) -> Leaf:
+    def agreed(self, axis_name: Any) -> MatrixGradient:
         """With the flags of the mean over the devices along an axis: usable where theirs are finite and one is not zero."""
         if axis_name is None:
             return self
@@ -47,7 +49,7 @@ class Leaf(NamedTuple):
         return self._replace(peak=peak, finite=bad == 0)
 
 
-def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> Leaf:
+def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> MatrixGradient:
     """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""
     if like is None:
         matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
@@ -56,4 +58,42 @@ def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | Non
     axes = None if view is None else (-2, -1)
     peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
     finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
-    return Leaf(view, gradient, matrices, peak, finite)
+    return MatrixGradient(view, gradient, matrices, peak, finite)
+
+
+def any_of(flags: list[jax.Array]) -> jax.Array:
+    """A scalar: whether any flag in any of the arrays is set; not if there is none.
+
+    >>> bool(any_of([jnp.array([False, True]), jnp.array(False)])), bool(any_of([]))
+    (True, False)
+    """
+    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.array(False)
+
+
+def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
+    """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
+
+    Args:
+      owners: for each leaf of the state, a coded array being one, the index of its parameter, or -1.
+      new: the inner state after the update.
+      old: the inner state before.
+      good: for each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
+
+    Returns:
+      The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a state
+      leaf does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
+    """
+    any_good = any_of(good)
+
+    def choose(owner: int, new_leaf: Any, old_leaf: Any) -> Any:
+        flag = any_good if owner == NO_PARAMETER else good[owner]
+        if any(jnp.shape(array)[: flag.ndim] != flag.shape for array in jax.tree.leaves(new_leaf)):
+            flag = jnp.all(flag)
+
+        def hold(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new) - flag.ndim)), new, old)
+
+        return jax.tree.map(hold, new_leaf, old_leaf)
+
+    leaves, treedef = codecs.flatten(new)
+    return treedef.unflatten(map(choose, owners, leaves, treedef.flatten_up_to(old)))

@@ -3,7 +3,7 @@
 """How a basis P in R^(m x r) is stored, and what is done with it.
 
     Dense     P itself, m r numbers in float32
-    Coded     P in bfloat16, or in 4 bits (galore_jax.basis_codecs)
+    Coded     P in bfloat16, or in 4 bits (galore_jax._core.basis_codecs)
     Rows      P = E D: r of the m rows with a factor each; project and lift are a gather and a scatter (Grass, 2406.17660)
     Seeded    the seed of a random P, 4 bytes; P is drawn anew wherever it is used
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
-from galore_jax.dtypes import state_dtype
+from galore_jax._core.dtypes import state_dtype
 
 Basis = Any  # a pytree of arrays, each with the batch axes in front
 

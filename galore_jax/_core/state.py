@@ -23,7 +23,7 @@ class GaLoreState(NamedTuple):
     rejected: (
         jax.Array
     )  # shape=(), dtype=jnp.int32; new bases that were not orthonormal, for which the old one was kept
-    left: Any  # (*batch, m, r), at least float32, for a dense basis that no codec stores; see galore_jax.bases
+    left: Any  # (*batch, m, r), at least float32, for a dense basis that no codec stores; see galore_jax._core.basis
     right: Any  # (*batch, n, r), the same
     schedule: Any  # what the refresh policy remembers of each parameter, () for most policies
     diagnostics: Any  # galore_jax.diagnostics.Diagnostics, or () without them

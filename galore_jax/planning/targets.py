@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from galore_jax.collectives import Traffic, traffic
+from galore_jax.planning.traffic import Traffic, traffic
 
 _MIB, _GIB = 2**20, 2**30
 

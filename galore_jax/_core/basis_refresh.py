@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax import sharding, subspace
-from galore_jax.bases import Basis, Storage
+from galore_jax import sharding
+from galore_jax._core import coordinates as subspace
+from galore_jax._core.basis import Basis, Storage
+from galore_jax._core.orthonormal import defect
 from galore_jax.matrix_view import MatrixView
-from galore_jax.orthonormal import defect
-from galore_jax.projectors import Observation, Projector
+from galore_jax.projectors import Projector, ProjectorInput
 from galore_jax.transport import Carrier
 
 _TOLERANCE = 1e-3  # of max |PᵀP - I|
@@ -151,7 +152,7 @@ def _turn_one(
 
     def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
         old = storage.decode(basis, rank, coordinates.dtype)
-        made, coordinates = projector.refresh(Observation(key, matrix, old, coordinates, step, transposed))
+        made, coordinates = projector.refresh(ProjectorInput(key, matrix, old, coordinates, step, transposed))
         made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
         new = storage.encode(made)
         if new is not made:  # coded: the coordinates are those in the decoded basis, which is also what lifts

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
-from galore_jax.bases import Basis, Dense, Storage
+from galore_jax._core.basis import Basis, Dense, Storage
 
 _BLOCK = 256
 
@@ -52,7 +52,7 @@ class BasisCodec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """What :class:`galore_jax.bases.Dense` does, with the decoded basis.
+    """What :class:`galore_jax._core.basis.Dense` does, with the decoded basis.
 
     >>> p = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (64, 5)))[0]
     >>> storage = stored(Dense(), "int4", "power")

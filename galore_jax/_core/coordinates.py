@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import sharding
-from galore_jax.bases import Basis, Storage
-from galore_jax.dtypes import promoted, state_dtype
+from galore_jax._core.basis import Basis, Storage
+from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax.matrix_view import MatrixView
 
 

@@ -8,7 +8,7 @@ learning rate; weight decay is decoupled and acts on the full weight, before the
 
 A preset that differs from another in its defaults and its inner transformation takes the same arguments
 (:func:`with_arguments_of`), which ``help``, type checkers and ``optax.inject_hyperparams`` see.  Presets that use the gradient
-outside the subspaces too are in :mod:`galore_jax.whole_gradient`.
+outside the subspaces too are in :mod:`galore_jax.presets.full_rank`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def galore_adamw(
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
     projector: str | projectors.Projector = "power",
-    refresh: str | policies.Together | None = None,
+    refresh: str | policies.RefreshPolicy | None = None,
     transport: str | None = None,
     basis_codec: str = "float32",
     residual: str | residuals.Residual | None = None,
@@ -240,7 +240,7 @@ def galore_adafactor(
     scale: float | jax.Array | str = 0.25,
     proj_type: str = "std",
     projector: str | projectors.Projector = "power",
-    refresh: str | policies.Together | None = None,
+    refresh: str | policies.RefreshPolicy | None = None,
     transport: str | None = None,
     basis_codec: str = "float32",
     residual: str | residuals.Residual | None = None,

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import accumulate, guards
-from galore_jax.dtypes import promoted
+from galore_jax import accumulate
+from galore_jax._core import gradients as guards, state_fields
+from galore_jax._core.dtypes import promoted
 from galore_jax.matrix_view import GaLoreDimensionNumbers, MatrixView
 
 
@@ -104,6 +105,6 @@ def _update_guarded(
     usable = [jnp.where(flag, promoted(gradient), 0) for flag, gradient in zip(good, gradients, strict=True)]
     params = None if params is None else jax.tree.map(promoted, params)
     replies, new = tx.update(treedef.unflatten(usable), state, params, **extra_args)
-    new = guards.hold_bad(guards.parameter_index(tx, new, treedef), new=new, old=state, good=good)
+    new = guards.hold_bad(state_fields.parameter_index(tx, new, treedef), new=new, old=state, good=good)
     triples = zip(good, treedef.flatten_up_to(replies), gradients, strict=True)
     return treedef.unflatten(jnp.where(flag, reply, 0).astype(gradient.dtype) for flag, reply, gradient in triples), new

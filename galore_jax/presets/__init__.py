@@ -1,0 +1,39 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every preset, by what it needs of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optax
+
+from galore_jax.presets.full_rank import apollo_adamw, apollo_mini, fira_adamw, q_apollo_mini
+from galore_jax.presets.ldadam import ldadam
+from galore_jax.presets.low_rank import (
+    galore_adafactor,
+    galore_adamw,
+    galore_adamw_8bit,
+    golore_adamw,
+    grass_adamw,
+    q_galore_adamw_8bit,
+)
+from galore_jax.presets.muon import galore_muon, recommended as recommended
+
+Preset = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def _by_name(*presets: Preset) -> dict[str, Preset]:
+    return {preset.__name__: preset for preset in presets}
+
+
+LOW_RANK: dict[str, Preset] = _by_name(
+    galore_adamw, galore_adafactor, galore_adamw_8bit, q_galore_adamw_8bit, grass_adamw, golore_adamw
+)
+"""Presets that need only the gradient in the subspaces, so micro-batches can be summed there."""
+
+WHOLE_GRADIENT: dict[str, Preset] = _by_name(fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon)
+"""Presets that need the whole gradient."""
+
+PRESETS: dict[str, Preset] = LOW_RANK | WHOLE_GRADIENT
+"""All presets by name."""
