@@ -97,8 +97,9 @@ def check_gradients(updates: Any, params: Any) -> None:
                 f"The gradients have a leaf {path!r} of shape {shape}, which the parameters do not have: pass update() a tree "
                 "of gradients with the structure of the parameters."
             )
-    if jax.tree.structure(updates) != jax.tree.structure(params):
+    structures = flatten(updates)[1], flatten(params)[1]
+    if structures[0] != structures[1]:
         raise ValueError(
-            f"The gradients are in {jax.tree.structure(updates)}, and the parameters in {jax.tree.structure(params)}: pass "
-            "update() trees of the same containers."
+            f"The gradients are in {structures[0]}, and the parameters in {structures[1]}: pass update() trees of the same "
+            "containers."
         )
