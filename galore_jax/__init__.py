@@ -3,9 +3,6 @@
 """GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) for JAX: full-parameter training with low-rank optimizer state."""
 
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
-from galore_jax._chain import chain as chain
-from galore_jax._core.state import GaLoreState as GaLoreState
-from galore_jax.bare import GaLoreMemoryWarning as GaLoreMemoryWarning
 from galore_jax.limiter import limit_norm_growth as limit_norm_growth
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
@@ -28,7 +25,12 @@ from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.sharding import state_sharding as state_sharding
 from galore_jax.spectra import ranks_from_gradients as ranks_from_gradients
-from galore_jax.transform import galore as galore
+from galore_jax.transform import (
+    GaLoreMemoryWarning as GaLoreMemoryWarning,
+    GaLoreState as GaLoreState,
+    chain as chain,
+    galore as galore,
+)
 from galore_jax.tucker import tucker as tucker
 
 __version__ = "0.1.0"

@@ -27,37 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax._core.state import check_reached, galore_states_of
+from galore_jax._core.call import ARGUMENT, Action, AxisName, Call
+from galore_jax._core.state import galore_states_of
 
-AxisName = str | tuple[str, ...] | None
-
-
-class Collect:
-    """Asks the galore in a transformation, through an extra argument of ``update``, for the gradient in its subspaces."""
-
-    ARGUMENT = "galore_collect"
-
-    def __init__(self, refresh: bool | jax.Array, axis_name: AxisName = None) -> None:
-        self.refresh = refresh  # whether bases that are due may be refreshed
-        self.axis_name = axis_name  # of the devices that have other parts of the batch
-        self.low_rank: Any = None
-
-    def answer(self, low_rank: Any) -> None:
-        """Keeps the tree of low-rank gradients."""
-        if self.low_rank is not None:
-            raise ValueError(
-                "Low-rank accumulation found two galore transformations in tx: give it one that has a single galore."
-            )
-        self.low_rank = low_rank
-
-
-class Projected:
-    """Tells the galore in a transformation, through an extra argument of ``update``, that gradients are projected already."""
-
-    ARGUMENT = "galore_projected"
-
-    def __init__(self) -> None:
-        self.answered = False
+_WHO = "Low-rank accumulation"
 
 
 def low_rank_mean(
@@ -108,8 +81,9 @@ def low_rank_mean(
     number = jax.tree.leaves(micro_batches)[0].shape[0]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
     shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
+    # Negative zeros, because a sum of these says that every gradient was zero; see galore_jax._core.step.
+    start = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
+    (total, state), kept = jax.lax.scan(add, (start, state), (jnp.arange(number), micro_batches))
     return kept, mean_over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
 
 
@@ -119,15 +93,20 @@ def low_rank_of(
     state: Any,
     params: optax.Params,
     axis_name: AxisName = None,
-    **extra_args: Any,
+    layer: int | jax.Array | None = None,
 ) -> tuple[Any, Any]:
     """One gradient in the subspaces of ``tx``, its mean over ``axis_name``, and the state: see :func:`low_rank_mean`."""
-    low_rank, state = _collected(tx, grads, state, params, True, axis_name, **extra_args)
+    low_rank, state = _collected(tx, grads, state, params, True, axis_name, layer)
     return mean_over_devices(low_rank, axis_name), state
 
 
 def update_from_low_rank(
-    tx: optax.GradientTransformation, low_rank: optax.Updates, state: Any, params: optax.Params, **extra_args: Any
+    tx: optax.GradientTransformation,
+    low_rank: optax.Updates,
+    state: Any,
+    params: optax.Params,
+    layer: int | jax.Array | None = None,
+    **extra_args: Any,
 ) -> tuple[optax.Updates, Any]:
     """``tx.update`` for a gradient in its subspaces, which it does not refresh: see :func:`low_rank_mean`.
 
@@ -137,10 +116,11 @@ def update_from_low_rank(
     Raises:
       ValueError: there is no galore in ``tx``, or its output needs the gradient itself.
     """
-    request = Projected()
-    extra_args[Projected.ARGUMENT] = request
-    updates, new_state = optax.with_extra_args_support(tx).update(low_rank, state, params, **extra_args)
-    check_reached(request.answered, "Low-rank accumulation")
+    call = Call(Action.APPLY, layer=layer)
+    updates, new_state = optax.with_extra_args_support(tx).update(
+        low_rank, state, params, **extra_args, **{ARGUMENT: call}
+    )
+    call.check_reached(_WHO)
     return updates, new_state
 
 
@@ -151,14 +131,19 @@ def _collected(
     params: optax.Params,
     refresh: bool | jax.Array,
     axis_name: AxisName = None,
-    **extra_args: Any,
+    layer: int | jax.Array | None = None,
 ) -> tuple[Any, Any]:
     """The gradient of one micro-batch on one device in the subspaces, at least float32, and the state with new bases."""
-    request = Collect(refresh, axis_name)
-    extra_args[Collect.ARGUMENT] = request
-    updated = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)[1]
-    check_reached(request.low_rank is not None, "Low-rank accumulation")
-    low_rank = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), request.low_rank)
+    call = Call(Action.PROJECT, layer=layer, may_refresh=refresh, axis_name=axis_name)
+    updated = optax.with_extra_args_support(tx).update(grads, state, params, **{ARGUMENT: call})[1]
+    call.check_reached(_WHO)
+    try:
+        low_rank = jax.tree.map(lambda x: 1 * x.astype(jnp.promote_types(x.dtype, jnp.float32)), call.reply)
+    except jax.errors.UnexpectedTracerError as error:
+        raise ValueError(
+            f"{_WHO} reached the galore in tx inside a branch or a loop, from which its reply does not come back: give it a tx "
+            "without wrappers such as optax.apply_if_finite that update under a condition."
+        ) from error
     return low_rank, galore_states_of(updated, state)
 
 

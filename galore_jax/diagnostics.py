@@ -39,9 +39,10 @@ def initial(views: list[MatrixView | None], treedef: Any) -> Diagnostics:
     return Diagnostics(tree(0), tree(-1), tree(0))
 
 
-def captured_energy(low_rank: jax.Array, matrices: jax.Array, peak: jax.Array) -> jax.Array:
-    """[*batch] float32; ``peak`` [*batch] is the largest magnitude in each matrix."""
-    scale = jnp.where(peak > 0, peak, 1)[..., None, None]
+def captured_energy(low_rank: jax.Array, matrices: jax.Array) -> jax.Array:
+    """[*batch] float32"""
+    peak = jnp.max(jnp.abs(promoted(matrices)), axis=(-2, -1), keepdims=True)
+    scale = jnp.where(peak > 0, peak, 1)
     whole = jnp.sum(jnp.square(promoted(matrices) / scale), axis=(-2, -1))
     inside = jnp.sum(jnp.square(low_rank / scale), axis=(-2, -1))
     return (inside / jnp.where(whole > 0, whole, 1)).astype(jnp.float32)

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax._core.call import ARGUMENT, Action, Call
 from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
 from galore_jax.execution.in_turn import update_in_turn
 from galore_jax.execution.independence import check_independent
-from galore_jax.refresh import Layer
 from galore_jax.weights import apply_updates, dequantize
 
 Params = Any
@@ -168,9 +168,9 @@ def layerwise(
             scale = jnp.where(own < max_layer_norm, 1, max_layer_norm / own)
             return jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
 
-        def from_all_devices(grads: Params, state: Any, params: Params, **place: Layer) -> tuple:
-            grads, state = low_rank_of(tx, grads, state, params, axis_name, **place)
-            return *update_from_low_rank(tx, grads, state, params, **place), _squares(grads)
+        def from_all_devices(grads: Params, state: Any, params: Params, layer: Any = None) -> tuple:
+            grads, state = low_rank_of(tx, grads, state, params, axis_name, layer)
+            return *update_from_low_rank(tx, grads, state, params, layer), _squares(grads)
 
         def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
             weights, states, squares = carry
@@ -179,12 +179,12 @@ def layerwise(
             read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
             grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
             layer = weights.at(places)
-            place = {Layer.ARGUMENT: Layer(i, run.number)}
             if axis_name is None:
                 grads = bounded(grads, own)
-                updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **place)
+                call = Call(Action.UPDATE, layer=i)
+                updates, new_state = tx.update(grads, states.at(i), dequantize(layer), **{ARGUMENT: call})
             else:
-                updates, new_state, own = from_all_devices(grads, states.at(i), dequantize(layer), **place)
+                updates, new_state, own = from_all_devices(grads, states.at(i), dequantize(layer), i)
             layer = apply_updates(layer, updates, key, layer=i)
             return weights.put(places, layer), states.put(i, new_state), squares + own
 

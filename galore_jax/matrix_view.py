@@ -57,10 +57,18 @@ class MatrixView:
     rank: int
     left: bool
     right: bool
+    first: int = 0
+    total: int = 1
+    layers: bool = False
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         return tuple(self.shape[axis] for axis in self.batch_axes)
+
+    @property
+    def batch(self) -> int:
+        """The number of batch axes."""
+        return len(self.batch_axes)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -156,6 +164,8 @@ def select(
         _view(path, leaf, rank, proj_type, leaf_mask, leaf_spec)
         for path, leaf, leaf_mask, leaf_spec in zip(paths_of(params), leaves, masks, specs, strict=True)
     ]
+    sizes = [0 if view is None else math.prod(view.batch_shape) for view in views]
+    views = [view and dataclasses.replace(view, first=sum(sizes[:i]), total=sum(sizes)) for i, view in enumerate(views)]
     if mask is not None and not any(views):
         names = ", ".join(paths_of(params)[:8])
         raise ValueError(

@@ -3,11 +3,11 @@
 """Bases from gradients: P in R^(m x r), for G in R^(m x n).
 
     svd          P = U[:, :r] of G = U S Vᵀ                      exact; slow, and minutes of compile time on TPU
-    eigh         P = the r leading eigenvectors of G Gᵀ          exact; one m x m factorisation
+    eigh         P = the r leading eigenvectors of G Gᵀ          exact; one m x m factorization
     randomized   Q = orth(G Ω), then q times orth(G (QᵀG)ᵀ);     the r columns of most energy (Halko, Martinsson and Tropp
                                                                  2011, arXiv 0909.4061, Algorithm 4.4)
-    power        P = orth(G (P_oldᵀG)ᵀ)                          a block power step from the basis in use; from a sketch and
-                                                                 two such steps when there is none
+    power        P = orth(G (P_oldᵀG)ᵀ)                          block power steps from the basis in use, until the captured
+                                                                 energy ‖PᵀG‖² has stopped growing
     random       P uniform on the Stiefel manifold, or Gaussian  E[P Pᵀ] = (r/m) I, or I with entries of variance 1/r
     gaussian     the latter, of which the state has a seed only  (APOLLO, arXiv 2412.05270)
     rows         P = the r rows of largest norm, or drawn with   E[P Pᵀ] = I for the latter (Grass, arXiv 2406.17660)
@@ -16,9 +16,11 @@
                  with probability ∝ σ
     switch       one projector, and from some step on another    (GoLore, arXiv 2410.11289)
 
-Columns come in the order of the energy ‖p_jᵀG‖² they carry, largest first, and the entry of largest magnitude in each is
-positive; a basis with a fixed order and sign is what lets moments be kept over a refresh.  Two exceptions: ``svd`` leaves the
-signs to the routine, as the published implementations do, and a random basis that is not stored has no order.
+A refresh should move the basis no more than the gradient asks for, because by default the moments are kept as they are.
+``power`` therefore takes the columns as the triangular factorization returns them: each stays close to its predecessor, in
+place and in sign.  ``eigh``, ``randomized`` and ``sampled`` start from scratch, so they order columns by energy, largest first,
+and make the entry of largest magnitude in each positive.  ``svd`` leaves the signs to the routine, as the published
+implementations do.
 """
 
 from __future__ import annotations
@@ -33,12 +35,16 @@ import jax.numpy as jnp
 from galore_jax._core.basis import Basis, Dense, RowBasis, Rows, Seeded, Storage
 from galore_jax._core.dtypes import promoted
 from galore_jax._core.orthonormal import orthonormal
+from galore_jax.limiter import norm_of
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+# Power steps end when the captured energy grows by at most 1%.  From one gradient to an unrelated one that is after two steps.
+_GROWTH = 1.01**0.5
+_MORE_STEPS = 4
 
 
 class ProjectorInput(NamedTuple):
-    """What a projector is shown of one matrix; a basis on the right of a gradient is one on the left of its transpose.
+    """The inputs to a projector for one matrix; a basis on the right of a gradient is one on the left of its transpose.
 
     The gradient is finite and not zero, of any scale.
     """
@@ -46,33 +52,31 @@ class ProjectorInput(NamedTuple):
     key: jax.Array  # PRNG key of this refresh
     gradient: jax.Array  # (m, n), at least float32 or bfloat16
     basis: Basis  # in use; zeros if there is none
-    coordinates: jax.Array  # (r, n), the gradient in that basis, which the update step has at hand
+    coordinates: jax.Array  # (r, n), the gradient in that basis, at least float32
     step: jax.Array  # scalar, int32
     transposed: bool  # whether the gradient is the transpose of the parameter's
 
 
 class Projector(NamedTuple):
-    """How a basis is made: ``refresh(observation)`` returns the new basis and the gradient's coordinates (r, n) in it.
+    """How a basis is made: ``refresh(ProjectorInput(...))`` returns the new basis.
 
     Pure functions on one matrix; :attr:`storage` has what is done with a basis (zeros, project, lift, overlap).
     """
 
     name: str
-    refresh: Callable[[ProjectorInput], tuple[Basis, jax.Array]]
+    refresh: Callable[[ProjectorInput], Basis]
     storage: Storage = Dense()
 
 
 def svd() -> Projector:
     """The exact leading left singular vectors, signs as the SVD routine returns them: the reference, not for large matrices."""
 
-    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> jax.Array:
         rank = seen.coordinates.shape[0]
         gradient = promoted(seen.gradient)
         if seen.transposed:
-            basis = jnp.linalg.svd(gradient.T, full_matrices=False)[2].T[:, :rank]
-        else:
-            basis = jnp.linalg.svd(gradient, full_matrices=False)[0][:, :rank]
-        return basis, basis.T @ gradient
+            return jnp.linalg.svd(gradient.T, full_matrices=False)[2].T[:, :rank]
+        return jnp.linalg.svd(gradient, full_matrices=False)[0][:, :rank]
 
     return Projector("svd", refresh)
 
@@ -80,60 +84,71 @@ def svd() -> Projector:
 def eigh() -> Projector:
     """The exact leading left singular vectors by way of the m x m Gram matrix."""
 
-    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> jax.Array:
         vectors, _ = _gram_eigh(seen.gradient)
-        basis = vectors[:, : seen.coordinates.shape[0]]
-        return _by_energy(basis, basis.T @ promoted(seen.gradient))
+        return _signed(vectors[:, : seen.coordinates.shape[0]])
 
     return Projector("eigh", refresh)
 
 
 def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
-    """A randomized range finder, from scratch at each refresh: matmuls and small Cholesky factorisations only.
+    """A randomized range finder, from scratch at each refresh: matmuls and small Cholesky factorizations only.
 
     Args:
-      power_iterations: how often the sketch is multiplied by G Gᵀ; more come closer to ``svd``.
-      oversample: extra columns of the sketch, dropped at the end.
+      power_iterations: How often the sketch is multiplied by G Gᵀ; more come closer to ``svd``.
+      oversample: Extra columns of the sketch, dropped at the end.
     """
     if power_iterations < 0 or oversample < 0:
         raise ValueError(
             f"randomized() needs power_iterations >= 0 and oversample >= 0, got {power_iterations} and {oversample}."
         )
 
-    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> jax.Array:
         rank = seen.coordinates.shape[0]
         columns = min(rank + oversample, *seen.gradient.shape)  # the rank itself never exceeds the smaller side
         sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.coordinates.dtype)
-        basis, coordinates = _power_steps(seen.gradient, sketch, 1 + power_iterations)
-        return basis[:, :rank], coordinates[:rank]
+        start = _power_step(seen.gradient, sketch)
+        basis, coordinates = jax.lax.fori_loop(
+            0, power_iterations, lambda _, pair: _power_step(seen.gradient, pair[1]), start
+        )
+        order = jnp.argsort(-jnp.sum(jnp.square(_unit(coordinates)), axis=1))
+        return _signed(basis[:, order[:rank]])
 
     return Projector("randomized", refresh)
 
 
 def power(iterations: int = 1) -> Projector:
-    """A warm-started block power iteration: two matmuls with G and an orthonormalisation, the default.
+    """A warm-started block power iteration, the default: two matmuls with G and an orthonormalization for each step.
 
-    The coordinates of the gradient in the old basis, which the step computes anyway, are its first half.  Without an old
-    basis it begins with a sketch and two iterations more.  Directions the old basis lacks come in by rounding and noise, a
-    power of the ratio of singular values at each refresh.
+    A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to four
+    beyond ``iterations``.  Directions that the gradient has left, all of them before the first refresh, are replaced by random
+    ones in the first step, from which the next steps find the gradient again.
 
     Args:
-      iterations: at each refresh, at least 1.
+      iterations: Least number of steps at each refresh, at least 1.
 
     >>> gradient = jax.random.normal(jax.random.key(0), (8, 16)) / 4
     >>> seen = ProjectorInput(jax.random.key(1), gradient, jnp.zeros((8, 2)), jnp.zeros((2, 16)), jnp.int32(0), False)
-    >>> basis, coordinates = power().refresh(seen)
-    >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6)), bool(jnp.allclose(coordinates, basis.T @ gradient, atol=1e-5))
-    (True, True)
+    >>> basis = power().refresh(seen)
+    >>> bool(jnp.allclose(basis.T @ basis, jnp.eye(2), atol=1e-6))
+    True
     """
     if iterations < 1:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
-    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
-        warm = Dense().exists(seen.basis)
-        shape, dtype = seen.coordinates.shape, seen.coordinates.dtype
-        start = jax.lax.cond(warm, lambda: seen.coordinates, lambda: jax.random.normal(seen.key, shape, dtype))
-        return _power_steps(seen.gradient, start, jnp.where(warm, iterations, iterations + 4))
+    def refresh(seen: ProjectorInput) -> jax.Array:
+        def unfinished(carry: tuple) -> jax.Array:
+            number, _, _, before, now = carry
+            return (number < iterations) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
+
+        def step(carry: tuple) -> tuple:
+            number, _, coordinates, _, now = carry
+            basis, coordinates = _power_step(seen.gradient, coordinates)
+            return number + 1, basis, coordinates, now, _norm(coordinates)
+
+        norm = _norm(seen.coordinates)
+        start = jnp.zeros([], jnp.int32), seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
+        return jax.lax.while_loop(unfinished, step, start)[1]
 
     return Projector("power", refresh)
 
@@ -143,7 +158,7 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
 
     Args:
       kind: "stiefel" (orthonormal columns, uniformly distributed) or "gaussian" (independent entries of variance 1/r).
-      stored: False keeps the seed only and draws the basis anew at each use, which costs time and saves its memory.
+      stored: If False, keep the seed only and draw the basis anew at each use, which costs time and saves its memory.
 
     >>> random("stiefel", stored=False).storage.zeros((3, 8, 2), jnp.float32, None, None).shape
     (3,)
@@ -152,19 +167,16 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
         raise ValueError(f"random() got kind={kind!r}: write one of {', '.join(_DRAWS)}.")
     draw = _DRAWS[kind]
     orthonormal_columns = kind == "stiefel"
-    seeded = Seeded(draw, orthonormal_columns)
 
-    def refresh_stored(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
-        basis = draw(seen.key, seen.basis.shape, seen.basis.dtype)
-        return _by_energy(basis, basis.T @ promoted(seen.gradient))
+    def refresh_stored(seen: ProjectorInput) -> jax.Array:
+        return draw(seen.key, seen.basis.shape, seen.basis.dtype)
 
-    def refresh_seed(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
-        seed = jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
-        return seed, seeded.project(seed, seen.gradient, seen.coordinates.shape[0])
+    def refresh_seed(seen: ProjectorInput) -> jax.Array:
+        return jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
 
     if stored:
         return Projector("random", refresh_stored, Dense(orthonormal_columns))
-    return Projector("random", refresh_seed, seeded)
+    return Projector("random", refresh_seed, Seeded(draw, orthonormal_columns))
 
 
 def rows(select: str = "top") -> Projector:
@@ -175,9 +187,8 @@ def rows(select: str = "top") -> Projector:
     """
     if select not in ("top", "sampled"):
         raise ValueError(f'rows() got select={select!r}: write "top" or "sampled".')
-    storage = Rows()
 
-    def refresh(seen: ProjectorInput) -> tuple[RowBasis, jax.Array]:
+    def refresh(seen: ProjectorInput) -> RowBasis:
         rank = seen.coordinates.shape[0]
         energy = jnp.sum(jnp.square(_unit(promoted(seen.gradient))), axis=1)  # [m]
         if select == "top":
@@ -187,35 +198,33 @@ def rows(select: str = "top") -> Projector:
             index = jax.random.categorical(seen.key, jnp.log(energy), shape=(rank,))
             index = index[jnp.argsort(-energy[index])]
             factor = jax.lax.rsqrt(rank * (energy[index] / jnp.sum(energy)))
-        basis = RowBasis(index.astype(jnp.int32), factor)
-        return basis, storage.project(basis, seen.gradient, rank)
+        return RowBasis(index.astype(jnp.int32), factor)
 
-    return Projector("rows", refresh, storage)
+    return Projector("rows", refresh, Rows())
 
 
 def sampled() -> Projector:
     """Singular vectors drawn without replacement with probability proportional to their singular values."""
 
-    def refresh(seen: ProjectorInput) -> tuple[jax.Array, jax.Array]:
+    def refresh(seen: ProjectorInput) -> jax.Array:
         vectors, values = _gram_eigh(seen.gradient)
         # The largest of log σ + Gumbel noise are such a draw; a σ of zero is taken only when nothing else is left.
         noise = jax.random.gumbel(seen.key, values.shape, values.dtype)
         tiny = jnp.finfo(values.dtype).tiny
         _, index = jax.lax.top_k(jnp.log(jnp.maximum(values, tiny)) / 2 + noise, seen.coordinates.shape[0])
-        basis = vectors[:, jnp.sort(index)]
-        return _by_energy(basis, basis.T @ promoted(seen.gradient))
+        return _signed(vectors[:, jnp.sort(index)])
 
     return Projector("sampled", refresh)
 
 
-def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
+def switch(first: str | Projector, then: str | Projector, at: int | jax.Array) -> Projector:
     """``first`` for refreshes before the update number ``at``, ``then`` from there on.
 
     >>> switch("power", "random", at=8_000).name
     'switch'
     """
     first, then = get(first), get(then)
-    if isinstance(at, bool) or not isinstance(at, int) or at < 0:
+    if not isinstance(at, jax.Array) and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
         raise ValueError(f"switch() got at={at!r}: write the number of an update, an int >= 0.")
     if first.storage != then.storage:
         raise ValueError(
@@ -223,7 +232,7 @@ def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
             f"({first.storage} and {then.storage}): choose two that store theirs alike."
         )
 
-    def refresh(seen: ProjectorInput) -> tuple[Basis, jax.Array]:
+    def refresh(seen: ProjectorInput) -> Basis:
         # By closure: as an operand, the flag whether it is transposed would become an array.
         return jax.lax.cond(seen.step < at, lambda: first.refresh(seen), lambda: then.refresh(seen))
 
@@ -257,19 +266,12 @@ def get(projector: str | Projector) -> Projector:
     return PROJECTORS[projector]()
 
 
-def _power_steps(gradient: jax.Array, start: jax.Array, steps: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """R <- PᵀG with P = orth(G Rᵀ), so many times, from R = ``start`` (r, n); then in the order of energy.
-
-    A Gaussian start is a sketch of G, the coordinates in some basis a power step from that.
-    """
-
-    def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        wide = promoted(gradient)  # here, where XLA takes it into the products and holds no copy
-        basis = orthonormal(wide @ _unit(carry[1]).T)
-        return basis, basis.T @ wide
-
-    nothing = jnp.zeros((gradient.shape[0], start.shape[0]), start.dtype)
-    return _by_energy(*jax.lax.fori_loop(0, steps, step, (nothing, start)))
+def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """P = orth(G Rᵀ) and PᵀG.  A Gaussian R makes a sketch of G, and coordinates in a basis a power step from that basis."""
+    # Promoted here, where XLA fuses it into the products and holds no copy.
+    wide = promoted(gradient)
+    basis = orthonormal(wide @ _unit(coordinates).T)
+    return basis, basis.T @ wide
 
 
 def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -279,19 +281,20 @@ def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     return vectors[:, ::-1], values[::-1]
 
 
-def _by_energy(basis: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Columns by the energy they carry, largest first, the largest entry of each positive."""
-    order = jnp.argsort(-jnp.sum(jnp.square(_unit(coordinates)), axis=1))
-    sign = jnp.where(jnp.max(basis, axis=0) >= -jnp.min(basis, axis=0), 1, -1).astype(basis.dtype)
-    return (basis * sign[None, :])[:, order], (coordinates * sign[:, None])[order]
+def _signed(basis: jax.Array) -> jax.Array:
+    """Columns whose entry of largest magnitude is positive."""
+    return basis * jnp.where(jnp.max(basis, axis=0) >= -jnp.min(basis, axis=0), 1, -1).astype(basis.dtype)[None, :]
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x times a power of two, which rounds nothing, so that the largest entry lies in [1/2, 1) and squares do not overflow."""
-    exponent = jnp.frexp(jnp.max(jnp.abs(x)))[1]
-    half = exponent // 2  # 2^-exponent itself may overflow
-    one = jnp.ones([], x.dtype)
-    return x * jnp.ldexp(one, -half) * jnp.ldexp(one, half - exponent)
+    """x over its largest magnitude, so that squares neither over- nor underflow; zeros stay."""
+    peak = jnp.max(jnp.abs(x))
+    return x / jnp.where(peak > 0, peak, 1)
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    """Frobenius norm of a matrix, a scalar."""
+    return norm_of(x, (0, 1))[0, 0]
 
 
 def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

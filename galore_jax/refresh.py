@@ -17,7 +17,6 @@ all.  A basis is made from the gradient that it then projects.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,39 +25,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax._core.state import check_reached, galore_states_of
+from galore_jax._core.call import ARGUMENT, Action, Call
+from galore_jax._core.state import galore_states_of
 
 Gap = int | jax.Array | None
 
 
-class Layer(NamedTuple):
-    """Tells every galore in a transformation, through an extra argument of ``update``, which layer of a stack it is shown."""
-
-    ARGUMENT = "galore_layer"
-
-    index: int | jax.Array
-    number: int  # of layers
-
-
 class Slots(NamedTuple):
-    """The matrices of one parameter among all of them."""
+    """The places of some matrices among all of them."""
 
-    first: int | jax.Array  # number of the first
-    batch_shape: tuple[int, ...]
+    numbers: np.ndarray | jax.Array  # [...] int32
     total: int  # matrices in the whole tree
 
-    def of(self, layer: Layer | None) -> Slots:
-        """These slots of one layer, numbered as they are when all layers are one leaf."""
-        if layer is None:
-            return self
-        first = self.first * layer.number + layer.index * math.prod(self.batch_shape)
-        return Slots(first, self.batch_shape, self.total * layer.number)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.numbers.shape
 
-    def offsets(self, gap: Gap) -> jax.Array:
-        """⌊j T / N⌋, int32 [*batch]"""
-        number = self.first + jnp.arange(math.prod(self.batch_shape), dtype=jnp.int32).reshape(self.batch_shape)
-        whole, rest = jnp.divmod(_as_int32(gap), self.total)
-        return number * whole + number * rest // self.total  # j T itself may overflow
+    def offsets(self, gap: Gap) -> np.ndarray | jax.Array:
+        """⌊j T / N⌋, int32 [...]"""
+        gap = _as_int32(gap)
+        whole, rest = gap // self.total, gap % self.total
+        return self.numbers * whole + self.numbers * rest // self.total  # j T itself may overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +56,15 @@ class RefreshPolicy:
     automatic = True  # whether ``update`` refreshes bases at all
 
     def init(self, slots: Slots) -> Any:
-        """What the policy remembers of one parameter: an array, a tree of them, or () for nothing."""
+        """What the policy remembers of the matrices: an array (..., anything), a tree of them, or () for nothing."""
         return ()
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
-        """[*batch] which matrices the update number ``count`` refreshes."""
+        """[...] which matrices the update number ``count`` refreshes."""
         raise NotImplementedError
 
     def advance(self, count: jax.Array, slots: Slots, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
-        """What it remembers once the matrices ``turned`` [*batch] have new bases; ``overlap`` [*batch] is -1 for a first one."""
+        """What it remembers once the matrices ``turned`` [...] have new bases; ``overlap`` [...] is -1 for a first one."""
         return schedule
 
 
@@ -85,7 +72,7 @@ class Together(RefreshPolicy):
     """All bases on the same update."""
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
-        return jnp.full(slots.batch_shape, count % _as_int32(self.update_proj_gap) == 0)
+        return jnp.full(slots.shape, count % _as_int32(self.update_proj_gap) == 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +86,9 @@ class Staggered(RefreshPolicy):
 class LazySchedule(NamedTuple):
     """What ``lazy`` remembers of each matrix."""
 
-    gap: jax.Array  # (*batch,), int32; T_j
-    next: jax.Array  # (*batch,), int32; the update at which it is due, -1 before the first: as if staggered
-    overlaps: jax.Array  # (*batch, K), float32; the last ones, newest last; -K where there were none yet
+    gap: jax.Array  # (...), int32; T_j
+    next: jax.Array  # (...), int32; the update at which it is due, -1 before the first: as if staggered
+    overlaps: jax.Array  # (..., K), float32; the last ones, newest last; -K where there were none yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +100,10 @@ class Lazy(RefreshPolicy):
     window: int = 5
 
     def init(self, slots: Slots) -> LazySchedule:
-        gap = jnp.broadcast_to(_as_int32(self.update_proj_gap), slots.batch_shape)
+        gap = jnp.broadcast_to(_as_int32(self.update_proj_gap), slots.shape)
         # Less than -1 a place: a window that is not full stays below any threshold.
-        overlaps = jnp.full((*slots.batch_shape, self.window), -self.window, jnp.float32)
-        return LazySchedule(gap, jnp.full(slots.batch_shape, -1, jnp.int32), overlaps)
+        overlaps = jnp.full((*slots.shape, self.window), -self.window, jnp.float32)
+        return LazySchedule(gap, jnp.full(slots.shape, -1, jnp.int32), overlaps)
 
     def due(self, count: jax.Array, slots: Slots, schedule: LazySchedule) -> jax.Array:
         return count >= jnp.where(schedule.next < 0, slots.offsets(self.update_proj_gap), schedule.next)
@@ -141,7 +128,7 @@ class Manual(RefreshPolicy):
     automatic = False
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
-        return jnp.zeros(slots.batch_shape, bool)
+        return jnp.zeros(slots.shape, bool)
 
 
 def together(update_proj_gap: Gap = None) -> RefreshPolicy:
@@ -217,15 +204,6 @@ def check_gap(update_proj_gap: Any) -> None:
         )
 
 
-class Request:
-    """Asks every galore in a transformation, through an extra argument of ``update``, to refresh its bases and do no more."""
-
-    ARGUMENT = "galore_refresh"
-
-    def __init__(self) -> None:
-        self.answered = False
-
-
 def refresh_bases(
     tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: optax.Params | None = None
 ) -> Any:
@@ -254,10 +232,9 @@ def refresh_bases(
     >>> bool(jnp.any(state.left["kernel"] != 0)), int(state.count)
     (True, 0)
     """
-    request = Request()
-    tx = optax.with_extra_args_support(tx)
-    _, refreshed = tx.update(grads, state, params, **{Request.ARGUMENT: request})
-    check_reached(request.answered, "refresh_bases()")
+    call = Call(Action.REFRESH)
+    _, refreshed = optax.with_extra_args_support(tx).update(grads, state, params, **{ARGUMENT: call})
+    call.check_reached("refresh_bases()")
     return galore_states_of(refreshed, state)
 
 
@@ -267,5 +244,5 @@ def _checked(update_proj_gap: Gap) -> Gap:
     return update_proj_gap
 
 
-def _as_int32(gap: Gap) -> jax.Array:
-    return jnp.asarray(gap).astype(jnp.int32)
+def _as_int32(gap: Any) -> jax.Array | np.int32:
+    return gap.astype(jnp.int32) if isinstance(gap, jax.Array) else np.int32(gap)

@@ -126,7 +126,7 @@ def _mode_carrier(
             f'transport="rotate" does not know how {label.name} of {path!r} (inner state{label.path}, shape {label.shape}) '
             f'turns with the bases of a core of shape {shape}: write transport="keep".'
         )
-    return lambda axis: Carrier(parameter, _rotation(label.kind, _Place(axis, None)))
+    return lambda axis: Carrier(parameter, _Rotation(label.kind, _Place(axis, None)))
 
 
 class _Leaf(NamedTuple):
@@ -166,7 +166,7 @@ def _carrier(
     if place is None or (transport == "rotate" and place == (None, None)):
         return None
     if transport == "rotate":
-        return Carrier(leaf.parameter, _rotation(leaf.kind, place))
+        return Carrier(leaf.parameter, _Rotation(leaf.kind, place))
     if not each:
         raise ValueError(
             f'transport="reset" cannot start {_described(leaf, view)} again, because all matrices share the counts of this '
@@ -232,18 +232,20 @@ def _axes_of(kind: Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axis for axis in range(len(shape)) if axis != lacking)
 
 
-def _rotation(kind: Kind | None, place: _Place) -> Callable:
-    rule = _linear if kind is Kind.LINEAR else _quadratic
+class _Rotation(NamedTuple):
+    """Rotates a slice of one leaf; equal for leaves that turn alike, so that these can share one compiled refresh."""
 
-    def turn(leaf: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+    kind: Kind | None
+    place: _Place
+
+    def __call__(self, leaf: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+        rule = _linear if self.kind is Kind.LINEAR else _quadratic
         array = codecs.decoded(leaf)
         turned = promoted(array)
-        for axis, q in zip(place, (left, right), strict=True):
+        for axis, q in zip(self.place, (left, right), strict=True):
             if axis is not None and q is not None:
                 turned = jnp.swapaxes(rule(q.astype(turned.dtype), jnp.swapaxes(turned, 0, axis)), 0, axis)
         return codecs.encoded_like(turned.astype(array.dtype), leaf)
-
-    return turn
 
 
 def _linear(q: jax.Array, moment: jax.Array) -> jax.Array:

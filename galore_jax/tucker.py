@@ -32,12 +32,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from galore_jax import accumulate, codecs, projectors, refresh as policies, residual as output, sharding
-from galore_jax._core import coordinates as subspace, gradients as guards, seeds, state_fields
+from galore_jax import codecs, projectors, refresh as policies, residual as residuals, sharding
+from galore_jax._core import coordinates, trees
 from galore_jax._core.basis import Basis, Storage
-from galore_jax._core.basis_refresh import Subspace, turn
+from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
+from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import MatrixGradient, measured
+from galore_jax._core.gradients import hold_bad, is_sound, joined, level_of, masked
+from galore_jax._core.seeds import check_seed, key_of
+from galore_jax._core.state_fields import parameter_index
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
 
@@ -47,14 +50,22 @@ _CHANNELS = (-2, -1)  # of a Flax kernel: input, output
 class TuckerState(NamedTuple):
     """State of :func:`tucker`: plain arrays only."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32; updates done, those with no good gradient left out
-    skipped: jax.Array  # shape=(), dtype=jnp.int32; updates in which some gradient was not finite
-    kept: jax.Array  # shape=(), dtype=jnp.int32; bases kept when due, because their gradient was zero or not finite
-    rejected: (
-        jax.Array
-    )  # shape=(), dtype=jnp.int32; new bases that were not orthonormal, for which the old one was kept
-    basis: Any  # a tree for each of the modes, of (d, r), at least float32; MaskedNode where a parameter has no basis there
+    # Updates done, without those in which no gradient was good; shape=(), dtype=jnp.int32.
+    step: jax.Array
+    # Updates in which some gradient, or the inner transformation's answer to it, was not finite; shape=(), dtype=jnp.int32.
+    skipped: jax.Array
+    # Bases that were due but kept, because their gradient was zero or not finite; shape=(), dtype=jnp.int32.
+    kept: jax.Array
+    # New bases that were not orthonormal, so that the old one was kept; shape=(), dtype=jnp.int32.
+    rejected: jax.Array
+    # A tree for each of the modes, of (d, r), at least float32; MaskedNode where a parameter has no basis there.
+    basis: Any
     inner_state: Any
+
+    @property
+    def count(self) -> jax.Array:
+        """``step``, which is no field of this name so that ``optax.tree.get`` finds the inner optimizer's count alone."""
+        return self.step
 
 
 def tucker(
@@ -114,8 +125,8 @@ def tucker(
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(f"inner is {inner!r}: write an Optax transformation, for example tucker(optax.adam(1e-3)).")
     check_rank(rank)
-    output.check_scale(scale)
-    seeds.check_seed(seed)
+    residuals.check_scale(scale)
+    check_seed(seed)
     if transport not in ("keep", "rotate"):
         raise ValueError(f'transport is {transport!r}: tucker() knows "keep" and "rotate".')
     modes = _checked_modes(modes)
@@ -175,14 +186,16 @@ class _Tucker:
     seed: int | jax.Array
 
     def init(self, params: optax.Params) -> TuckerState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = trees.flatten(params)
+        arrays = list(map(trees.array_of, leaves))
         kernels = self.kernels_of(params)
         storage = self.projector.storage
         bases = [
-            () if kernel is None else tuple(subspace.zero_bases(storage, mode, leaf)[0] for mode in kernel.modes)
-            for kernel, leaf in zip(kernels, leaves, strict=True)
+            () if kernel is None else tuple(coordinates.zero_bases(storage, mode, array)[0] for mode in kernel.modes)
+            for kernel, array in zip(kernels, arrays, strict=True)
         ]
-        inner_state = self.inner.init(treedef.unflatten(map(_zero_core, kernels, leaves)))
+        cores = treedef.unflatten(map(trees.boxed_like, map(_zero_core, kernels, arrays), leaves))
+        inner_state = self.inner.init(cores)
         self._carriers(inner_state, treedef, kernels)  # raises for a state it cannot carry
         counters = (jnp.zeros([], jnp.int32) for _ in range(4))
         return TuckerState(*counters, basis=self._trees(kernels, bases, treedef), inner_state=inner_state)
@@ -190,31 +203,39 @@ class _Tucker:
     def update(
         self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, TuckerState]:
-        if {accumulate.Collect.ARGUMENT, accumulate.Projected.ARGUMENT} & extra_args.keys():
+        if call_of(extra_args).action in (Action.PROJECT, Action.APPLY):
             raise ValueError(
                 "tucker() needs the whole gradient, which low-rank accumulation does not keep: accumulate whole gradients."
             )
-        gradients, treedef = jax.tree.flatten(updates)
+        if params is not None:
+            trees.check_gradients(updates, params)
+        leaves, treedef = trees.flatten(updates)
+        arrays = list(map(trees.array_of, leaves))
         kernels = self.kernels_of(updates)
-        leaves = [measured(None, gradient) for gradient in gradients]
-        good = [leaf.usable(kernel is not None) for kernel, leaf in zip(kernels, leaves, strict=True)]
-        state = self._turned(kernels, leaves, good, treedef, state)
+        state = self._refreshed(kernels, arrays, treedef, state)
         bases = self._bases(kernels, state.basis, treedef)
 
-        def cores(arrays: list[jax.Array]) -> list[jax.Array]:
-            return list(map(self._core, kernels, map(promoted, arrays), bases))
+        def cores(arrays: Any) -> list[jax.Array]:
+            return list(map(self._core, kernels, map(promoted, arrays), jax.lax.stop_gradient(bases)))
 
-        low_rank = [jnp.where(*pair, 0) for pair in zip(good, cores(gradients), strict=True)]
-        coordinates = None if params is None else treedef.unflatten(cores(treedef.flatten_up_to(params)))
-        replies, new = self.inner.update(treedef.unflatten(low_rank), state.inner_state, coordinates, **extra_args)
-        owners = state_fields.parameter_index(self.inner, new, treedef)
-        if good:
-            new = guards.hold_bad(owners, new=new, old=state.inner_state, good=good)
-        replies = [jnp.where(*pair, 0) for pair in zip(good, treedef.flatten_up_to(replies), strict=True)]
-        lifted = map(self._lift, kernels, replies, bases, gradients)
-        return treedef.unflatten(lifted), state._replace(
-            count=state.count + guards.any_of(good).astype(jnp.int32),
-            skipped=state.skipped + guards.any_of([~leaf.finite for leaf in leaves]).astype(jnp.int32),
+        def tree(arrays: Any) -> Any:
+            return treedef.unflatten(map(trees.boxed_like, arrays, leaves))
+
+        low_rank = cores(arrays)
+        levels = [level_of(x, may_be_zero=kernel is None) for kernel, x in zip(kernels, low_rank, strict=True)]
+        good = list(map(jnp.isfinite, levels))
+        values = None if params is None else map(trees.array_of, treedef.flatten_up_to(params))
+        in_cores = None if values is None else tree(cores(values))
+        replies, new = self.inner.update(tree(map(masked, good, low_rank)), state.inner_state, in_cores, **extra_args)
+        replies = list(map(trees.array_of, treedef.flatten_up_to(replies)))
+        answers = [level_of(reply) + 0 * level for level, reply in zip(levels, replies, strict=True)]
+        owners = parameter_index(self.inner, new, treedef)
+        new = hold_bad(owners, new=new, old=state.inner_state, good=good)
+        replies = map(masked, map(jnp.isfinite, answers), replies)
+        lost = jnp.isfinite(joined(levels)) & ~jnp.isfinite(joined(answers))
+        return tree(map(self._lift, kernels, replies, bases, arrays)), state._replace(
+            step=state.step + jnp.any(jnp.isfinite(joined(answers))).astype(jnp.int32),
+            skipped=state.skipped + jnp.any(~is_sound(joined(levels)) | lost).astype(jnp.int32),
             inner_state=new,
         )
 
@@ -239,74 +260,66 @@ class _Tucker:
         cores = [None if kernel is None else (kernel.modes[0].path, kernel.core_shape) for kernel in kernels]
         return mode_carriers(self.inner, state, treedef, cores)
 
-    def _turned(
+    def _refreshed(
         self,
         kernels: list[Kernel | None],
-        leaves: list[MatrixGradient],
-        good: list[jax.Array],
+        arrays: list[jax.Array],
         treedef: Any,
         state: TuckerState,
     ) -> TuckerState:
-        """The state with the bases refreshed that are due or missing, and the inner state carried to them."""
-        key = seeds.key_of(self.seed, state.count)
-        due = self.refresh.due(state.count, policies.Slots(0, (), 1), ())
+        """The state with the bases refreshed that are due or missing, and the inner state carried into them."""
+        projected = [i for i, kernel in enumerate(kernels) if kernel is not None]
+        if not projected:
+            return state
+        storage = self.projector.storage
+        due = self.refresh.due(state.step, policies.Slots(np.zeros((), np.int32), 1), ())
         moments, inner_def = codecs.flatten(state.inner_state)
         carriers = self._carriers(state.inner_state, treedef, kernels)
-        owners = state_fields.parameter_index(self.inner, state.inner_state, treedef)
-        bases, kept, rejected = self._bases(kernels, state.basis, treedef), state.kept, state.rejected
-        for i, (kernel, leaf) in enumerate(zip(kernels, leaves, strict=True)):
-            if kernel is None:
-                continue
-            mine = {j: carrier for j, carrier in enumerate(carriers) if carrier is not None and owners[j] == i}
-            missing = ~jnp.all(jnp.stack([self.projector.storage.exists(basis) for basis in bases[i]]))
-            wanted = good[i] & (due | missing)
-            current = bases[i], tuple(moments[j] for j in mine), rejected
-            turned = self._turning(kernel, key, state.count, leaf, current, tuple(mine.values()))
-            bases[i], carried, rejected = jax.lax.cond(wanted, turned, lambda current=current: current)
-            for j, moment in zip(mine, carried, strict=True):
-                moments[j] = moment
-            kept += (due & ~good[i]).astype(jnp.int32) * len(kernel.modes)
+        owners = parameter_index(self.inner, state.inner_state, treedef)
+        places = {
+            i: [j for j, carrier in enumerate(carriers) if carrier is not None and owners[j] == i] for i in projected
+        }
+        bases = self._bases(kernels, state.basis, treedef)
+        wanted = {i: due | ~jnp.all(jnp.stack([storage.exists(basis) for basis in bases[i]])) for i in projected}
+        current = bases, moments, state.kept, state.rejected
+
+        def refreshed() -> tuple[list[tuple[Basis, ...]], list[Any], jax.Array, jax.Array]:
+            """New bases, one mode after the other, each from the whole gradient."""
+            rows, moments, kept, rejected = [list(own) for own in bases], list(current[1]), state.kept, state.rejected
+            for place in range(self.number):
+                here = [i for i in projected if place in kernels[i].places]
+                members = []
+                for i in here:
+                    number = kernels[i].places.index(place)
+                    mode, axis = kernels[i].modes[number], _axis(kernels[i].modes[number])
+                    members.append(
+                        Member(
+                            mode,
+                            mode.to_matrices(jax.lax.stop_gradient(arrays[i])),
+                            Subspace(rows[i][number], optax.MaskedNode(), tuple(moments[j] for j in places[i])),
+                            tuple(carriers[j](axis) for j in places[i]),
+                        )
+                    )
+                key = jax.random.fold_in(key_of(self.seed, state.step), place)
+                flags = jnp.stack([wanted[i] for i in here])
+                subspaces, outcome = refresh_all(self.projector, key, state.step, members, flags)
+                for i, subspace in zip(here, subspaces, strict=True):
+                    rows[i][kernels[i].places.index(place)] = subspace.left
+                    for j, moment in zip(places[i], subspace.moments, strict=True):
+                        moments[j] = moment
+                kept += jnp.sum(due & ~(outcome.done | outcome.rejected), dtype=jnp.int32)
+                rejected += jnp.sum(outcome.rejected, dtype=jnp.int32)
+            return [tuple(own) for own in rows], moments, kept, rejected
+
+        bases, moments, kept, rejected = jax.lax.cond(
+            jnp.any(joined(list(wanted.values()))), refreshed, lambda: current
+        )
         return state._replace(
             kept=kept,
             rejected=rejected,
             basis=self._trees(kernels, bases, treedef),
             inner_state=inner_def.unflatten(moments),
         )
-
-    def _turning(
-        self,
-        kernel: Kernel,
-        key: jax.Array,
-        count: jax.Array,
-        leaf: MatrixGradient,
-        current: tuple[tuple[Basis, ...], tuple[Any, ...], jax.Array],
-        carriers: tuple[Callable[[int], Carrier], ...],
-    ) -> Callable[[], tuple]:
-        """What makes new bases of one kernel, one mode after the other, from the whole gradient each."""
-
-        def turned() -> tuple:
-            old, moments, rejected = current
-            new = []
-            for mode, basis in zip(kernel.modes, old, strict=True):
-                axis = _axis(mode)
-                matrix = mode.to_matrices(jax.lax.stop_gradient(leaf.matrices))
-                coordinates = self.projector.storage.project(basis, matrix, mode.rank)
-                subspaces, accepted, _ = turn(
-                    self.projector,
-                    mode,
-                    jax.random.fold_in(key, axis),
-                    count,
-                    matrix,
-                    Subspace(basis, optax.MaskedNode(), coordinates, moments),
-                    tuple(carrier(axis) for carrier in carriers),
-                    jnp.array(True),
-                )
-                new.append(subspaces.left)
-                moments = subspaces.moments
-                rejected += (~accepted).astype(jnp.int32)
-            return tuple(new), moments, rejected
-
-        return turned
 
     def _core(self, kernel: Kernel | None, array: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
         return array if kernel is None else kernel.core(self.projector.storage, array, bases)
@@ -316,9 +329,9 @@ class _Tucker:
         if kernel is None:
             return reply.astype(like.dtype)
         if isinstance(self.scale, str):
-            alpha = math.prod(map(output.rms_scale, kernel.modes))
+            alpha = math.prod(map(residuals.rms_scale, kernel.modes))
         else:
-            alpha = output.alpha(kernel.modes[0], self.scale, reply.dtype)
+            alpha = residuals.alpha(kernel.modes[0], self.scale, reply.dtype)
         lifted = kernel.lift(self.projector.storage, reply * alpha, bases)
         return sharding.like(lifted.astype(like.dtype), like)
 
@@ -388,6 +401,6 @@ def _axis(mode: MatrixView) -> int:
 def _zero_core(kernel: Kernel | None, leaf: Any) -> Any:
     """What the inner transformation's ``init`` sees of a leaf."""
     if kernel is None:
-        return subspace.zero_coordinates(None, leaf)
+        return coordinates.zero_coordinates(None, leaf)
     spec = sharding.spec_of(leaf) and (None,) * len(kernel.core_shape)
     return sharding.zeros(kernel.core_shape, state_dtype(leaf), spec, leaf)

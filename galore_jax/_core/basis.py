@@ -11,7 +11,8 @@
     lift      X = P R, the adjoint of project
     overlap   Q in R^(r x r), of one matrix, P_newᵀ P_old where columns are orthonormal: R in the old basis is Q R in the new
 
-A basis that no gradient has reached yet is all zeros.
+A basis that no gradient has reached yet is all zeros.  The first entry of any other dense basis is not zero, so that this
+entry tells the two apart.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import jax.numpy as jnp
 
 from galore_jax import sharding
 from galore_jax._core.dtypes import state_dtype
+
+_TINY = 1e-30  # a normal number in float32 and in bfloat16
 
 Basis = Any  # a pytree of arrays, each with the batch axes in front
 
@@ -53,11 +56,11 @@ class Storage(Protocol):
         ...
 
     def project(self, basis: Basis, matrices: jax.Array, rank: int) -> jax.Array:
-        """(*batch, m, n) -> (*batch, r, n)"""
+        """(*batch, m, n) -> (*batch, r, n), at least float32; the products are in the dtype of the matrices."""
         ...
 
     def lift(self, basis: Basis, low_rank: jax.Array, m: int) -> jax.Array:
-        """(*batch, r, n) -> (*batch, m, n)"""
+        """(*batch, r, n) -> (*batch, m, n), in the dtype of ``low_rank``."""
         ...
 
     def overlap(self, new: Basis, old: Basis, m: int, rank: int) -> jax.Array:
@@ -83,6 +86,11 @@ class _AsItIs:
         return basis
 
 
+def with_first_entry(basis: jax.Array) -> jax.Array:
+    """(m, r) with a tiny number in place of a first entry that is zero."""
+    return basis.at[0, 0].set(jnp.where(basis[0, 0] == 0, _TINY, basis[0, 0]))
+
+
 @dataclasses.dataclass(frozen=True)
 class Dense(_AsItIs):
     """P itself."""
@@ -93,22 +101,30 @@ class Dense(_AsItIs):
         return sharding.zeros(shape, dtype, spec, leaf)
 
     def exists(self, basis: jax.Array) -> jax.Array:
-        return jnp.any(basis[..., 0] != 0, axis=-1)
+        if sharding.spec_of(basis) is not None:  # an explicitly sharded axis has no first entry
+            return jnp.any(basis[..., 0] != 0, axis=-1)
+        return basis[..., 0, 0] != 0
+
+    def encode(self, basis: jax.Array) -> jax.Array:
+        return with_first_entry(basis)
 
     def project(self, basis: jax.Array, matrices: jax.Array, rank: int) -> jax.Array:
         spec = sharding.spec_of(matrices)
-        spec = spec and (*spec[:-2], None, spec[-1])
-        wide = state_dtype(matrices)
-        if basis.dtype != matrices.dtype:
-            basis, matrices = basis.astype(wide), matrices.astype(wide)
-        out = {"preferred_element_type": wide, "out_sharding": sharding.named(spec, basis)}
-        return jnp.einsum("...mr,...mn->...rn", basis, matrices, **out)
+        out = sharding.named(spec and (*spec[:-2], None, spec[-1]), matrices)
+        return _product(basis.astype(matrices.dtype), matrices, -2, state_dtype(matrices), out)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
-        return jnp.einsum("...mr,...rn->...mn", basis, low_rank)
+        return _product(basis.astype(low_rank.dtype), low_rank, -1, low_rank.dtype)
 
     def overlap(self, new: jax.Array, old: jax.Array, m: int, rank: int) -> jax.Array:
         return jnp.matmul(new.T, old, precision=jax.lax.Precision.HIGHEST)
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int, dtype: Any, out: Any = None) -> jax.Array:
+    """Matrix products over the axis ``axis`` of ``a`` and the rows of ``b``, accumulated in at least float32."""
+    batch = tuple(range(a.ndim - 2))
+    dimensions = (((a.ndim + axis,), (b.ndim - 2,)), (batch, batch))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype, out_sharding=out)
 
 
 class RowBasis(NamedTuple):
@@ -138,7 +154,7 @@ class Rows(_AsItIs):
 
     def lift(self, basis: RowBasis, low_rank: jax.Array, m: int) -> jax.Array:
         def scatter(basis: RowBasis, low_rank: jax.Array) -> jax.Array:
-            rows = low_rank * basis.factor[:, None]
+            rows = low_rank * basis.factor[:, None].astype(low_rank.dtype)
             return jnp.zeros((m, rows.shape[1]), rows.dtype).at[basis.index].add(rows)
 
         for _ in range(low_rank.ndim - 2):
@@ -170,7 +186,7 @@ class Seeded(_AsItIs):
         return Dense().project(drawn, matrices, rank)
 
     def lift(self, basis: jax.Array, low_rank: jax.Array, m: int) -> jax.Array:
-        return Dense().lift(self._drawn(basis, (m, low_rank.shape[-2]), low_rank.dtype), low_rank, m)
+        return Dense().lift(self._drawn(basis, (m, low_rank.shape[-2]), state_dtype(low_rank)), low_rank, m)
 
     def overlap(self, new: jax.Array, old: jax.Array, m: int, rank: int) -> jax.Array:
         new, old = (self._drawn(seed, (m, rank), jnp.float32) for seed in (new, old))

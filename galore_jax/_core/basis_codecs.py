@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
-from galore_jax._core.basis import Basis, Dense, Storage
+from galore_jax._core.basis import Basis, Dense, Storage, with_first_entry
 
 _BLOCK = 256
 
@@ -152,7 +152,7 @@ BASIS_CODECS = {
     "bfloat16": BasisCodec(
         _zeros_in_bfloat16,
         Dense().exists,
-        lambda basis: basis.astype(jnp.bfloat16),
+        lambda basis: with_first_entry(basis).astype(jnp.bfloat16),
         lambda basis, rank: basis.astype(jnp.float32),
     ),
     "int4": BasisCodec(_zeros_in_int4, lambda basis: basis.columns[..., 0] != 0, _to_int4, _from_int4),

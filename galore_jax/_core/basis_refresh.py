@@ -1,26 +1,33 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Turns the bases of one parameter that are wanted, one matrix at a time, and carries its inner state over.
+"""Refreshes the bases that are due, one matrix at a time, and carries the inner state into them.
 
-A loop whose length is the number of matrices wanted takes each out of the stack, makes its new basis, transports its moments
-and puts them back: the other matrices cost nothing, the workspace is that of one matrix, and the factorisation is compiled
-once a parameter.  (``vmap`` over the stack would turn each ``lax.cond`` inside into both of its branches.)  Where explicit mesh
-axes cut a stack and no matrix in it, each device turns the bases of its own matrices.  A new basis that is not finite, or not
-orthonormal where its projector promises that, is rejected: the old one stays.
+Parameters whose matrices have the same shape, rank, sides and dtypes form a group, and each group has one loop:
+
+    while a matrix of the group is due:   take it out of its parameter, with its bases and moments
+                                          make the new basis, carry the moments over
+                                          put them back
+
+So one refresh is compiled for each shape, not for each parameter, matrices that are not due cost nothing, and the workspace is
+that of one matrix.  (``vmap`` over a stack would turn each ``lax.cond`` inside into both of its branches.)  Where explicit mesh
+axes cut a stack and no matrix in it, each device refreshes its own matrices.  If a gradient is zero or not finite, the old basis
+is kept; so it is if the new one is not finite, or not orthonormal where its projector promises that.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from galore_jax import sharding
-from galore_jax._core import coordinates as subspace
 from galore_jax._core.basis import Basis, Storage
+from galore_jax._core.gradients import Batches, level_of, taken as at_places
 from galore_jax._core.orthonormal import defect
 from galore_jax.matrix_view import MatrixView
 from galore_jax.projectors import Projector, ProjectorInput
@@ -34,112 +41,187 @@ class Subspace(NamedTuple):
 
     left: Basis  # MaskedNode where there is none
     right: Basis
-    low_rank: jax.Array  # the gradient in these bases
-    moments: tuple[Any, ...]  # leaves of the inner state that turn with the bases, arrays or coded arrays
+    moments: tuple[Any, ...]  # leaves of the inner state that are carried over, arrays or coded arrays
 
 
-class Turned(NamedTuple):
-    """The subspaces after a refresh."""
+class Member(NamedTuple):
+    """One parameter of a refresh."""
 
+    view: MatrixView
+    matrices: jax.Array  # the gradient, (*batch, m, n), in its own dtype
     subspace: Subspace
-    turned: jax.Array  # [*batch] bool; which have new bases
-    overlap: (
-        jax.Array
-    )  # [*batch] float32; ‖P_newᵀP_old‖² / r where turned, the mean of both sides for "full"; -1 without an old one
+    carriers: tuple[Carrier, ...]  # one for each of the moments
 
 
-def turn(
+class Outcome(NamedTuple):
+    """What happened to each matrix of all parameters, one parameter after the other."""
+
+    done: jax.Array  # [N] bool; has new bases
+    rejected: jax.Array  # [N] bool; its gradient was good, but not its new bases
+    # [N] float32; ‖P_newᵀP_old‖² over its largest possible value where done, the mean of both sides for "full"; -1 elsewhere
+    # and where there was no basis before
+    overlap: jax.Array
+
+
+def refresh_all(
     projector: Projector,
-    view: MatrixView,
     key: jax.Array,
     step: jax.Array,
-    matrices: jax.Array,
-    current: Subspace,
-    carriers: tuple[Carrier, ...],
+    members: list[Member],
     wanted: jax.Array,
     axis_name: Any = None,
-) -> Turned:
+) -> tuple[list[Subspace], Outcome]:
     """New bases for the matrices that are wanted.
 
     Args:
-      projector: makes one basis from one matrix.
-      view: of the parameter.
-      key: the PRNG key of this update, the same for every matrix, so that a stacked leaf equals separate leaves.
-      step: the number of this update.
-      matrices: the gradient, (*batch, m, n), in its own dtype.
-      current: the subspaces, with ``low_rank`` of this gradient.
-      carriers: one for each array of ``current.moments``.
-      wanted: [*batch] bool, the matrices to refresh: finite and not zero.
-      axis_name: of the devices over which the gradient is to be averaged first; the same matrices are wanted on all of them.
+      projector: Makes one basis from one matrix.
+      key: The PRNG key of this update, the same for every matrix, so that a result does not depend on the group.
+      step: The number of this update.
+      members: The parameters.
+      wanted: [N] bool, which matrices to refresh, of all parameters, one after the other.
+      axis_name: The devices over which the gradients are averaged first; they all want the same matrices.
 
     Returns:
-      The subspaces, in the shapes, dtypes and shardings of ``current``.  To differentiation a refresh is a constant: see
-      :func:`coordinates_in_constant_bases`.
+      The subspaces of each member, in the shapes, dtypes and shardings that they had, and the outcome.  A refresh is a constant
+      to differentiation.
     """
-    batch = len(view.batch_shape)
-    nothing = Turned(current, jnp.zeros(wanted.shape, bool), jnp.full(wanted.shape, -1, jnp.float32))
+    groups: dict[Any, list[int]] = {}
+    for index, member in enumerate(members):
+        groups.setdefault(_kind(member), []).append(index)
+    places = np.split(np.arange(wanted.size), np.cumsum(_batches(members).sizes)[:-1])
+    subspaces: dict[int, Subspace] = {}
+    outcomes, order = [], []
+    for indices in groups.values():
+        own = np.concatenate([places[index] for index in indices])
+        group = [members[index] for index in indices]
+        found, outcome = _refresh_group(projector, key, step, group, at_places(wanted, own), axis_name)
+        subspaces |= dict(zip(indices, found, strict=True))
+        outcomes.append(outcome)
+        order.append(own)
+    back = np.argsort(np.concatenate(order))
+    outcome = jax.tree.map(lambda *parts: at_places(jnp.concatenate(parts), back), *outcomes)
+    return [subspaces[index] for index in range(len(members))], outcome
 
-    def turn_one(key: jax.Array, step: jax.Array, matrix: jax.Array, one: Turned) -> Turned:
-        current = one.subspace
+
+def _batches(members: list[Member]) -> Batches:
+    return Batches(tuple(member.view.batch_shape for member in members))
+
+
+def _kind(member: Member) -> Any:
+    """What the members of a group have in common."""
+    view, batch = member.view, member.view.batch
+    spec = sharding.spec_of(member.matrices)
+    arrays = [(x.shape[batch:], x.dtype) for x in jax.tree.leaves((member.matrices, member.subspace))]
+    structure = jax.tree.structure(member.subspace)
+    rules = tuple(carrier.turn for carrier in member.carriers)
+    # A stack that is cut along a batch axis is refreshed by shard_map, which takes stacks with one number of batch axes.
+    place = None if spec is None else (spec[batch:], spec[:batch] if any(spec[:batch]) else batch)
+    return view.rank, view.left, view.right, tuple(arrays), structure, rules, place
+
+
+def _refresh_group(
+    projector: Projector, key: jax.Array, step: jax.Array, group: list[Member], wanted: jax.Array, axis_name: Any
+) -> tuple[list[Subspace], Outcome]:
+    first = group[0]
+
+    def one(key: jax.Array, step: jax.Array, matrix: jax.Array, old: Subspace) -> tuple[Subspace, Outcome]:
         if axis_name is not None:
-            matrix, low_rank = jax.lax.pmean((matrix, current.low_rank), axis_name)
-            current = current._replace(low_rank=low_rank)
-        turned = _turn_one(projector, view, key, step, matrix, current, carriers)
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), turned, one)
+            matrix = jax.lax.pmean(matrix, axis_name)
+        nothing = old, _nothing(jnp.zeros_like(step, dtype=bool))
 
-    def turn_wanted(key: jax.Array, step: jax.Array, matrices: jax.Array, nothing: Turned, wanted: jax.Array) -> Turned:
-        def now() -> Turned:
-            constant = jax.lax.stop_gradient((matrices, nothing))
-            one = functools.partial(turn_one, key, step)
-            return _one_by_one(one, wanted, *constant) if batch else one(*constant)
+        def refreshed() -> tuple[Subspace, Outcome]:
+            found = _refresh_one(projector, first.view, key, step, matrix, old, first.carriers)
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), found, nothing)
 
-        return jax.lax.cond(jnp.any(wanted), now, lambda: nothing)
+        return jax.lax.cond(jnp.isfinite(level_of(matrix, may_be_zero=False)), refreshed, lambda: nothing)
 
-    stacks = (matrices, nothing, wanted)
-    if sharding.cut_by_stack(matrices, batch):
-        return sharding.by_stack(turn_wanted, (key, step), stacks, nothing, batch)
-    return sharding.by_partitioner(turn_wanted, nothing)(key, step, *stacks)
+    def loop(key: jax.Array, step: jax.Array, matrices: Any, subspaces: Any, wanted: jax.Array) -> tuple[Any, Outcome]:
+        return _one_by_one(functools.partial(one, key, step), *jax.lax.stop_gradient((matrices, subspaces)), wanted)
+
+    matrices = [member.matrices for member in group]
+    subspaces = [member.subspace for member in group]
+    if not sharding.cut_by_stack(first.matrices, first.view.batch):
+        results = subspaces, _nothing(wanted)
+        return sharding.by_partitioner(loop, results)(key, step, matrices, subspaces, wanted)
+
+    def of_a_device(
+        key: jax.Array, step: jax.Array, matrices: Any, subspaces: Any, wanted: list[jax.Array]
+    ) -> tuple[Any, list[Outcome]]:
+        own = Batches(tuple(map(jnp.shape, wanted)))
+        subspaces, outcome = loop(key, step, matrices, subspaces, own.join(wanted))
+        return subspaces, [Outcome(*fields) for fields in zip(*map(own.split, outcome), strict=True)]
+
+    flags = _batches(group).split(wanted)
+    stacks = matrices, subspaces, flags
+    results = subspaces, [_nothing(flag) for flag in flags]
+    found, outcomes = sharding.by_stack(of_a_device, (key, step), stacks, results, first.view.batch)
+    return found, Outcome(*(_batches(group).join(fields) for fields in zip(*outcomes, strict=True)))
+
+
+def _nothing(wanted: jax.Array) -> Outcome:
+    no = jnp.zeros_like(wanted)
+    return Outcome(no, no, jnp.full_like(wanted, -1, dtype=jnp.float32))
 
 
 def _one_by_one(
-    turn_one: Callable[[jax.Array, Turned], Turned], wanted: jax.Array, matrices: jax.Array, nothing: Turned
-) -> Turned:
-    """``nothing``, with what ``turn_one`` makes of a matrix in the place of each that is wanted."""
+    refresh_one: Callable[[jax.Array, Subspace], tuple[Subspace, Outcome]],
+    matrices: list[jax.Array],
+    subspaces: list[Subspace],
+    wanted: jax.Array,
+) -> tuple[list[Subspace], Outcome]:
+    """Runs ``refresh_one`` on each matrix that is wanted, of each parameter (*batch, ...)."""
+    sizes = [math.prod(x.shape[:-2]) for x in matrices]
+    alone = len(sizes) == 1
 
-    def flat(array: jax.Array) -> jax.Array:
-        return array.reshape(wanted.size, *array.shape[wanted.ndim :])
+    def flat(tree: Any, batch: int, size: int) -> Any:
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[batch:]), tree)
 
-    todo = flat(wanted)
-    order = jnp.argsort(~todo, stable=True)
-    stack = flat(matrices)
+    stacks = [flat(old, x.ndim - 2, size) for old, x, size in zip(subspaces, matrices, sizes, strict=True)]
+    matrices = [x.reshape(size, *x.shape[-2:]) for size, x in zip(sizes, matrices, strict=True)]
+    # Of the matrices of all parameters, one after the other: which parameter's, and which of that parameter's.
+    parameter = jnp.array(np.repeat(np.arange(len(sizes)), sizes), jnp.int32)
+    place = jnp.array(np.concatenate([np.arange(size) for size in sizes]), jnp.int32)
 
-    def body(i: jax.Array, turned: Turned) -> Turned:
-        index = order[i]
-        result = turn_one(*jax.tree.map(lambda x: x[index], (stack, turned)))
-        return jax.tree.map(lambda whole, x: whole.at[index].set(x), turned, result)
+    def body(carry: tuple) -> tuple:
+        todo, outcome, stacks = carry
+        index = jnp.argmax(todo)
+        which, at = parameter[index], place[index]
 
-    turned = jax.lax.fori_loop(0, jnp.sum(todo), body, jax.tree.map(flat, nothing))
-    return jax.tree.map(lambda new, old: new.reshape(old.shape), turned, nothing)
+        def taken(number: int) -> Callable[[], tuple[jax.Array, Subspace]]:
+            return lambda: jax.tree.map(lambda x: _at(x, at), (matrices[number], stacks[number]))
+
+        branches = list(map(taken, range(len(sizes))))
+        new, found = refresh_one(*(branches[0]() if alone else jax.lax.switch(which, branches)))
+
+        def put(number: int, whole: jax.Array, x: jax.Array) -> jax.Array:
+            if alone:
+                return _with(whole, at, x)
+            own = jnp.where(which == number, at, 0)
+            return _with(whole, own, jnp.where(which == number, x, _at(whole, own)))
+
+        stacks = [jax.tree.map(functools.partial(put, number), whole, new) for number, whole in enumerate(stacks)]
+        outcome = jax.tree.map(lambda whole, x: _with(whole, index, x), outcome, found)
+        return _with(todo, index, jnp.zeros_like(index, dtype=bool)), outcome, stacks
+
+    start = wanted, _nothing(wanted), stacks
+    _, outcome, stacks = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), body, start)
+    shaped = [
+        jax.tree.map(lambda x, like: x.reshape(like.shape), *pair) for pair in zip(stacks, subspaces, strict=True)
+    ]
+    return shaped, outcome
 
 
-def coordinates_in_constant_bases(
-    storage: Storage, view: MatrixView, low_rank: jax.Array, matrices: jax.Array, left: Basis, right: Basis
-) -> jax.Array:
-    """``low_rank`` itself, with the derivative of projecting ``matrices`` onto bases that do not depend on them."""
-    sides = jax.lax.stop_gradient(subspace.sides(view, left, right))
-
-    @jax.custom_jvp
-    def known(low_rank: jax.Array, matrices: jax.Array) -> jax.Array:
-        return low_rank
-
-    @known.defjvp
-    def known_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        return primals[0], subspace.project(storage, tangents[1], *sides, view.rank)
-
-    return known(low_rank, matrices)
+def _at(stack: jax.Array, index: jax.Array) -> jax.Array:
+    """The matrix number ``index`` of a stack (N, ...)."""
+    return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
-def _turn_one(
+def _with(stack: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
+    """A stack (N, ...) with another matrix number ``index``."""
+    return x[None] if stack.shape[0] == 1 else jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
+
+
+def _refresh_one(
     projector: Projector,
     view: MatrixView,
     key: jax.Array,
@@ -147,43 +229,43 @@ def _turn_one(
     matrix: jax.Array,
     old: Subspace,
     carriers: tuple[Carrier, ...],
-) -> Turned:
+) -> tuple[Subspace, Outcome]:
+    """The subspace of one matrix whose gradient is good."""
     storage, rank = projector.storage, view.rank
 
-    def refresh(basis: Basis, matrix: jax.Array, coordinates: jax.Array, transposed: bool) -> Any:
-        old = storage.decode(basis, rank, coordinates.dtype)
-        made, coordinates = projector.refresh(ProjectorInput(key, matrix, old, coordinates, step, transposed))
-        made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, old)
+    def side(basis: Basis, matrix: jax.Array, transposed: bool) -> tuple[Basis, jax.Array, jax.Array, jax.Array]:
+        known = storage.project(basis, matrix, rank)
+        decoded = storage.decode(basis, rank, known.dtype)
+        made = projector.refresh(ProjectorInput(key, matrix, decoded, known, step, transposed))
+        made = jax.tree.map(lambda x, like: x.astype(like.dtype), made, decoded)
         new = storage.encode(made)
-        if new is not made:  # coded: the coordinates are those in the decoded basis, which is also what lifts
-            coordinates = storage.project(new, matrix, rank)
-        overlap = storage.overlap(new, basis, matrix.shape[0], rank)
-        return new, coordinates, overlap, _usable(storage, made)
+        q = storage.overlap(new, basis, matrix.shape[0], rank)
+        return new, q, _relative(storage, q, new, basis, matrix.shape[0], rank), _usable(storage, made)
 
-    left, right, q_left, q_right = old.left, old.right, None, None
-    usable = jnp.array(True)
-    low_rank = old.low_rank
+    made = {}
     if view.left:
-        coordinates = storage.project(old.left, matrix, rank) if view.right else old.low_rank
-        left, low_rank, q_left, good = refresh(old.left, matrix, coordinates, False)
-        usable &= good
+        made["left"] = side(old.left, matrix, False)
     if view.right:
-        coordinates = storage.project(old.right, matrix.T, rank) if view.left else old.low_rank.T
-        right, coordinates, q_right, good = refresh(old.right, matrix.T, coordinates, True)
-        usable &= good
-        # Of both sides: PᵀG Q, from PᵀG.
-        low_rank = subspace.project(storage, low_rank, None, right, rank) if view.left else coordinates.T
-    new = Subspace(
-        left,
-        right,
-        low_rank,
-        tuple(carrier.turn(m, q_left, q_right) for carrier, m in zip(carriers, old.moments, strict=True)),
-    )
-    sides = [q for q in (q_left, q_right) if q is not None]
-    overlap = sum(jnp.sum(jnp.square(q)) for q in sides) / (rank * len(sides))
+        made["right"] = side(old.right, matrix.T, True)
+    left, right = (made[name][0] if name in made else getattr(old, name) for name in ("left", "right"))
+    q_left, q_right = (made[name][1] if name in made else None for name in ("left", "right"))
+    usable = functools.reduce(jnp.logical_and, [good for *_, good in made.values()])
+    moments = tuple(carrier.turn(m, q_left, q_right) for carrier, m in zip(carriers, old.moments, strict=True))
+    new = Subspace(left, right, moments)
     kept = jax.tree.map(lambda new, old: jnp.where(usable, new.astype(old.dtype), old), new, old)
     replaced = usable & storage.exists(old.left if view.left else old.right)
-    return Turned(kept, usable, jnp.where(replaced, overlap, -1).astype(jnp.float32))
+    overlap = sum(relative for _, _, relative, _ in made.values()) / len(made)
+    return kept, Outcome(usable, ~usable, jnp.where(replaced, overlap, -1))
+
+
+def _relative(storage: Storage, q: jax.Array, new: Basis, old: Basis, m: int, rank: int) -> jax.Array:
+    """‖P_newᵀP_old‖² over its largest possible value, ‖P_newᵀP_new‖ ‖P_oldᵀP_old‖, which is r for orthonormal bases."""
+
+    def norm(basis: Basis) -> jax.Array:
+        return jnp.sqrt(jnp.sum(jnp.square(storage.overlap(basis, basis, m, rank))))
+
+    largest = rank if storage.orthonormal else norm(new) * norm(old)
+    return jnp.sum(jnp.square(q)) / largest
 
 
 def _usable(storage: Storage, basis: Basis) -> jax.Array:

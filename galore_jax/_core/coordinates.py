@@ -41,10 +41,10 @@ def lift(
 
 
 def coordinates(storage: Storage, view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
-    """A parameter in the coordinates of its low-rank gradient; one without a view is only promoted."""
+    """A parameter in the coordinates of its low-rank gradient, at least float32; one without a view is only promoted."""
     if view is None:
         return promoted(param)
-    return project(storage, promoted(view.to_matrices(param)), *sides(view, left, right), view.rank)
+    return project(storage, view.to_matrices(param), *sides(view, left, right), view.rank)
 
 
 def sides(view: MatrixView, left: Any, right: Any) -> tuple[Basis | None, Basis | None]:

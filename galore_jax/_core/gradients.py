@@ -1,89 +1,108 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One gradient as a batch of matrices, and which of them can be used."""
+"""Which gradients, and which answers to them, can be used, and what happens to the others.
+
+The level of a matrix X is log ‖X‖², or log(1 + ‖X‖²) where zeros are welcome.  It is finite if the matrix can be used: -inf for
+zeros, and inf or NaN if an entry is not finite or if the squares overflow, which no second moment would survive.
+One number for each matrix keeps programs small, and lets each parameter be updated before the next one is projected.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from galore_jax import codecs
-from galore_jax._core.dtypes import promoted
+from galore_jax import codecs, sharding
 from galore_jax._core.state_fields import NO_PARAMETER
-from galore_jax.matrix_view import MatrixView
 
 
-class MatrixGradient(NamedTuple):
-    """The gradient of one parameter, and whether it can be used."""
+def level_of(x: jax.Array, batch: int = 0, may_be_zero: bool = True) -> jax.Array:
+    """[*batch] the level of each matrix behind the first ``batch`` axes.
 
-    view: MatrixView | None
-    gradient: jax.Array
-    matrices: jax.Array  # (*batch, m, n) in the dtype of the gradient; a leaf without a view in that of its state
-    peak: jax.Array  # [*batch] largest magnitude
-    finite: jax.Array  # [*batch]
+    >>> level_of(jnp.array([[1.0, 0.0], [0.0, 0.0], [jnp.nan, 1.0]]), batch=1, may_be_zero=False), level_of(jnp.zeros(3))
+    (Array([  0., -inf,  nan], dtype=float32), Array(0., dtype=float32))
+    """
+    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squares = jnp.sum(jnp.square(x), axis=tuple(range(batch, x.ndim)))
+    return jnp.log1p(squares) if may_be_zero else jnp.log(squares)
+
+
+def is_sound(level: jax.Array) -> jax.Array:
+    """Whether matrices of this level are finite."""
+    return level < jnp.inf
+
+
+def taken(vector: jax.Array, places: np.ndarray) -> jax.Array:
+    """The entries of a vector at static places."""
+    if np.array_equal(places, np.arange(vector.size)):
+        return vector
+    return vector.at[places].get(mode="promise_in_bounds")
+
+
+def masked(flags: jax.Array, x: jax.Array) -> jax.Array:
+    """``x`` where the flags [*batch] are set, and zeros elsewhere."""
+    return jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim)), x, 0)
+
+
+class Batches(NamedTuple):
+    """The batch shapes of several arrays, of which one vector has all entries, one array after the other.
+
+    >>> batches = Batches(((), (2,)))
+    >>> vector = batches.join([jnp.array(1), jnp.array([2, 3])])
+    >>> vector, batches.split(vector)
+    (Array([1, 2, 3], dtype=int32), [Array(1, dtype=int32), Array([2, 3], dtype=int32)])
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
 
     @property
-    def good(self) -> jax.Array:
-        """[*batch] whether it is :meth:`usable`, projected if there is a view"""
-        return self.usable(self.view is not None)
+    def sizes(self) -> list[int]:
+        """The number of entries of each array."""
+        return list(map(math.prod, self.shapes))
 
-    def usable(self, projected: bool) -> jax.Array:
-        """[*batch] finite and, where it is projected, not zero"""
-        return self.finite & (self.peak > 0) if projected else self.finite
+    def join(self, arrays: Sequence[jax.Array]) -> jax.Array:
+        """(*batch, ...) of each -> (N, ...), replicated."""
+        flat = [
+            sharding.gather(array).reshape(math.prod(shape), *array.shape[len(shape) :])
+            for shape, array in zip(self.shapes, arrays, strict=True)
+        ]
+        return jnp.concatenate(flat)
 
-    def over(self, flags: jax.Array) -> jax.Array:
-        """[*batch] flags, to be broadcast over the matrices."""
-        return flags if self.view is None else flags[..., None, None]
-
-    def where_good(self, x: jax.Array) -> jax.Array:
-        """x with a matrix for each of this gradient's, zeros where the gradient cannot be used."""
-        return jnp.where(self.over(self.good), x, 0)
-
-    def agreed(self, axis_name: Any) -> MatrixGradient:
-        """With the flags of the mean over the devices along an axis: usable where theirs are finite and one is not zero."""
-        if axis_name is None:
-            return self
-        bad, peak = jax.lax.pmax(((~self.finite).astype(jnp.int32), self.peak), axis_name)
-        return self._replace(peak=peak, finite=bad == 0)
+    def split(self, vector: jax.Array) -> list[jax.Array]:
+        """The inverse of :meth:`join`."""
+        parts, first = [], 0
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            part = jax.lax.slice_in_dim(vector, first, first + size)
+            parts.append(part.reshape(*shape, *vector.shape[1:]))
+            first += size
+        return parts
 
 
-def measured(view: MatrixView | None, gradient: jax.Array, like: jax.Array | None = None) -> MatrixGradient:
-    """A gradient; with ``like``, an array such as the update is to be, one that is projected already."""
-    if like is None:
-        matrices = promoted(gradient) if view is None else view.to_matrices(gradient)
-    else:
-        matrices, gradient = gradient, like
-    axes = None if view is None else (-2, -1)
-    peak = promoted(jnp.max(jnp.abs(matrices), axis=axes, initial=0))
-    finite = jnp.all(jnp.isfinite(matrices), axis=axes)  # not read off the peak: XLA's maximum on CPU drops a NaN
-    return MatrixGradient(view, gradient, matrices, peak, finite)
-
-
-def any_of(flags: list[jax.Array]) -> jax.Array:
-    """A scalar: whether any flag in any of the arrays is set; not if there is none.
-
-    >>> bool(any_of([jnp.array([False, True]), jnp.array(False)])), bool(any_of([]))
-    (True, False)
-    """
-    return jnp.any(jnp.stack([jnp.any(flag) for flag in flags])) if flags else jnp.array(False)
+def joined(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The entries of all arrays in one vector, replicated."""
+    return Batches(tuple(map(jnp.shape, arrays))).join(arrays)
 
 
 def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
     """``new``, but ``old`` wherever a leaf belongs to a parameter whose gradient is not good.
 
     Args:
-      owners: for each leaf of the state, a coded array being one, the index of its parameter, or -1.
-      new: the inner state after the update.
-      old: the inner state before.
-      good: for each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
+      owners: For each leaf of the state, the index of its parameter or -1; a coded array counts as one leaf.
+      new: The inner state after the update.
+      old: The inner state before it.
+      good: For each parameter a bool array of its batch shape: () for one matrix or a whole leaf.
 
     Returns:
-      The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a state
-      leaf does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
+      The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a leaf of the
+      state does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
     """
-    any_good = any_of(good)
+    any_good = jnp.any(joined(good)) if good else jnp.array(False)
 
     def choose(owner: int, new_leaf: Any, old_leaf: Any) -> Any:
         flag = any_good if owner == NO_PARAMETER else good[owner]

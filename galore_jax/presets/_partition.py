@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import accumulate
 from galore_jax._core import gradients as guards, state_fields
+from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted
 from galore_jax.matrix_view import GaLoreDimensionNumbers, MatrixView
 
@@ -68,7 +68,7 @@ def on_matrices(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, OnMatricesState]:
-        if {accumulate.Collect.ARGUMENT, accumulate.Projected.ARGUMENT} & extra_args.keys():
+        if call_of(dict(extra_args)).action in (Action.PROJECT, Action.APPLY):
             raise ValueError(
                 "This optimizer needs the whole gradient, which low-rank accumulation does not keep: accumulate whole gradients."
             )

@@ -30,7 +30,7 @@ import optax
 from galore_jax import sharding
 from galore_jax._core import coordinates as subspace, seeds
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import measured
+from galore_jax._core.gradients import level_of, masked
 from galore_jax._core.orthonormal import defect, orthonormal
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
 from galore_jax.presets._partition import on_matrices
@@ -163,17 +163,18 @@ def scale_by_ldadam(
         remembered = zip(*(treedef.flatten_up_to(getattr(state, field)) for field in _Matrix._fields), strict=True)
         replies, new, any_good = [], [], jnp.array(False)
         for view, gradient, old in zip(_views(views_of, updates), gradients, remembered, strict=True):
-            leaf = measured(view, gradient)
-            matrices = sharding.gather(promoted(leaf.where_good(leaf.matrices)))
+            matrices = promoted(view.to_matrices(gradient))
+            good = jnp.isfinite(level_of(matrices, view.batch, may_be_zero=False))
+            matrices = sharding.gather(masked(good, matrices))
             step = functools.partial(_step, settings, state.count, key)
             for _ in view.batch_shape:
                 step = jax.vmap(step)
             gathered = _Matrix(*map(sharding.gather, old))
-            direction, remember = step(_basis_first(view, matrices), sharding.gather(leaf.good), gathered)
+            direction, remember = step(_basis_first(view, matrices), sharding.gather(good), gathered)
             direction = _basis_first(view, direction).astype(gradient.dtype)
             replies.append(sharding.like(view.from_matrices(direction), gradient))
             new.append(_Matrix(*map(sharding.like, remember, old)))
-            any_good |= jnp.any(leaf.good)
+            any_good |= jnp.any(good)
         count = state.count + any_good.astype(jnp.int32)
         return treedef.unflatten(replies), LDAdamState(count, *_trees(new, treedef))
 

@@ -1,0 +1,384 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""One update of :func:`galore_jax.galore`: refresh, project, inner transformation, lift."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import (
+    codecs,
+    diagnostics as diagnosis,
+    projectors,
+    refresh as policies,
+    residual as residuals,
+    sharding,
+)
+from galore_jax._core import coordinates, trees
+from galore_jax._core.basis import Seeded
+from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
+from galore_jax._core.call import Action, Call, call_of
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.gradients import Batches, hold_bad, is_sound, joined, level_of, masked
+from galore_jax._core.per_matrix import owners, per_matrix
+from galore_jax._core.seeds import key_of
+from galore_jax._core.state import GaLoreState
+from galore_jax.matrix_view import MatrixView, Rank
+from galore_jax.transport import carriers
+
+
+class GaLoreMemoryWarning(UserWarning):
+    """GaLore is used in a way that saves no memory."""
+
+
+class _Gradient(NamedTuple):
+    """The gradient of one parameter."""
+
+    view: MatrixView | None
+    leaf: Any  # as it came, in its box if there is one
+    matrices: jax.Array | None  # (*batch, m, n), or at least float32 without a view; None if it is projected already
+    dtype: Any  # of the update
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The ``init`` and ``update`` of one :func:`galore_jax.galore`."""
+
+    inner: optax.GradientTransformationExtraArgs
+    rank: Rank | jax.Array
+    select: Callable[..., list[MatrixView | None]]  # (tree, rank=...) -> the view of each leaf
+    projector: projectors.Projector
+    refresh: policies.RefreshPolicy
+    transport: str
+    residual: residuals.Residual | None
+    diagnostics: bool
+    scale: float | jax.Array | str
+    seed: int | jax.Array
+
+    def init(self, params: optax.Params) -> GaLoreState:
+        leaves, treedef = trees.flatten(params)
+        arrays = list(map(trees.array_of, leaves))
+        views = self.select(params, rank=int(self.rank) if isinstance(self.rank, jax.Array) else self.rank)
+        bases = [coordinates.zero_bases(self._storage, *pair) for pair in zip(views, arrays, strict=True)]
+        zeros = map(coordinates.zero_coordinates, views, arrays)
+        low_rank = treedef.unflatten(map(trees.boxed_like, zeros, leaves))
+        inner = self._inner_of(views)
+        inner_state = inner.init(low_rank)
+        carriers(self.transport, inner, inner_state, treedef, views)  # raises for a state it cannot carry
+        schedule = [() if view is None else self.refresh.init(_slots(view)) for view in views]
+        counters = {name: jnp.zeros([], jnp.int32) for name in ("step", "skipped", "kept", "rejected")}
+        return GaLoreState(
+            **counters,
+            left=treedef.unflatten(left for left, _ in bases),
+            right=treedef.unflatten(right for _, right in bases),
+            schedule=treedef.unflatten(schedule),
+            diagnostics=diagnosis.initial(views, treedef) if self.diagnostics else (),
+            residual=self._residual_of(views, treedef),
+            inner_state=inner_state,
+        )
+
+    def update(
+        self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, GaLoreState]:
+        if not isinstance(state, GaLoreState):
+            raise ValueError(
+                f"state is a {type(state).__name__}, not the GaLoreState that init() made: call update(updates, state, params)."
+            )
+        call = call_of(extra_args)
+        projected = call.action is Action.APPLY
+        if params is not None and not projected:
+            trees.check_gradients(updates, params)
+        views = self._views(params if projected else updates, state)
+        leaves, treedef = trees.flatten(updates)
+        arrays = list(map(trees.array_of, leaves))
+
+        if projected:
+            if self.residual is not None:
+                raise ValueError(
+                    f"residual={self.residual.name!r} needs the whole gradient, which low-rank accumulation does not keep: "
+                    "accumulate whole gradients, or leave residual out."
+                )
+            call.answer()
+            dtypes = [promoted(trees.array_of(leaf)).dtype for leaf in treedef.flatten_up_to(params)]
+            gradients = [
+                _Gradient(view, leaf, None, dtype) for view, leaf, dtype in zip(views, leaves, dtypes, strict=True)
+            ]
+            return self._step(gradients, treedef, arrays, state, params, **extra_args)
+
+        if not any(views):
+            if call.action is Action.UPDATE:
+                return self._update_whole(updates, state, params, **extra_args)
+            call.answer(updates if call.action is Action.PROJECT else True)
+            return updates, state
+
+        gradients = [
+            _Gradient(view, leaf, promoted(array) if view is None else view.to_matrices(array), array.dtype)
+            for view, leaf, array in zip(views, leaves, arrays, strict=True)
+        ]
+        state = self._refreshed(gradients, treedef, state, call)
+        if call.action is Action.REFRESH:
+            call.answer()
+            return updates, state
+        low_rank = [
+            gradient.matrices if gradient.view is None else self._project(gradient.view, gradient.matrices, sides)
+            for gradient, sides in zip(gradients, self._bases(views, treedef, state), strict=True)
+        ]
+        if call.action is Action.PROJECT:
+            call.answer(treedef.unflatten(map(trees.boxed_like, low_rank, leaves)))
+            return updates, state
+        return self._step(gradients, treedef, low_rank, state, params, **extra_args)
+
+    @property
+    def _storage(self) -> Any:
+        return self.projector.storage
+
+    def _views(self, tree: Any, state: GaLoreState) -> list[MatrixView | None]:
+        """The view of each leaf.  A rank that ``optax.inject_hyperparams`` has made an array is read off the bases."""
+        if not isinstance(self.rank, jax.Array):
+            return self.select(tree, rank=self.rank)
+        if isinstance(self._storage, Seeded):
+            raise TypeError(
+                f"rank is an array, and the projector {self.projector.name!r} stores no basis to read it from: with "
+                'optax.inject_hyperparams write static_args=("rank",).'
+            )
+        _, treedef = trees.flatten(tree)
+        pairs = zip(treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right), strict=True)
+        ranks = [next((array.shape[-1] for array in reversed(jax.tree.leaves(pair))), None) for pair in pairs]
+        by_path = dict(zip(trees.paths_of(tree), ranks, strict=True))
+        return self.select(tree, rank=lambda path, shape: by_path[path])
+
+    def _residual_of(self, views: list[MatrixView | None], treedef: Any) -> Any:
+        rule = self.residual
+        return () if rule is None else treedef.unflatten(() if v is None else rule.init(v.batch_shape) for v in views)
+
+    def _inner_of(self, views: list[MatrixView | None]) -> optax.GradientTransformationExtraArgs:
+        """A bias-correction count that all matrices share cannot be reset for one, so each matrix gets its own inner state."""
+        return per_matrix(self.inner, lambda _: views) if self.transport == "reset" else self.inner
+
+    def _refreshed(self, gradients: list[_Gradient], treedef: Any, state: GaLoreState, call: Call) -> GaLoreState:
+        """The state with new bases where they are due (or missing, or all of them) and the inner state carried into them."""
+        everything = call.action is Action.REFRESH
+        if not (everything or self.refresh.automatic):
+            return state
+        views = [gradient.view for gradient in gradients]
+        inner_leaves, inner_def = codecs.flatten(state.inner_state)
+        carried = carriers(self.transport, self._inner_of(views), state.inner_state, treedef, views)
+        lefts, rights, schedules = map(treedef.flatten_up_to, (state.left, state.right, state.schedule))
+        projected = [i for i, view in enumerate(views) if view is not None]
+        places: dict[int, list[int]] = {i: [] for i in projected}
+        for place, carrier in enumerate(carried):
+            if carrier is not None:
+                places[carrier.parameter].append(place)
+
+        chosen = [views[i] for i in projected]
+        members = [
+            Member(
+                view,
+                gradients[i].matrices,
+                Subspace(lefts[i], rights[i], tuple(inner_leaves[place] for place in places[i])),
+                tuple(carried[place] for place in places[i]),
+            )
+            for i, view in zip(projected, chosen, strict=True)
+        ]
+        # From here to the loop over groups, vectors have an entry for each matrix of all parameters.
+        batches = Batches(tuple(view.batch_shape for view in chosen))
+        numbers = [_slots(view, call.layer).numbers.reshape(-1) for view in chosen]
+        concatenate = np.concatenate if all(isinstance(part, np.ndarray) for part in numbers) else jnp.concatenate
+        slots = policies.Slots(concatenate(numbers), chosen[0].total)
+        schedule = jax.tree.map(lambda *parts: batches.join(parts), *(schedules[i] for i in projected))
+        due = (self.refresh.due(state.step, slots, schedule) | everything) & call.may_refresh
+        exists = batches.join(
+            [
+                self._storage.exists(lefts[i] if view.left else rights[i])
+                for i, view in zip(projected, chosen, strict=True)
+            ]
+        )
+        wanted = due | (~exists & call.may_refresh)
+        key = key_of(self.seed, state.step)
+        subspaces, outcome = refresh_all(self.projector, key, state.step, members, wanted, call.axis_name)
+
+        for i, subspace in zip(projected, subspaces, strict=True):
+            lefts[i], rights[i] = subspace.left, subspace.right
+            for place, moment in zip(places[i], subspace.moments, strict=True):
+                inner_leaves[place] = moment
+        leaves, structure = jax.tree.flatten(
+            self.refresh.advance(state.step, slots, schedule, outcome.done, outcome.overlap)
+        )
+        split = zip(*map(batches.split, leaves), strict=True) if leaves else [()] * len(projected)
+        for i, parts in zip(projected, split, strict=True):
+            schedules[i] = structure.unflatten(parts)
+        if self.diagnostics:
+            overlaps = treedef.flatten_up_to(state.diagnostics.overlap)
+            for i, overlap in zip(projected, batches.split(outcome.overlap), strict=True):
+                overlaps[i] = jnp.where(overlap >= 0, overlap, overlaps[i])
+            state = state._replace(diagnostics=state.diagnostics._replace(overlap=treedef.unflatten(overlaps)))
+        kept = due & ~(outcome.done | outcome.rejected)
+        return state._replace(
+            kept=state.kept + jnp.sum(kept, dtype=jnp.int32),
+            rejected=state.rejected + jnp.sum(outcome.rejected, dtype=jnp.int32),
+            left=treedef.unflatten(lefts),
+            right=treedef.unflatten(rights),
+            schedule=treedef.unflatten(schedules),
+            inner_state=inner_def.unflatten(inner_leaves),
+        )
+
+    def _bases(self, views: list[MatrixView | None], treedef: Any, state: GaLoreState) -> list[tuple[Any, Any] | None]:
+        """The (left, right) bases of each projected parameter, None on a side without one; constant to differentiation."""
+        lefts, rights = map(treedef.flatten_up_to, jax.lax.stop_gradient((state.left, state.right)))
+        triples = zip(views, lefts, rights, strict=True)
+        return [None if view is None else coordinates.sides(view, left, right) for view, left, right in triples]
+
+    def _project(self, view: MatrixView, matrices: jax.Array, sides: tuple[Any, Any]) -> jax.Array:
+        return coordinates.project(self._storage, matrices, *sides, view.rank)
+
+    def _lift(self, view: MatrixView, low_rank: jax.Array, sides: tuple[Any, Any]) -> jax.Array:
+        return coordinates.lift(self._storage, low_rank, *sides, view.matrix_shape)
+
+    def _step(
+        self,
+        gradients: list[_Gradient],
+        treedef: Any,
+        low_rank: list[jax.Array],
+        state: GaLoreState,
+        params: optax.Params | None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaLoreState]:
+        """The inner transformation on the low-rank gradients, and its answer lifted."""
+        views = [gradient.view for gradient in gradients]
+        bases = self._bases(views, treedef, state)
+
+        def tree(arrays: Any) -> Any:
+            boxes = (gradient.leaf for gradient in gradients)
+            return treedef.unflatten(map(trees.boxed_like, arrays, boxes))
+
+        batches = [view.batch if view is not None else 0 for view in views]
+        levels = [
+            level_of(x, batch, may_be_zero=view is None)
+            for view, batch, x in zip(views, batches, low_rank, strict=True)
+        ]
+        if self.residual is not None:  # its rule reads the whole gradient
+            wholes = [
+                level_of(gradient.matrices, batch, may_be_zero=True)
+                for gradient, batch in zip(gradients, batches, strict=True)
+            ]
+            levels = [level + 0 * whole for level, whole in zip(levels, wholes, strict=True)]
+        good = list(map(jnp.isfinite, levels))
+        low_rank = list(map(masked, good, low_rank))
+
+        in_subspaces = None
+        if params is not None:
+            values = map(trees.array_of, treedef.flatten_up_to(params))
+            in_subspaces = tree(
+                promoted(value) if view is None else self._project(view, view.to_matrices(value), sides)
+                for view, value, sides in zip(views, values, bases, strict=True)
+            )
+        inner = self._inner_of(views)
+        replies, inner_state = inner.update(tree(low_rank), state.inner_state, in_subspaces, **extra_args)
+        replies = list(map(trees.array_of, treedef.flatten_up_to(replies)))
+        # An answer that is not finite is not lifted, nor is one to a gradient that is not good: there, 0 · level is NaN.
+        answers = [
+            level_of(x, batch, may_be_zero=True) + 0 * level
+            for batch, x, level in zip(batches, replies, levels, strict=True)
+        ]
+        answered = list(map(jnp.isfinite, answers))
+
+        remembered = None if self.residual is None else treedef.flatten_up_to(state.residual)
+        updates = []
+        for i, (gradient, reply, sides) in enumerate(zip(gradients, replies, bases, strict=True)):
+            view = gradient.view
+            if view is None:
+                updates.append(masked(answered[i], reply).astype(gradient.dtype))
+                continue
+            alpha = residuals.alpha(view, self.scale, reply.dtype)
+            if remembered is None:
+                # The lift is in the dtype of the update, with at least float32 sums.
+                matrices = self._lift(view, masked(answered[i], reply * alpha).astype(gradient.dtype), sides)
+            else:
+                parts = residuals.Parts(
+                    promoted(masked(answered[i], gradient.matrices)),
+                    low_rank[i],
+                    masked(answered[i], reply),
+                    lambda x, view=view, sides=sides: self._lift(view, x, sides),
+                    alpha,
+                    -2 if view.left else -1,
+                )
+                matrices, new = self.residual.combine(parts, remembered[i])
+                flag = sharding.gather(answered[i])  # what a rule remembers is replicated
+                remembered[i] = jax.tree.map(lambda new, old, flag=flag: jnp.where(flag, new, old), new, remembered[i])
+            updates.append(matrices.astype(gradient.dtype))
+
+        lost = jnp.isfinite(joined(levels)) & ~jnp.isfinite(joined(answers))
+        new_state = state._replace(
+            step=state.step + jnp.any(jnp.isfinite(joined(answers))).astype(jnp.int32),
+            skipped=state.skipped + jnp.any(~is_sound(joined(levels)) | lost).astype(jnp.int32),
+            inner_state=hold_bad(
+                owners(inner, inner_state, treedef), new=inner_state, old=state.inner_state, good=good
+            ),
+            residual=state.residual if remembered is None else treedef.unflatten(remembered),
+        )
+        if self.diagnostics:
+            found = self._diagnosed(gradients, treedef, low_rank, good, updates, state.diagnostics)
+            new_state = new_state._replace(diagnostics=found)
+        return tree(map(_as_parameter, gradients, updates)), new_state
+
+    def _diagnosed(
+        self,
+        gradients: list[_Gradient],
+        treedef: Any,
+        low_rank: list[jax.Array],
+        good: list[jax.Array],
+        updates: list[jax.Array],
+        known: diagnosis.Diagnostics,
+    ) -> diagnosis.Diagnostics:
+        captured = treedef.flatten_up_to(known.captured_energy)
+        rms = [optax.MaskedNode()] * len(gradients)
+        for i, gradient in enumerate(gradients):
+            if gradient.view is not None:
+                rms[i] = diagnosis.root_mean_square(updates[i])
+                if gradient.matrices is not None:
+                    share = diagnosis.captured_energy(low_rank[i], gradient.matrices)
+                    captured[i] = jnp.where(good[i], share, captured[i])
+        return known._replace(captured_energy=treedef.unflatten(captured), update_rms=treedef.unflatten(rms))
+
+    def _update_whole(
+        self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None, **extra_args: Any
+    ) -> tuple[optax.Updates, GaLoreState]:
+        """When nothing is projected, runs the inner transformation directly.
+
+        Gradients and answers that are not finite are masked afterwards, which keeps its arithmetic bit-identical.
+        """
+        updates = trees.as_arrays(updates)
+        gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
+        replies, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
+        leaves = jax.tree.leaves((updates, replies))
+        sound = jnp.all(is_sound(joined(list(map(level_of, leaves))))) if leaves else jnp.array(False)
+        replies = jax.tree.map(lambda reply, x: jnp.where(sound, reply, 0).astype(x.dtype), replies, updates)
+        inner_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), inner_state, state.inner_state)
+        good = sound.astype(jnp.int32)
+        return replies, state._replace(
+            step=state.step + good, skipped=state.skipped + 1 - good, inner_state=inner_state
+        )
+
+
+def _slots(view: MatrixView, layer: int | jax.Array | None = None) -> policies.Slots:
+    """The places of a parameter's matrices among all of them, those of the other layers included."""
+    size = math.prod(view.batch_shape)
+    numbers = view.first + np.arange(size, dtype=np.int32).reshape(view.batch_shape)
+    return policies.Slots(numbers if layer is None or not view.layers else numbers + layer * size, view.total)
+
+
+def _as_parameter(gradient: _Gradient, update: jax.Array) -> jax.Array:
+    """An update in the shape of its parameter."""
+    if gradient.view is None:
+        return update
+    like = trees.array_of(gradient.leaf)
+    update = gradient.view.from_matrices(update)
+    return update if gradient.matrices is None else sharding.like(update, like)
