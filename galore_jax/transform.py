@@ -424,9 +424,10 @@ class _GaLore:
 
 def _slots(views: list[MatrixView | None], layer: policies.Layer | None = None) -> list[policies.Slots | None]:
     """The place of each parameter's matrices among all of them, those of the other layers included."""
-    sizes = [0 if view is None else math.prod(view.batch_shape) for view in views]
-    first = [sum(sizes[:i]) for i in range(len(sizes))]
-    return [
-        None if view is None else policies.Slots(start, view.batch_shape, sum(sizes)).of(layer)
-        for view, start in zip(views, first, strict=True)
-    ]
+
+    def slots(view: MatrixView) -> policies.Slots:
+        own = layer is not None and view.layers
+        first = view.first + layer.index * math.prod(view.batch_shape) if own else view.first
+        return policies.Slots(first, view.batch_shape, view.total)
+
+    return [None if view is None else slots(view) for view in views]

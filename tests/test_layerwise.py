@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from problems import galore_states, quick_compilation  # noqa: F401
 
-from galore_jax import galore_adamw
+from galore_jax import GaLoreDimensionNumbers, galore_adamw, galore_muon
 from galore_jax.layerwise import BlockStack, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
@@ -129,6 +129,71 @@ def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
         ]
         np.testing.assert_array_equal(*changes)
         assert 0 < changes[0].mean() < 0.6
+
+
+# Projected matrices outside the blocks stand on both sides of them in the order of the paths.
+WIDE = {"aaa": (8, 12), "blocks": {"down": (LAYERS, 2, 8, 12), "up": (LAYERS, 12, 2, 8)}, "zzz": (12, 8)}
+WIDE_STACK = BlockStack(
+    split=lambda p: ({"blocks": p["blocks"]}, {"aaa": p["aaa"], "zzz": p["zzz"]}),
+    join=lambda layers, rest: layers | rest,
+    embed=lambda rest, batch: batch["x"] @ rest["aaa"],
+    block=lambda layer, x: (
+        x + jnp.tanh(jnp.einsum("bd,dhk,hke->be", x, layer["blocks"]["up"], layer["blocks"]["down"]))
+    ),
+    loss=lambda rest, x, batch: jnp.mean((x @ rest["zzz"] - batch["y"]) ** 2),
+)
+N = GaLoreDimensionNumbers
+TREE = {"aaa": N(), "blocks": {"down": N((1, 2), 3), "up": N(1, (2, 3))}, "zzz": N()}
+WIDE_RUNS = {
+    "staggered": (galore_adamw, {"refresh": "staggered"}),
+    "mask, prefix": (galore_adamw, {"mask": {"aaa": False, "blocks": True, "zzz": True}}),
+    "lazy, numbers, prefix": (
+        galore_adamw,
+        {"refresh": lazy(4, threshold=0.1, window=1), "weight_dimension_numbers": TREE | {"blocks": N((1, 2), 3)}},
+    ),
+    "together, functions": (
+        galore_adamw,
+        {
+            "refresh": "together",
+            "mask": lambda params: jax.tree.map(lambda leaf: leaf.shape[0] in (LAYERS, 12), params),
+            "weight_dimension_numbers": lambda params: TREE,
+        },
+    ),
+    "muon, numbers, tree": (galore_muon, {"projector": "power", "weight_dimension_numbers": TREE}),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_RUNS)
+def test_three_refresh_periods_are_those_of_the_plain_step(name):
+    build, settings = WIDE_RUNS[name]
+    tx = build(0.01, rank=3, update_proj_gap=4, **settings)
+    rng = np.random.default_rng(0)
+    shapes, treedef = jax.tree.flatten(WIDE, is_leaf=lambda x: isinstance(x, tuple))
+    start = treedef.unflatten(jnp.asarray(rng.normal(scale=0.3, size=shape), jnp.float32) for shape in shapes)
+
+    def whole_loss(params, batch):
+        layers, rest = WIDE_STACK.split(params)
+        x = WIDE_STACK.embed(rest, batch)
+        for i in range(LAYERS):
+            x = WIDE_STACK.block(jax.tree.map(lambda leaf, i=i: leaf[i], layers), x)
+        return WIDE_STACK.loss(rest, x, batch)
+
+    @jax.jit
+    def plain_step(params, state, batch):
+        updates, state = tx.update(jax.grad(whole_loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    init, step = layerwise(WIDE_STACK, tx)
+    step, ours, our_state, plain, state = jax.jit(step), start, init(start), start, tx.init(start)
+    for _ in range(12):
+        batch = {name: jnp.asarray(rng.normal(size=(32, 8)), jnp.float32) for name in "xy"}
+        ours, our_state, _ = step(ours, our_state, batch)
+        plain, state = plain_step(plain, state, batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours, plain)
+    shapes = [x.shape for part in (our_state.layers, our_state.rest) for x in jax.tree.leaves(part)]
+    # Projected matrices in the blocks and in the rest.
+    assert any(shape[0] == LAYERS and 3 in shape[1:] for shape in shapes if shape)
+    assert any(len(shape) == 2 and 3 in shape for shape in shapes)
 
 
 def unstacked_loss(params, batch):
