@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The layer-wise step is the plain step: of the trainer on the stack, and of Optax alone on a list of layers."""
+"""The layer-wise step equals the plain step on the stack, and Optax's step on a list of layers."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ STACK = BlockStack(
 
 
 def batches(steps=STEPS):
-    """y is a function of x but for a tenth of them: that can be learnt."""
+    """Batches in which y is a function of x, except for 10% noise, so that a model can learn it."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 6, (STEPS, 24)).astype(np.int32)
     y = np.where(rng.random(x.shape) < 0.1, 0, (x * x + 1) % 6).astype(np.int32)
@@ -72,7 +72,7 @@ def whole_loss(params, batch, layer_of=lambda blocks, i: jax.tree.map(lambda x: 
 
 
 def run_layerwise(tx, params, steps=STEPS, see=lambda state: None, **settings):
-    """(losses, gradient norms, params, what was seen of every state) of a layer-wise run."""
+    """The losses, gradient norms, parameters and ``see(state)`` of every step of a layer-wise run."""
     init, step = layerwise(STACK, tx, **settings)
     step, state, found, seen = jax.jit(step), init(params), [], []
     for batch in batches(steps):
@@ -83,7 +83,7 @@ def run_layerwise(tx, params, steps=STEPS, see=lambda state: None, **settings):
 
 
 def run_plain(tx, params, loss_of=whole_loss, steps=STEPS, see=lambda state: None):
-    """The same of Optax, without anything of ours but what is in ``tx``."""
+    """The same results from a plain Optax loop."""
 
     @jax.jit
     def step(params, state, batch):
@@ -123,7 +123,7 @@ def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
     expected = run_plain(GALORE[name], params(), see=bases)
     assert_same_run(found, expected)
     for side in ("up", "down"):
-        # The same matrices of the same layers refresh at the same steps.
+        # The same matrices are refreshed at the same steps.
         changes = [
             np.any(np.diff(np.stack([s[side] for s in run[3]]), axis=0), axis=(2, 3)) for run in (found, expected)
         ]
@@ -201,7 +201,7 @@ def unstacked_loss(params, batch):
 
 
 def unstacked(params):
-    """Every layer with leaves of its own."""
+    """The parameters with a list of layers instead of a stack."""
     return params | {"blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]}
 
 
@@ -299,7 +299,7 @@ def test_the_bound_of_each_layer_is_one_on_its_own_norm():
 def test_a_bad_gradient_in_one_layer_stops_that_layer_alone():
     weights = params()
     weights["blocks"]["bias"] = jnp.ones((LAYERS, 8)).at[1].set(0.0)
-    # Layer 1 has a bias whose own gradient is infinite, but the cotangent that it hands on is finite.
+    # The bias of layer 1 has an infinite gradient, but the cotangent of its input is finite.
     stack = STACK._replace(
         block=lambda layer, x: block({"blocks": layer["blocks"] | {"bias": jnp.sqrt(layer["blocks"]["bias"])}}, x)
     )
