@@ -1,19 +1,19 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A training step that never holds more than one layer's gradient.
+"""A training step that holds the gradient of one layer at a time.
 
-For a stack of L identical blocks, x_0 = embed(rest, batch), x_(l+1) = block(W_l, x_l), loss(rest, x_L, batch), the step keeps
-the blocks' inputs x_l and goes back through the stack in place:
+For a stack of L identical blocks, x_0 = embed(rest, batch), x_(l+1) = block(W_l, x_l), loss(rest, x_L, batch), the forward pass
+stores the blocks' inputs x_l, and the backward pass updates the stack in place:
 
-    for l = L-1 .. 0:    recompute block l from x_l, take its gradient G_l and that of its input,
-                         W_l, s_l  <-  tx(G_l, s_l, W_l)                      and forget G_l
+    for l = L-1 .. 0:    recompute block l from x_l, compute its gradient G_l and that of its input,
+                         W_l, s_l  <-  tx(G_l, s_l, W_l)                      and discard G_l
 
-One ``fori_loop`` carries all weights and states and overwrites a slice of each; as inputs and outputs of a reverse ``scan`` they
-would be held twice.  Each layer has an optimizer state of its own, so what ``tx`` does must not couple layers or parameters;
-it equals one step on the whole tree then.  (LOMO, arXiv 2306.09782, and GaLore's per-layer updates are this in PyTorch.)
+One ``fori_loop`` carries all weights and states and overwrites a slice of each.  A reverse ``scan`` would hold them twice, as
+its inputs and as its outputs.  Each layer has its own optimizer state, so ``tx`` must not couple layers or parameters.  Then
+the step equals one step on the whole tree.  LOMO (arXiv 2306.09782) and GaLore's per-layer updates do this in PyTorch.
 
-Micro-batches are taken layer by layer too: block l goes through all of them, and their mean gradient makes one update.  A bound
-on the global norm takes the backward pass twice, the first time for the norm alone.
+Gradient accumulation is layer-wise too: all micro-batches pass through block l, and their mean gradient makes one update.  A
+bound on the global norm takes a second backward pass, which computes the norm.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax._core.call import ARGUMENT, Action, Call
+from galore_jax._core.trees import paths_of
 from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
 from galore_jax.execution.in_turn import update_in_turn
 from galore_jax.execution.independence import check_independent
+from galore_jax.matrix_view import whole_tree
 from galore_jax.weights import apply_updates, dequantize
 
 Params = Any
@@ -38,21 +40,22 @@ Activations = Any
 
 
 class BlockStack(NamedTuple):
-    """A model as a stack of identical blocks: what a layer-wise step needs to know of it.
+    """A model as a stack of identical blocks.
 
-    ``layers`` are the parameters of the blocks, every leaf (L, ...); ``rest`` are all others.  Both are parts of the whole tree
-    that keep its names, such as {"layers": ...} and {"embed": ..., "head": ...}, because names decide what is projected.
+    ``layers`` holds the parameters of the blocks, with leaves (L, ...), and ``rest`` holds all others.  Both keep the paths of
+    the whole tree, as in {"layers": ...} and {"embed": ..., "head": ...}: paths decide which parameters are projected and when
+    they are refreshed.
     """
 
     split: Callable[[Params], tuple[Params, Params]]  # params -> layers, rest
     join: Callable[[Params, Params], Params]  # its inverse
     embed: Callable[[Params, Any], Activations]  # rest, batch -> x
-    block: Callable[[Params, Activations], Activations]  # one layer, leaves without their first axis; x -> x
+    block: Callable[[Params, Activations], Activations]  # one layer, leaves without the layer axis; x -> x
     loss: Callable[[Params, Activations, Any], jax.Array]  # rest, x, batch -> scalar, a mean over the batch
 
 
 class LayerwiseState(NamedTuple):
-    """Optimizer state of a layer-wise step."""
+    """The optimizer state of a layer-wise step."""
 
     count: jax.Array  # scalar, int32; steps taken
     layers: Any  # the state of each layer, leaves (L, ...)
@@ -60,14 +63,14 @@ class LayerwiseState(NamedTuple):
 
 
 class LayerwiseMetrics(NamedTuple):
-    """What a step found out."""
+    """The measurements of a step."""
 
     loss: jax.Array  # scalar, float32
     grad_norm: jax.Array  # scalar, float32; of the whole gradient, before any bound
 
 
 class Layerwise(NamedTuple):
-    """``init(params) -> state`` and ``step(params, state, batch) -> params, state, metrics``, to be jitted with donation."""
+    """``init(params) -> state`` and ``step(params, state, batch) -> params, state, metrics``; jit them with donation."""
 
     init: Callable[[Params], LayerwiseState]
     step: Callable[[Params, LayerwiseState, Any], tuple[Params, LayerwiseState, LayerwiseMetrics]]
@@ -83,26 +86,30 @@ def layerwise(
     seed: int = 0,
     axis_name: AxisName = None,
 ) -> Layerwise:
-    """A step that updates one layer at a time.
+    """Builds a training step that updates one layer at a time.
+
+    A mask and dimension numbers in ``tx`` are those of the whole tree, with the layers as the first axis of stacked leaves.
+    A stacked leaf whose matrix contains that axis is not projected.
 
     Args:
-      model: the model.
-      tx: any Optax transformation that treats parameters one by one: galore and its presets, AdamW, Adafactor, Lion, 8-bit
-        states.  Schedules inside are followed: every layer has its own count.
-      accumulate: micro-batches that a batch is cut into along the first axis of its arrays.
-      max_norm: bound on the global norm of the gradient, as ``optax.clip_by_global_norm``; costs a second backward pass.
-      max_layer_norm: bound on the norm of each layer's gradient and on that of the rest; costs nothing.
-      seed: of the stochastic rounding of :class:`galore_jax.weights.Int8Weight`, which the parameters may hold.
-      axis_name: of ``jax.shard_map`` with ``check_vma=False``, along which devices have other parts of the batch and equal
-        parameters and state: what they send each other is the gradient in the subspaces of the galore in ``tx``, see
-        :mod:`galore_jax.accumulate`.  ``grad_norm`` is that of it, and a bound on the norm is refused.
+      model: The model as a stack of blocks.
+      tx: Any Optax transformation that treats parameters one by one: galore and its presets, AdamW, Adafactor, Lion, 8-bit
+        states.  Every layer has its own step count, so schedules work.
+      accumulate: Number of micro-batches, cut from the first axis of the batch.
+      max_norm: Bound on the global norm of the gradient, as in ``optax.clip_by_global_norm``.  It costs a second backward
+        pass.
+      max_layer_norm: Bound on the norm of each layer's gradient, and on that of the rest.  It costs nothing.
+      seed: Seed for the stochastic rounding of :class:`galore_jax.weights.Int8Weight` parameters.
+      axis_name: Axis of a ``jax.shard_map`` with ``check_vma=False``, along which the batch is split while parameters and
+        state are replicated.  The devices exchange gradients in the subspaces of the galore in ``tx`` (see
+        :mod:`galore_jax.accumulate`), ``grad_norm`` is the norm of those, and both bounds are refused.
 
     Returns:
-      The pair of functions.
+      The pair ``init`` and ``step``.
 
     Raises:
-      ValueError: at construction for bad arguments; at ``init`` for a model that is no stack of blocks, or a ``tx`` in which
-        the update of one parameter depends on the gradient of another.
+      ValueError: At construction for a bad argument, and at ``init`` if the model is not a stack of blocks or if ``tx``
+        makes the update of one parameter depend on the gradient of another.
 
     >>> params = {"blocks": {"w": jnp.full((3, 4, 4), 0.1)}, "head": jnp.ones((4,))}
     >>> model = BlockStack(
@@ -126,12 +133,25 @@ def layerwise(
             raise ValueError(f"{name} is {bound}: write a positive number, or None for no bound.")
     if axis_name is not None and (max_norm or max_layer_norm):
         raise ValueError(
-            f"axis_name={axis_name!r} leaves the norm of a gradient unknown, which max_norm and max_layer_norm bound: leave "
+            f"axis_name={axis_name!r} exchanges low-rank gradients, whose norm max_norm and max_layer_norm cannot bound: leave "
             "them out."
         )
     tx = optax.with_extra_args_support(tx)
-    checked = []  # what tx has been tried on: init may be traced several times
+    # The layers that tx is known to treat one by one: init may be traced several times.
+    checked = []
 
+    def in_whole_tree(function: Callable) -> Callable:
+        """``function(params, ...)`` with ``params`` as the tree that masks and refresh schedules refer to."""
+
+        @functools.wraps(function)
+        def wrapped(params: Params, *args: Any, **kwargs: Any) -> Any:
+            whole = dequantize(params)
+            with whole_tree(whole, stacked=paths_of(model.split(whole)[0])):
+                return function(params, *args, **kwargs)
+
+        return wrapped
+
+    @in_whole_tree
     def init(params: Params) -> LayerwiseState:
         layers, rest = model.split(params)
         check_stack(layers)
@@ -142,6 +162,7 @@ def layerwise(
             checked.append(one)
         return LayerwiseState(jnp.zeros([], jnp.int32), jax.vmap(tx.init)(layers), tx.init(rest))
 
+    @in_whole_tree
     def step(params: Params, state: LayerwiseState, batch: Any) -> tuple[Params, LayerwiseState, LayerwiseMetrics]:
         layers, rest = model.split(params)
         key = jax.random.fold_in(jax.random.key(seed), state.count)
@@ -158,7 +179,7 @@ def layerwise(
             squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
             norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first, factor)))
             factor = jnp.where(norm < max_norm, 1, max_norm / norm)
-            # Every gradient is linear in this: they come out bounded, and none has to be copied for it.
+            # Every gradient is linear in the cotangent, so this bounds them all without copying any.
             cotangent = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), cotangent)
 
         def bounded(grads: Params, squares: jax.Array) -> Params:
@@ -175,7 +196,7 @@ def layerwise(
         def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
             weights, states, squares = carry
             own = _squares(grads)
-            # The weights are read once more when their gradient is there: the copies that made it are not kept for that.
+            # The barrier makes the weights be read again once their gradient exists, instead of keeping copies until then.
             read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
             grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
             layer = weights.at(places)
@@ -223,20 +244,17 @@ def layerwise(
 
 
 def check_stack(layers: Params) -> int:
-    """The number of layers.
+    """Returns the number of layers.
 
     Raises:
-      ValueError: the leaves have no first axis of one size.
+      ValueError: The first axes of the leaves differ in size, or there are no leaves.
     """
-    sizes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.shape(leaf)[:1]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(layers)
-    }
+    sizes = {path: jnp.shape(leaf)[:1] for path, leaf in zip(paths_of(layers), jax.tree.leaves(layers), strict=True)}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         found = ", ".join(f"{name} {list(size)}" for name, size in list(sizes.items())[:8]) or "no parameters"
         raise ValueError(
             "A layer-wise step needs a stack of identical blocks, whose parameters all have the layers as their first axis, "
-            f"but the first axes are {found}: let split() return the stacked blocks, and keep everything else in the rest."
+            f"but the first axes are {found}: let split() return the stacked blocks, and everything else as the rest."
         )
     return next(iter(sizes.values()))[0]
 
@@ -244,10 +262,10 @@ def check_stack(layers: Params) -> int:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Stack:
-    """What a loop overwrites layer by layer, each leaf (L, ...); if it is flat, as (L, elements).
+    """A tree that a loop overwrites layer by layer, with leaves (L, ...), or (L, elements) if it is flat.
 
-    With their axes, XLA for GPUs would lay whole stacks out as the work on one layer likes it best, and copy them for it.  On a
-    TPU arrays lie in tiles of their last two axes, and to flatten them is what would copy them; on a mesh they are cut along one.
+    On a GPU, XLA would copy a stack that isn't flat into the layout that suits the work on one layer.  A TPU stores arrays in
+    tiles of their last two axes, so there flattening would copy them.  On a mesh, flattening could lose a sharding.
     """
 
     tree: Any
@@ -259,11 +277,11 @@ class _Stack:
         return cls(jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0], -1) if flat else leaf, tree), shapes)
 
     def at(self, i: Any) -> Any:
-        """Layer i; ``i`` may be a tree of equal indices, one for each part of the tree."""
+        """Returns layer i.  ``i`` may be a tree of equal indices, one for each part of the tree."""
         return self._shaped(jax.tree.map(lambda i, part: _at(part, i), i, self.tree), 1)
 
     def put(self, i: Any, layer: Any) -> _Stack:
-        """With another layer i."""
+        """Returns the stack with layer i replaced."""
 
         def put(i: jax.Array, whole: Any, one: Any) -> Any:
             return jax.tree.map(
@@ -275,7 +293,7 @@ class _Stack:
         return _Stack(jax.tree.map(put, i, self.tree, layer), self.shapes)
 
     def whole(self) -> Any:
-        """The leaves as they were, (L, ...)."""
+        """Returns the tree with its original shapes, (L, ...)."""
         return self._shaped(self.tree, 0)
 
     def _shaped(self, tree: Any, first: int) -> Any:
@@ -292,7 +310,7 @@ class _Run(NamedTuple):
     number: int
 
     def forward(self, layers: Params) -> tuple[Activations, Activations]:
-        """The inputs of all blocks, leaves (L, K, ...), and the output of the last, (K, ...)."""
+        """Returns the inputs of all blocks, with leaves (L, K, ...), and the output of the last, (K, ...)."""
 
         def through(x: Activations, layer: Params) -> tuple[Activations, Activations]:
             weights = dequantize(layer)
@@ -303,7 +321,7 @@ class _Run(NamedTuple):
         return inputs, last
 
     def loss(self, last: Activations) -> tuple[jax.Array, Activations]:
-        """The mean loss, and the gradient of each micro-batch's loss by its own activations, leaves (K, ...)."""
+        """Returns the mean loss and the gradients of the micro-batches' losses in their activations, leaves (K, ...)."""
 
         def one(pair: tuple) -> tuple[jax.Array, Activations]:
             x, batch = pair
@@ -320,9 +338,9 @@ class _Run(NamedTuple):
         visit: Callable[[jax.Array, Params, Any], Any],
         carry: Any,
     ) -> tuple[Any, Activations]:
-        """``carry <- visit(l, the mean gradient of layer l, carry)`` from the last layer to the first.
+        """Applies ``carry = visit(l, mean gradient of layer l, carry)`` from the last layer to the first.
 
-        Returns the last carry, and the cotangent of the first block's input.  ``layer_of(carry, l)`` is layer l.
+        ``layer_of(carry, l)`` is layer l.  Returns the last carry and the cotangent of the first block's input.
         """
 
         def body(n: jax.Array, both: tuple) -> tuple:
@@ -340,11 +358,11 @@ class _Run(NamedTuple):
         return jax.lax.fori_loop(0, self.number, body, (carry, cotangent))
 
     def rest_gradient(self, last: Activations, cotangent: Activations, factor: jax.Array) -> Params:
-        """The mean gradient of everything outside the blocks, by way of ``factor`` times the loss, and of the embedding.
+        """Returns the mean gradient of the rest, through ``factor`` times the loss and through the embedding.
 
-        The loss is taken again: to keep its gradient over the backward pass would cost the memory of an LM head.
+        The loss is recomputed, because keeping its gradient during the backward pass would cost the memory of an LM head.
         """
-        # Without a barrier XLA would see that it has that gradient from before, and keep it.
+        # Without the barrier, XLA would merge the two computations and keep that gradient.
         rest, last, cotangent = jax.lax.optimization_barrier((self.rest, last, cotangent))
 
         def one(triple: tuple) -> tuple[Params, None]:
@@ -360,7 +378,7 @@ class _Run(NamedTuple):
 
 
 def _mean_gradient(one: Callable[[Any], tuple[Params, Any]], xs: Any) -> tuple[Params, Any]:
-    """The mean over K of the gradients that ``one`` returns first, summed in float32; and what else it returns, (K, ...)."""
+    """Returns the mean over K of the gradients from ``one``, summed in float32, and its other results, (K, ...)."""
     count = jax.tree.leaves(xs)[0].shape[0]
     if count == 1:
         grads, other = one(_at(xs, 0))
@@ -376,14 +394,14 @@ def _mean_gradient(one: Callable[[Any], tuple[Params, Any]], xs: Any) -> tuple[P
 
 
 def _each(function: Callable[[Any], Any], xs: Any) -> Any:
-    """``function`` of each micro-batch, one after the other."""
+    """Applies ``function`` to the micro-batches one after the other."""
     if jax.tree.leaves(xs)[0].shape[0] == 1:
         return jax.tree.map(lambda y: y[None], function(_at(xs, 0)))
     return jax.lax.map(function, xs)
 
 
 def _micro_batches(batch: Any, count: int) -> Any:
-    """Every array (B, ...) -> (K, B / K, ...), every K-th example together: where B is sharded, B / K is so in place."""
+    """Cuts every array (B, ...) into (K, B / K, ...).  Every K-th example goes together, so a sharded B stays in place."""
 
     def cut(x: jax.Array) -> jax.Array:
         if x.shape[0] % count:

@@ -1,9 +1,9 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a parameter is seen as a batch of matrices, which ones take part, their rank and side.
+"""Views of parameters as batches of matrices: which parameters are projected, along which axes, at what rank and side.
 
-A leaf of any shape is a batch of m x n matrices: m is the product of its reduction axes, n that of its output axes, and every
-other axis, wherever it stands, is a batch axis.  By default the matrix is the last two axes.  With k = min(m, n):
+A leaf of any shape is a batch of m x n matrices: m is the product of its reduction axes, n the product of its output axes,
+and every other axis is a batch axis.  By default, the last two axes are the matrix.  With k = min(m, n):
 
     proj_type      basis                      low-rank gradient
     left           P in R^(m x r)             PᵀG    in R^(r x n)
@@ -15,25 +15,31 @@ other axis, wherever it stands, is a batch axis.  By default the matrix is the l
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from galore_jax import sharding
+from galore_jax._core.trees import is_box, paths_of as paths_of
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float | None]
+_T = TypeVar("_T")
 
 
 class GaLoreDimensionNumbers(NamedTuple):
-    """Which axes of a parameter are the matrix; every axis named by neither field is a batch axis.
+    """The axes of a parameter that form the matrix; every other axis is a batch axis.
 
     An attention kernel of shape (layers, hidden, heads, head_dim) is a stack of hidden x (heads · head_dim) matrices:
 
@@ -47,7 +53,7 @@ class GaLoreDimensionNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """One parameter as a batch of m x n matrices, with the rank and the side(s) of its basis."""
+    """One parameter as a batch of m x n matrices, with the rank and the side or sides of its basis."""
 
     path: str
     shape: tuple[int, ...]
@@ -57,8 +63,10 @@ class MatrixView:
     rank: int
     left: bool
     right: bool
+    # The number of its first matrix among the ``total`` projected matrices of the whole tree, in the order of the leaves.
     first: int = 0
     total: int = 1
+    # True if the leaf is one layer of a stack.  With k matrices in a layer, the first matrix of layer i is first + i k.
     layers: bool = False
 
     @property
@@ -80,7 +88,7 @@ class MatrixView:
 
     @property
     def low_rank_shape(self) -> tuple[int, ...]:
-        """Shape of the projected gradient: (*batch, r or m, r or n)."""
+        """The shape of the projected gradient: (*batch, r or m, r or n)."""
         m, n = self.matrix_shape
         return (*self.batch_shape, self.rank if self.left else m, self.rank if self.right else n)
 
@@ -89,11 +97,12 @@ class MatrixView:
         return (*self.batch_axes, *self.reduction_axes, *self.output_axes)
 
     def to_matrices(self, leaf: jax.Array) -> jax.Array:
-        """Parameter-shaped array -> (*batch, m, n); axes that are merged into one lose their explicit sharding."""
+        """Parameter-shaped array -> (*batch, m, n).  Axes that are merged into one lose their explicit sharding."""
         sides = (self.reduction_axes, self.output_axes)
         merged = [axis for axes in sides if len(axes) > 1 for axis in axes]
         if not merged:
-            return jnp.transpose(leaf, self._permutation)  # a reshape, even to the same shape, could lose a sharding
+            # A reshape, even to the same shape, could lose a sharding.
+            return jnp.transpose(leaf, self._permutation)
         matrices = jnp.transpose(sharding.gather(leaf, merged), self._permutation)
         return matrices.reshape(*self.batch_shape, *self.matrix_shape)
 
@@ -104,8 +113,54 @@ class MatrixView:
         return jnp.transpose(matrices, np.argsort(self._permutation).tolist())
 
 
+class Views(tuple[MatrixView, ...]):
+    """Views that are resolved already, one for each leaf of a tree, in the place of ``weight_dimension_numbers``."""
+
+
+class _Whole(NamedTuple):
+    params: Any
+    stacked: frozenset[str]
+
+
+_WHOLE: contextvars.ContextVar[_Whole | None] = contextvars.ContextVar("galore_jax_whole_tree", default=None)
+
+
+@contextlib.contextmanager
+def whole_tree(params: Any, stacked: Collection[str]) -> Iterator[None]:
+    """While active, :func:`select` takes a tree for a part of ``params``, and resolves masks and dimension numbers there.
+
+    A layer-wise step initializes and updates the parts of a tree one by one.  Inside this context, the view of a leaf is the
+    one that it has in the whole tree, which the leaf is found in by its path.  A part with other paths is its own whole tree.
+
+    Args:
+      params: The whole tree.
+      stacked: Paths of leaves of ``params`` whose first axis is the layer.  Parts contain one layer of them, without that
+        axis, and such a leaf isn't projected if the axis belongs to its matrix.
+
+    >>> params = {"layers": jnp.zeros((3, 32, 64)), "out": jnp.zeros((32, 16))}
+    >>> with whole_tree(params, stacked=["layers"]):
+    ...     [view] = select({"layers": jnp.zeros((32, 64))}, rank=8)
+    >>> view.batch_shape, view.total
+    ((), 4)
+    """
+    token = _WHOLE.set(_Whole(params, frozenset(stacked)))
+    try:
+        yield
+    finally:
+        _WHOLE.reset(token)
+
+
+def is_part(tree: Any) -> bool:
+    """Whether a tree is a part of a larger one, by ``optax.MaskedNode()`` in it or by :func:`whole_tree`.
+
+    >>> is_part({"a": optax.MaskedNode(), "b": jnp.ones(2)}), is_part({"b": jnp.ones(2)})
+    (True, False)
+    """
+    return _WHOLE.get() is not None or _has_masked_nodes(tree)
+
+
 def check_rank(rank: Rank, where: str = "rank") -> None:
-    """Raises unless ``rank`` is a positive int, a fraction in (0, 1] or a callable, known before tracing."""
+    """Raises unless ``rank`` is a static positive int, a fraction in (0, 1] or a callable."""
     if isinstance(rank, jax.Array):
         raise TypeError(
             f"{where} must be static because it fixes the shapes of the state, got {rank}: with optax.inject_hyperparams write "
@@ -134,134 +189,219 @@ def select(
     mask: Any = None,
     weight_dimension_numbers: Any = None,
 ) -> list[MatrixView | None]:
-    """The view of each leaf of ``params`` in ``jax.tree.leaves`` order; None for a leaf that is not projected.
+    """Returns the view of each leaf of ``params``, in the order of ``jax.tree.leaves``, and None for leaves left whole.
 
-    A leaf takes part when it has at least two axes, its path names no embedding, LM head or norm, and its rank is smaller
-    than its smaller side.  ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, True on a
-    whole subtree applies the rule on names inside it.  ``weight_dimension_numbers`` on a leaf replaces all the rules: with a
-    spec it is projected (its rank clipped to its smaller side), with None it is not; a spec on a whole subtree says which
-    axes are the matrix of those leaves in it that the rules select.
+    A leaf is projected if it has at least two axes, its path names no embedding, LM head or norm, and its rank is below its
+    smaller side.  ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, and True on a subtree
+    applies the rule on names inside it.  ``weight_dimension_numbers`` on a leaf replaces all the rules: dimension numbers
+    project it, at a rank of at most its smaller side, and None leaves it whole.  On a subtree, they give the axes of the
+    leaves that the rules select in it.
+
+    A function of the parameters may stand for either tree.  Both may cover more than ``params`` if :func:`is_part`.
 
     Raises:
-      ValueError: for axes that overlap or do not exist, and for a mask that selects nothing.
+      ValueError: The axes overlap or don't exist, a tree doesn't fit, or a mask selects nothing in a whole tree.
 
     >>> params = {"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((64,))}
     >>> [view and view.low_rank_shape for view in select(params, rank=8)]
     [None, None, (4, 8, 64)]
     """
-    leaves = jax.tree.leaves(params)
-    if not leaves:
-        return []  # optax.tree.map_params calls init on an empty tree
-    masks = _masks(mask, params)
-    specs = _per_leaf(
-        weight_dimension_numbers,
-        params,
-        "weight_dimension_numbers",
-        lambda x: x is None or hasattr(x, "reduction_axis"),
-        "write GaLoreDimensionNumbers(...) or None.",
-    )
-    views = [
-        _view(path, leaf, rank, proj_type, leaf_mask, leaf_spec)
-        for path, leaf, leaf_mask, leaf_spec in zip(paths_of(params), leaves, masks, specs, strict=True)
-    ]
-    sizes = [0 if view is None else math.prod(view.batch_shape) for view in views]
-    views = [view and dataclasses.replace(view, first=sum(sizes[:i]), total=sum(sizes)) for i, view in enumerate(views)]
-    if mask is not None and not any(views):
-        names = ", ".join(paths_of(params)[:8])
-        raise ValueError(
-            f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
-            f"two axes whose smaller side exceeds rank={rank}."
-        )
-    return views
+    decisions = _decisions(params, rank, proj_type, mask, weight_dimension_numbers)
+    return [None if isinstance(decision, str) else decision for decision in decisions]
+
+
+def why_whole(
+    params: Any,
+    *,
+    rank: Rank = 128,
+    proj_type: str = "std",
+    mask: Any = None,
+    weight_dimension_numbers: Any = None,
+) -> list[tuple[str, tuple[int, ...], str]]:
+    """Returns the path, the shape and the reason, in a few words, of each leaf that :func:`select` leaves whole.
+
+    >>> why_whole({"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((32, 64)), "bias": jnp.zeros((64,))}, rank=32)
+    [('bias', (64,), 'one axis'), ('embed', (100, 32), 'its name'), ('kernel', (32, 64), 'rank 32 is not below its ...')]
+    """
+    decisions = _decisions(params, rank, proj_type, mask, weight_dimension_numbers)
+    leaves = zip(paths_of(params), jax.tree.leaves(params), decisions, strict=True)
+    return [(path, jnp.shape(leaf), decision) for path, leaf, decision in leaves if isinstance(decision, str)]
 
 
 def taking_part(params: Any, mask: Any = None) -> list[tuple[str, bool]]:
-    """The path of each leaf, and whether ``mask`` or the rule on names lets it be projected, whatever its axes.
+    """Returns the path of each leaf and whether ``mask`` or the rule on names selects it, whatever its axes.
 
     >>> taking_part({"conv": {"kernel": jnp.zeros((3, 3, 4, 8))}, "norm": jnp.zeros((8,))})
     [('conv/kernel', True), ('norm', False)]
     """
-    triples = zip(paths_of(params), jax.tree.leaves(params), _masks(mask, params), strict=True)
-    return [(path, _takes_part(path, leaf, choice)) for path, leaf, choice in triples]
+    barred = _in_whole(params, lambda tree, _: [_barred(leaf) for leaf in _leaves(tree, mask, None)])
+    return [(path, not reason) for path, reason in zip(paths_of(params), barred, strict=True)]
 
 
 class _Choice(NamedTuple):
     value: Any
-    on_leaf: bool  # False when the choice was made for a whole subtree
+    on_leaf: bool  # False if the choice was made for a whole subtree
 
 
-def _masks(mask: Any, params: Any) -> list[_Choice | None]:
-    return _per_leaf(mask, params, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
+class _Leaf(NamedTuple):
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    mask: _Choice | None
+    numbers: _Choice | None
 
 
-def _takes_part(path: str, leaf: Any, mask: _Choice | None, whatever_its_name: bool = False) -> bool:
-    if (mask is not None and not mask.value) or math.prod(jnp.shape(leaf)) == 0:
-        return False
-    named = whatever_its_name or (mask is not None and mask.on_leaf) or is_matrix_name(path)
-    return named and bool(jnp.issubdtype(jnp.result_type(leaf), jnp.floating))
+def _decisions(params: Any, rank: Rank, proj_type: str, mask: Any, numbers: Any) -> list[MatrixView | str]:
+    """The view of each leaf, or the reason why it is left whole."""
+    if isinstance(numbers, Views):
+        return list(numbers)
+
+    def decide(tree: Any, stacked: frozenset[str]) -> list[MatrixView | str]:
+        leaves = _leaves(tree, mask, numbers)
+        decisions = [_decision(leaf, rank, proj_type, leaf.path in stacked) for leaf in leaves]
+        counts = [0 if isinstance(decision, str) else math.prod(decision.batch_shape) for decision in decisions]
+        if leaves and mask is not None and not any(counts) and not _has_masked_nodes(tree):
+            names = ", ".join(leaf.path for leaf in leaves[:8])
+            raise ValueError(
+                f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
+                f"two axes whose smaller side exceeds rank={rank}."
+            )
+        return [
+            decision
+            if isinstance(decision, str)
+            else dataclasses.replace(decision, first=first, total=sum(counts), layers=decision.path in stacked)
+            for decision, first in zip(decisions, itertools.accumulate(counts, initial=0), strict=False)
+        ]
+
+    return [
+        _as_shown(decision, jnp.shape(leaf))
+        for decision, leaf in zip(_in_whole(params, decide), jax.tree.leaves(params), strict=True)
+    ]
 
 
-def _per_leaf(
-    prefix: Any, params: Any, name: str, is_valid: Callable[[Any], bool], remedy: str
-) -> list[_Choice | None]:
-    """Spreads a prefix tree (or a callable of params that returns one) over the leaves of params."""
-    if prefix is None:
-        return [None] * len(jax.tree.leaves(params))
-    prefix = prefix(params) if callable(prefix) else prefix
-    try:
-        spread = jax.tree.map(
-            lambda value, subtree: jax.tree.map(lambda _: _Choice(value, jax.tree_util.all_leaves([subtree])), subtree),
-            prefix,
-            params,
-            is_leaf=is_valid,
+def _in_whole(params: Any, decide: Callable[[Any, frozenset[str]], list[_T]]) -> list[_T]:
+    """``decide(tree, stacked paths)`` for the leaves of ``params``, taken in the whole tree if they are a part of one."""
+    whole = _WHOLE.get()
+    if whole is None:
+        return decide(params, frozenset())
+    keys = [(path, jnp.ndim(leaf)) for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True)]
+    known = [
+        (path, jnp.ndim(leaf) - (path in whole.stacked))
+        for path, leaf in zip(paths_of(whole.params), jax.tree.leaves(whole.params), strict=True)
+    ]
+    if not set(keys) <= set(known):
+        return decide(params, frozenset())
+    decided = dict(zip(known, decide(whole.params, whole.stacked), strict=True))
+    return [decided[key] for key in keys]
+
+
+def _as_shown(decision: MatrixView | str, shape: tuple[int, ...]) -> MatrixView | str:
+    """The decision on a leaf of the whole tree, for the layer of it, or the smaller trial array, that has this shape."""
+    if isinstance(decision, str):
+        return decision
+    if decision.layers:
+        batch, reduction, output = (
+            tuple(axis - 1 for axis in axes if axis > 0)
+            for axes in (decision.batch_axes, decision.reduction_axes, decision.output_axes)
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{name} must have the structure of the parameters or be a prefix of their tree, and it does not at "
-            f"{_first_mismatch(prefix, params, is_valid)}."
-        ) from error
-    choices = jax.tree.leaves(spread, is_leaf=lambda x: isinstance(x, _Choice))
-    for choice in choices:
-        if not is_valid(choice.value):
-            raise TypeError(f"{name} holds {choice.value!r}: {remedy}")
+        decision = dataclasses.replace(
+            decision, shape=decision.shape[1:], batch_axes=batch, reduction_axes=reduction, output_axes=output
+        )
+    if decision.shape == shape:
+        return decision
+    decision = dataclasses.replace(decision, shape=shape)
+    smaller = min(decision.matrix_shape)
+    return _too_large(decision.rank, smaller) if decision.rank >= smaller else decision
+
+
+def _leaves(tree: Any, mask: Any, numbers: Any) -> list[_Leaf]:
+    """Each leaf of a tree with the choices made for it."""
+    masks = _choices(mask, tree, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
+    specs = _choices(
+        numbers,
+        tree,
+        "weight_dimension_numbers",
+        lambda x: x is None or hasattr(x, "reduction_axis"),
+        "write GaLoreDimensionNumbers(...) or None.",
+    )
+    return [
+        _Leaf(path, jnp.shape(leaf), jnp.result_type(leaf), *choices)
+        for path, leaf, *choices in zip(paths_of(tree), jax.tree.leaves(tree), masks, specs, strict=True)
+    ]
+
+
+def _choices(prefix: Any, params: Any, name: str, is_valid: Callable[[Any], bool], remedy: str) -> list[_Choice | None]:
+    """Spreads a prefix tree, or the result of a function of the parameters, over the leaves of ``params``."""
+    leaves = _names_of(params)
+    # optax.tree.map_params initializes an empty tree.
+    if prefix is None or not leaves:
+        return [None] * len(leaves)
+    prefix = prefix(params) if _is_function(prefix) else prefix
+    chosen = dict(zip(_names_of(prefix, is_valid), jax.tree.leaves(prefix, is_leaf=is_valid), strict=True))
+    choices, unused = [], set(chosen)
+    for names, box in zip(leaves, _names_of(params, is_box), strict=True):
+        covering = next((names[:k] for k in range(len(names), -1, -1) if names[:k] in chosen), None)
+        if covering is None:
+            raise _misfit(name, names)
+        if not is_valid(chosen[covering]):
+            raise TypeError(f"{name} holds {chosen[covering]!r}: {remedy}")
+        unused.discard(covering)
+        choices.append(_Choice(chosen[covering], on_leaf=len(covering) >= len(box)))
+    if unused and not _has_masked_nodes(params):
+        empty = _names_of(params, lambda node: not jax.tree.leaves(node))
+        for names in sorted(unused):
+            if not any(node[: len(names)] == names for node in empty):
+                raise _misfit(name, names)
     return choices
 
 
-def _first_mismatch(prefix: Any, params: Any, is_leaf: Callable[[Any], bool]) -> str:
-    """The first path at which a prefix tree and the parameters part."""
-    chosen = paths_of(prefix, is_leaf)
-    wanted = paths_of(params)
-
-    def covers(choice: str, path: str) -> bool:
-        return path == choice or path.startswith(f"{choice}/")
-
-    unchosen = [path for path in wanted if not any(covers(choice, path) for choice in chosen)]
-    without = [choice for choice in chosen if not any(covers(choice, path) for path in wanted)]
-    outside = sorted(unchosen) + sorted(without)
-    return repr(outside[0]) if outside else "its root"
+def _is_function(prefix: Any) -> bool:
+    """Optax's rule: a module with ``__call__`` is a tree, and only a tree whose leaves all are callables is a function."""
+    leaves = jax.tree.leaves(prefix)
+    return bool(leaves) and all(map(callable, leaves))
 
 
-def paths_of(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[str]:
-    """The '/'-separated path of each leaf.
-
-    >>> paths_of({"mlp": {"kernel": 0, "bias": 1}})
-    ['mlp/bias', 'mlp/kernel']
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+def _misfit(name: str, names: tuple[str, ...]) -> ValueError:
+    where = repr("/".join(names)) if names else "its root"
+    return ValueError(
+        f"{name} must have the structure of the parameters or be a prefix of their tree, and it does not at {where}."
+    )
 
 
-def _view(
-    path: str, leaf: Any, rank: Rank, proj_type: str, mask: _Choice | None, spec: _Choice | None
-) -> MatrixView | None:
-    shape = tuple(jnp.shape(leaf))
-    explicit = spec is not None and spec.on_leaf
-    if (spec is not None and spec.value is None) or (not explicit and len(shape) < 2):
-        return None
-    if not _takes_part(path, leaf, mask, whatever_its_name=explicit):
-        return None
+def _names_of(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[tuple[str, ...]]:
+    """The path of each leaf as a tuple of names."""
+    paths = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return [tuple(jax.tree_util.keystr((key,), simple=True) for key in path) for path, _ in paths]
 
-    numbers = GaLoreDimensionNumbers() if spec is None else spec.value
+
+def _has_masked_nodes(tree: Any) -> bool:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+
+def _barred(leaf: _Leaf, whatever_its_name: bool = False) -> str:
+    """Why the mask, the name or the dtype keeps a leaf whole; empty if they don't."""
+    if leaf.mask is not None and not leaf.mask.value:
+        return "mask"
+    if math.prod(leaf.shape) == 0:
+        return "no elements"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"dtype {leaf.dtype}"
+    named = whatever_its_name or (leaf.mask is not None and leaf.mask.on_leaf) or is_matrix_name(leaf.path)
+    return "" if named else "its name"
+
+
+def _decision(leaf: _Leaf, rank: Rank, proj_type: str, stacked: bool) -> MatrixView | str:
+    path, shape = leaf.path, leaf.shape
+    explicit = leaf.numbers is not None and leaf.numbers.on_leaf
+    if leaf.numbers is not None and leaf.numbers.value is None:
+        return "dimension numbers are None"
+    if not explicit and len(shape) < 2:
+        return "one axis" if shape else "no axes"
+    if reason := _barred(leaf, whatever_its_name=explicit):
+        return reason
+
+    numbers = GaLoreDimensionNumbers() if leaf.numbers is None else leaf.numbers.value
     reduction = _axes(numbers.reduction_axis, path, shape)
     output = _axes(numbers.output_axis, path, shape)
     if len(set(reduction + output)) != len(reduction + output) or not reduction or not output:
@@ -269,14 +409,22 @@ def _view(
             f"weight_dimension_numbers of {path!r} with shape {shape} has reduction_axis={numbers.reduction_axis} and "
             f"output_axis={numbers.output_axis}: name at least one axis in each, and no axis twice."
         )
+    if stacked and 0 in reduction + output:
+        return "the layers are an axis of its matrix"
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
     view = MatrixView(path, shape, batch, reduction, output, rank=1, left=True, right=False)
     smaller = min(view.matrix_shape)
     resolved = resolve_rank(rank, path, shape, smaller)
-    if resolved is None or (not explicit and resolved >= smaller):
-        return None
+    if resolved is None:
+        return "rank is None"
+    if not explicit and resolved >= smaller:
+        return _too_large(resolved, smaller)
     left, right = _sides(proj_type, *view.matrix_shape)
     return dataclasses.replace(view, rank=min(resolved, smaller), left=left, right=right)
+
+
+def _too_large(rank: int, smaller: int) -> str:
+    return f"rank {rank} is not below its smaller side {smaller}"
 
 
 def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -288,7 +436,7 @@ def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tup
 
 
 def resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
-    """The number of columns of a basis on a side of size ``smaller``, which an int may exceed; None to leave it alone."""
+    """Returns the number of columns of a basis, which may exceed ``smaller``, or None to leave the parameter whole."""
     chosen = rank(path, shape) if callable(rank) else rank
     if chosen is None:
         return None
@@ -307,7 +455,7 @@ def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:
     }[proj_type]
 
 
-# The layers that the paper and its successors train with plain Adam, by the names Flax, Equinox and Hugging Face give them.
+# The layers that GaLore trains with plain Adam, by their names in Flax, Equinox and Hugging Face.
 _NOT_A_MATRIX = re.compile(
     r"(^|_)(un)?embed|(^|_)[a-z]*norm\d*(_|$)|^(lm_?)?head(_\d+)?$|^(output|classifier|classification|prediction)_head$"
     r"|^(wte|wpe|logits|scale)$|^ln(_|$)|^ln\d+$"

@@ -28,7 +28,7 @@ from galore_jax._core import basis_codecs
 from galore_jax._core.seeds import check_seed
 from galore_jax._core.state import GaLoreState as GaLoreState
 from galore_jax._core.step import GaLoreMemoryWarning as GaLoreMemoryWarning, Step
-from galore_jax.matrix_view import Rank, check_proj_type, check_rank, select
+from galore_jax.matrix_view import Rank, check_proj_type, check_rank, select, why_whole
 from galore_jax.transport import check_transport
 
 
@@ -116,9 +116,7 @@ def galore(
             f'residual={residual.name!r} scales the channels of a basis on one side, but proj_type is "full": write "std", '
             '"reverse_std", "left" or "right".'
         )
-    chosen = functools.partial(
-        select, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
-    )
+    choices = {"proj_type": proj_type, "mask": mask, "weight_dimension_numbers": weight_dimension_numbers}
 
     def bind(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         if not isinstance(inner, optax.GradientTransformation):
@@ -128,7 +126,8 @@ def galore(
         step = Step(
             optax.with_extra_args_support(inner),
             rank,
-            chosen,
+            functools.partial(select, **choices),
+            functools.partial(why_whole, **choices),
             projector,
             refresh,
             transport,
@@ -182,8 +181,8 @@ def _warned_once(init_fn: Callable) -> Callable:
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Like ``optax.chain``, but what follows a bare ``galore(rank=...)`` becomes its inner transformation.
 
-    ``optax.chain`` hands full-size parameters to the ``init`` of every member, so that the optimizer after a projection cannot have
-    small moments in it.
+    ``optax.chain`` hands full-size parameters to the ``init`` of every member, so the optimizer after a projection cannot have
+    small moments there.
 
     ``chain(a, galore(rank=8), b, c)`` is ``optax.chain(a, galore(optax.chain(b, c), rank=8))``: b and c see the low-rank
     gradient and, for their ``params``, PᵀW.  Decoupled weight decay in b or c decays only the part of the weight inside the

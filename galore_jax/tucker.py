@@ -41,7 +41,7 @@ from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import hold_bad, is_sound, joined, level_of, masked
 from galore_jax._core.seeds import check_seed, key_of
 from galore_jax._core.state_fields import parameter_index
-from galore_jax.matrix_view import MatrixView, Rank, check_rank, resolve_rank, taking_part
+from galore_jax.matrix_view import MatrixView, Rank, check_rank, is_part, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
 
 _CHANNELS = (-2, -1)  # of a Flax kernel: input, output
@@ -346,7 +346,7 @@ def _kernels(tree: Any, rank: Rank, modes: tuple[int, ...], mask: Any) -> list[K
         _kernel(path, tuple(jnp.shape(leaf)), rank, modes) if part else None
         for leaf, (path, part) in zip(leaves, chosen, strict=True)
     ]
-    if mask is not None and not any(kernels):
+    if mask is not None and not any(kernels) and not is_part(tree):
         names = ", ".join(path for path, _ in chosen[:8])
         raise ValueError(
             f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with more than two axes "

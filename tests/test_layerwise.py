@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The layer-wise step is the plain step: of the trainer on the stack, and of Optax alone on a list of layers."""
+"""The layer-wise step equals the plain step on the stack, and Optax's step on a list of layers."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from problems import galore_states, quick_compilation  # noqa: F401
 
-from galore_jax import galore_adamw
+from galore_jax import GaLoreDimensionNumbers, galore_adamw, galore_muon
 from galore_jax.layerwise import BlockStack, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
@@ -56,7 +56,7 @@ STACK = BlockStack(
 
 
 def batches(steps=STEPS):
-    """y is a function of x but for a tenth of them: that can be learnt."""
+    """Batches in which y is a function of x, except for 10% noise, so that a model can learn it."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 6, (STEPS, 24)).astype(np.int32)
     y = np.where(rng.random(x.shape) < 0.1, 0, (x * x + 1) % 6).astype(np.int32)
@@ -72,7 +72,7 @@ def whole_loss(params, batch, layer_of=lambda blocks, i: jax.tree.map(lambda x: 
 
 
 def run_layerwise(tx, params, steps=STEPS, see=lambda state: None, **settings):
-    """(losses, gradient norms, params, what was seen of every state) of a layer-wise run."""
+    """The losses, gradient norms, parameters and ``see(state)`` of every step of a layer-wise run."""
     init, step = layerwise(STACK, tx, **settings)
     step, state, found, seen = jax.jit(step), init(params), [], []
     for batch in batches(steps):
@@ -83,7 +83,7 @@ def run_layerwise(tx, params, steps=STEPS, see=lambda state: None, **settings):
 
 
 def run_plain(tx, params, loss_of=whole_loss, steps=STEPS, see=lambda state: None):
-    """The same of Optax, without anything of ours but what is in ``tx``."""
+    """The same results from a plain Optax loop."""
 
     @jax.jit
     def step(params, state, batch):
@@ -123,7 +123,7 @@ def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
     expected = run_plain(GALORE[name], params(), see=bases)
     assert_same_run(found, expected)
     for side in ("up", "down"):
-        # The same matrices of the same layers refresh at the same steps.
+        # The same matrices are refreshed at the same steps.
         changes = [
             np.any(np.diff(np.stack([s[side] for s in run[3]]), axis=0), axis=(2, 3)) for run in (found, expected)
         ]
@@ -131,12 +131,77 @@ def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
         assert 0 < changes[0].mean() < 0.6
 
 
+# Projected matrices outside the blocks stand on both sides of them in the order of the paths.
+WIDE = {"aaa": (8, 12), "blocks": {"down": (LAYERS, 2, 8, 12), "up": (LAYERS, 12, 2, 8)}, "zzz": (12, 8)}
+WIDE_STACK = BlockStack(
+    split=lambda p: ({"blocks": p["blocks"]}, {"aaa": p["aaa"], "zzz": p["zzz"]}),
+    join=lambda layers, rest: layers | rest,
+    embed=lambda rest, batch: batch["x"] @ rest["aaa"],
+    block=lambda layer, x: (
+        x + jnp.tanh(jnp.einsum("bd,dhk,hke->be", x, layer["blocks"]["up"], layer["blocks"]["down"]))
+    ),
+    loss=lambda rest, x, batch: jnp.mean((x @ rest["zzz"] - batch["y"]) ** 2),
+)
+N = GaLoreDimensionNumbers
+TREE = {"aaa": N(), "blocks": {"down": N((1, 2), 3), "up": N(1, (2, 3))}, "zzz": N()}
+WIDE_RUNS = {
+    "staggered": (galore_adamw, {"refresh": "staggered"}),
+    "mask, prefix": (galore_adamw, {"mask": {"aaa": False, "blocks": True, "zzz": True}}),
+    "lazy, numbers, prefix": (
+        galore_adamw,
+        {"refresh": lazy(4, threshold=0.1, window=1), "weight_dimension_numbers": TREE | {"blocks": N((1, 2), 3)}},
+    ),
+    "together, functions": (
+        galore_adamw,
+        {
+            "refresh": "together",
+            "mask": lambda params: jax.tree.map(lambda leaf: leaf.shape[0] in (LAYERS, 12), params),
+            "weight_dimension_numbers": lambda params: TREE,
+        },
+    ),
+    "muon, numbers, tree": (galore_muon, {"projector": "power", "weight_dimension_numbers": TREE}),
+}
+
+
+@pytest.mark.parametrize("name", WIDE_RUNS)
+def test_three_refresh_periods_are_those_of_the_plain_step(name):
+    build, settings = WIDE_RUNS[name]
+    tx = build(0.01, rank=3, update_proj_gap=4, **settings)
+    rng = np.random.default_rng(0)
+    shapes, treedef = jax.tree.flatten(WIDE, is_leaf=lambda x: isinstance(x, tuple))
+    start = treedef.unflatten(jnp.asarray(rng.normal(scale=0.3, size=shape), jnp.float32) for shape in shapes)
+
+    def whole_loss(params, batch):
+        layers, rest = WIDE_STACK.split(params)
+        x = WIDE_STACK.embed(rest, batch)
+        for i in range(LAYERS):
+            x = WIDE_STACK.block(jax.tree.map(lambda leaf, i=i: leaf[i], layers), x)
+        return WIDE_STACK.loss(rest, x, batch)
+
+    @jax.jit
+    def plain_step(params, state, batch):
+        updates, state = tx.update(jax.grad(whole_loss)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    init, step = layerwise(WIDE_STACK, tx)
+    step, ours, our_state, plain, state = jax.jit(step), start, init(start), start, tx.init(start)
+    for _ in range(12):
+        batch = {name: jnp.asarray(rng.normal(size=(32, 8)), jnp.float32) for name in "xy"}
+        ours, our_state, _ = step(ours, our_state, batch)
+        plain, state = plain_step(plain, state, batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), ours, plain)
+    shapes = [x.shape for part in (our_state.layers, our_state.rest) for x in jax.tree.leaves(part)]
+    # Projected matrices in the blocks and in the rest.
+    assert any(shape[0] == LAYERS and 3 in shape[1:] for shape in shapes if shape)
+    assert any(len(shape) == 2 and 3 in shape for shape in shapes)
+
+
 def unstacked_loss(params, batch):
     return whole_loss(params, batch, layer_of=lambda blocks, i: blocks[i])
 
 
 def unstacked(params):
-    """Every layer with leaves of its own."""
+    """The parameters with a list of layers instead of a stack."""
     return params | {"blocks": [jax.tree.map(lambda x, i=i: x[i], params["blocks"]) for i in range(LAYERS)]}
 
 
@@ -234,7 +299,7 @@ def test_the_bound_of_each_layer_is_one_on_its_own_norm():
 def test_a_bad_gradient_in_one_layer_stops_that_layer_alone():
     weights = params()
     weights["blocks"]["bias"] = jnp.ones((LAYERS, 8)).at[1].set(0.0)
-    # Layer 1 has a bias whose own gradient is infinite, but the cotangent that it hands on is finite.
+    # The bias of layer 1 has an infinite gradient, but the cotangent of its input is finite.
     stack = STACK._replace(
         block=lambda layer, x: block({"blocks": layer["blocks"] | {"bias": jnp.sqrt(layer["blocks"]["bias"])}}, x)
     )

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Layer-wise runs of the trainer: int8 weights that resume exactly, and the losses of a plain run."""
+"""Layer-wise training runs: int8 weights resume exactly, and the losses equal those of a plain run."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,8 @@ def text(tmp_path_factory):
 
 def finished(config):
     run = prepare(config, None if config.resume else MODEL)
-    with leniency():  # Optax's schedules and Flax mix dtypes inside
+    # Optax's schedules and Flax mix dtypes.
+    with leniency():
         train(run)
     return run
 
@@ -57,10 +58,10 @@ def test_an_int8_run_resumes_bit_for_bit(text, tmp_path):
 
 @pytest.mark.slow
 def test_a_layer_wise_run_with_8_bit_state_has_the_losses_of_a_plain_one(text, tmp_path):
-    """To rounding while no code differs; from then on, as the two steps add up in another order and a sum that lies between
-    two codes is rounded to one of them here and to the other there, to a small part of what 8 bits change anyway.
+    """The losses agree to rounding until the first 8-bit code differs, and then to a fraction of the 8-bit error.
 
-    Rotated: two columns of nearly equal energy that change places are a rotation then, and a jump for moments that are kept.
+    The two steps sum in a different order, so a value halfway between two codes may be rounded either way.  The moments are
+    rotated, because kept moments would jump where two columns of nearly equal energy change places.
     """
     losses = []
     for layerwise in (True, False):

@@ -1,16 +1,21 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which leaves are projected, how they are seen, and what is refused."""
+"""Which leaves are projected, their views in whole trees and in parts, and the errors."""
+
+import dataclasses
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn, nnx
 from hypothesis import given, settings, strategies as st
 
 import galore_jax
-from galore_jax.matrix_view import GaLoreDimensionNumbers, select
+from galore_jax.matrix_view import GaLoreDimensionNumbers, is_part, select, taking_part, whole_tree, why_whole
 
 
 def abstract(**shapes):
@@ -218,3 +223,255 @@ def test_an_inner_that_is_no_transformation_is_refused(inner):
 def test_a_traced_rank_under_inject_hyperparams_names_static_args():
     with pytest.raises(TypeError, match=r'static_args=\("rank"'):
         optax.inject_hyperparams(galore_jax.galore_adamw)(learning_rate=0.1, rank=4).init({"w": jnp.ones((8, 20))})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    """A module that is a tree and has ``__call__``, as in Equinox."""
+
+    a: Any
+    b: Any
+
+    def __call__(self, x):
+        raise AssertionError("called as a function of the parameters")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"mask": Model(a=True, b=False)},
+        {"weight_dimension_numbers": Model(a=GaLoreDimensionNumbers(), b=None)},
+        {"mask": lambda model: Model(a=True, b=False)},
+    ],
+)
+def test_a_module_with_a_call_method_is_a_tree_and_only_a_function_is_called(kwargs):
+    assert set(selected(Model(**abstract(a=(8, 20), b=(8, 20))), **kwargs)) == {"a"}
+
+
+BOXES = {
+    "nnx.Param": nnx.Param,
+    "nn.Partitioned": lambda array: nn.Partitioned(array, names=(None,) * array.ndim),
+}
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_a_choice_on_a_box_is_a_choice_on_its_array(box):
+    shapes = {"embed": (8, 20), "kernel": (8, 20), "other": (8, 20)}
+    params = {name: BOXES[box](jnp.ones(shape)) for name, shape in shapes.items()}
+    masks = [
+        {"embed": True, "kernel": True, "other": False},
+        jax.tree.map(lambda _: True, params) | {"other": False},
+        lambda p: {"embed": True, "kernel": True, "other": False},
+    ]
+    for mask in masks:
+        assert [view is not None for view in select(params, rank=4, mask=mask)] == [True, True, False]
+    numbers = {"embed": GaLoreDimensionNumbers(), "kernel": None, "other": GaLoreDimensionNumbers(1, 0)}
+    embed, kernel, other = select(params, rank=99, weight_dimension_numbers=numbers)
+    assert (embed.rank, kernel, other.matrix_shape) == (8, None, (20, 8))
+
+
+def test_a_part_of_a_partition_takes_its_own_from_choices_for_the_whole_tree():
+    masked = optax.MaskedNode()
+    whole = {"a": {"x": True, "y": False}, "b": True, "embed": False}
+    parts = {
+        "a": {"a": abstract(x=(8, 20), y=(8, 20)), "b": masked, "embed": masked},
+        "a/x": {"a": abstract(x=(8, 20)) | {"y": masked}, "b": masked, "embed": masked},
+        "b": {"a": masked} | abstract(b=(8, 20)) | {"embed": masked},
+        "none": {"a": masked, "b": masked} | abstract(embed=(8, 20)),
+    }
+    expected = {"a": {"a/x"}, "a/x": {"a/x"}, "b": {"b"}, "none": set()}
+    numbers = jax.tree.map(lambda choice: GaLoreDimensionNumbers() if choice else None, whole)
+    for name, part in parts.items():
+        assert is_part(part)
+        assert set(selected(part, mask=whole)) == expected[name]
+        assert set(selected(part, weight_dimension_numbers=numbers)) == expected[name]
+        assert set(selected(part, mask=lambda p: jax.tree.map(lambda leaf: False, p))) == set()
+    with pytest.raises(ValueError, match=r"mask must have .* it does not at 'b'"):
+        select(parts["b"], mask={"a": True})
+
+
+def test_choices_for_leaves_that_a_whole_tree_does_not_have_are_refused():
+    params = abstract(a=(8, 20)) | {"none": None, "empty": {}}
+    assert set(selected(params, mask={"a": True, "none": False, "empty": True})) == {"a"}
+    with pytest.raises(ValueError, match="it does not at 'b'"):
+        select(params, mask={"a": True, "b": True, "none": False, "empty": True})
+    with pytest.raises(ValueError, match="it does not at 'empty/x'"):
+        select(params, mask={"a": True, "empty": {"x": True}})
+
+
+LAYERS = 3
+WHOLE = {
+    "aaa": (8, 12),
+    "blocks": {"down": (LAYERS, 2, 8, 12), "embed": (LAYERS, 8, 12), "up": (LAYERS, 12, 2, 8)},
+    "zzz": (12, 8),
+}
+N = GaLoreDimensionNumbers
+CHOICES = {
+    "none": ({}, "aaa blocks/down zzz"),
+    "mask, tree": (
+        {"mask": {"aaa": True, "blocks": {"down": False, "embed": True, "up": False}, "zzz": True}},
+        "aaa blocks/embed zzz",
+    ),
+    "mask, prefix": ({"mask": {"aaa": False, "blocks": True, "zzz": True}}, "blocks/down zzz"),
+    "mask, function": (
+        {"mask": lambda params: jax.tree.map(lambda leaf: leaf.shape[0] in (LAYERS, 8), params)},
+        "aaa blocks/down blocks/embed",
+    ),
+    "numbers, tree": (
+        {
+            "weight_dimension_numbers": {
+                "aaa": N(1, 0),
+                "blocks": {"down": N((1, 2), 3), "embed": None, "up": N(1, (-2, -1))},
+                "zzz": N(),
+            }
+        },
+        "aaa blocks/down blocks/up zzz",
+    ),
+    "numbers, prefix": ({"weight_dimension_numbers": {"aaa": N(), "blocks": N(-1, 1), "zzz": None}}, "aaa blocks/up"),
+    "numbers, function": (
+        {
+            "weight_dimension_numbers": lambda params: {
+                "aaa": None,
+                "blocks": jax.tree.map(lambda leaf: N(1, (2, 3)) if leaf.ndim == 4 else None, params["blocks"]),
+                "zzz": N(),
+            }
+        },
+        "blocks/down blocks/up zzz",
+    ),
+    "rank": ({"rank": lambda path, shape: 0.4 if shape[:2] in ((LAYERS, 2), (12, 8)) else None}, "blocks/down zzz"),
+}
+STACKED = ["blocks/down", "blocks/embed", "blocks/up"]
+
+
+def whole_params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape)), WHOLE, is_leaf=lambda x: isinstance(x, tuple)
+    )
+
+
+def parts(params):
+    """The index and the parameters of each layer, and None with the rest."""
+    for i in range(LAYERS):
+        yield i, {"blocks": jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])}
+    yield None, {"aaa": params["aaa"], "zzz": params["zzz"]}
+
+
+def numbered_matrices(views, leaves, layer=0):
+    """Each matrix with its number, its rank and its sides."""
+    found = {}
+    for view, leaf in zip(views, leaves, strict=True):
+        if view is not None:
+            number = view.first + view.layers * layer * math.prod(view.batch_shape)
+            for matrix in view.to_matrices(leaf).reshape(-1, *view.matrix_shape):
+                assert number not in found
+                found[number] = matrix, (view.path, view.rank, view.left, view.right, view.total)
+                number += 1
+    return found
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_layer_and_the_rest_have_the_matrices_and_the_numbers_of_the_whole_tree(choice):
+    kwargs, projected = CHOICES[choice]
+    kwargs, params = {"rank": 3} | kwargs, whole_params()
+    expected = numbered_matrices(select(params, **kwargs), jax.tree.leaves(params))
+    found = {}
+    with whole_tree(params, STACKED):
+        for layer, part in parts(params):
+            views = select(part, **kwargs)
+            assert all(view is None or view.layers == (layer is not None) for view in views)
+            new = numbered_matrices(views, jax.tree.leaves(part), layer or 0)
+            assert not found.keys() & new.keys()
+            found |= new
+    assert sorted(found) == sorted(expected) == list(range(len(expected)))
+    for number, (matrix, view) in expected.items():
+        np.testing.assert_array_equal(found[number][0], matrix)
+        assert found[number][1] == view
+        assert view[-1] == len(expected)
+    assert {view[0] for _, view in expected.values()} == set(projected.split())
+
+
+def test_a_stacked_leaf_is_left_whole_if_the_layers_are_an_axis_of_its_matrix():
+    params, numbers = whole_params(), {"weight_dimension_numbers": GaLoreDimensionNumbers(0, -1), "rank": 2}
+    assert set(selected(params, **numbers)) == {"aaa", "blocks/down", "blocks/up", "zzz"}
+    with whole_tree(params, STACKED):
+        (_, layer), *_, (_, rest) = parts(params)
+        assert selected(layer, **numbers) == {}
+        assert {path: (view.first, view.total) for path, view in selected(rest, **numbers).items()} == {
+            "aaa": (0, 2),
+            "zzz": (1, 2),
+        }
+        reasons = {path: reason for path, _, reason in why_whole(layer, **numbers)}
+        assert reasons["blocks/down"] == reasons["blocks/up"] == "the layers are an axis of its matrix"
+
+
+def test_a_mask_that_selects_nothing_in_a_whole_tree_is_refused_and_in_a_part_it_is_not():
+    params = whole_params()
+    (_, layer), *_, (_, rest) = parts(params)
+    with whole_tree(params, STACKED):
+        assert selected(rest, mask={"aaa": False, "blocks": True, "zzz": False}) == {}
+        with pytest.raises(ValueError, match=r"mask selects none of the 5 parameters \(aaa, blocks/down"):
+            select(layer, mask=False)
+        with pytest.raises(ValueError, match=r"mask must have .* it does not at 'zzz'"):
+            select(layer, mask={"aaa": False, "blocks": True})
+        assert taking_part(layer, {"aaa": False, "blocks": True, "zzz": False}) == [
+            ("blocks/down", True),
+            ("blocks/embed", False),
+            ("blocks/up", True),
+        ]
+
+
+def test_a_part_with_paths_that_the_whole_tree_does_not_have_is_its_own_whole_tree():
+    params = whole_params()
+    # The last one has the paths, but its stacks are no single layers.
+    for other in ({"renamed": params["aaa"], "zzz": params["zzz"]}, params):
+        expected = select(other, rank=3)
+        with whole_tree(params, STACKED):
+            assert select(other, rank=3) == expected
+
+
+@pytest.mark.parametrize(("rank", "projected"), [(3, {"blocks/down", "blocks/up"}), (5, {"blocks/down"}), (8, set())])
+def test_smaller_arrays_in_the_place_of_a_layer_have_its_axes_and_sides(rank, projected):
+    params, numbers = abstract(down=(LAYERS, 2, 9, 12), up=(LAYERS, 20, 2, 8)), N(1, (2, 3))
+    kwargs = {"rank": rank, "weight_dimension_numbers": {"blocks": {"down": N((1, 2), 3), "up": numbers}}}
+    with whole_tree({"blocks": params}, STACKED):
+        views = selected({"blocks": abstract(down=(2, 5, 8), up=(4, 2, 8))}, **kwargs)
+    assert set(views) == projected
+    for path, shape, side in (("blocks/down", (10, 8), (False, True)), ("blocks/up", (4, 16), (False, True))):
+        if path in projected:
+            assert (views[path].matrix_shape, (views[path].left, views[path].right)) == (shape, side)
+
+
+def test_every_leaf_that_is_left_whole_has_a_reason():
+    params = abstract(
+        bias=(64,),
+        embed=(100, 32),
+        masked=(32, 64),
+        named=(32, 64),
+        narrow=(4, 64),
+        out=(32, 64),
+        scalar=(),
+        void=(0, 9),
+    ) | {"int": jax.ShapeDtypeStruct((32, 64), jnp.int32)}
+    kwargs = {
+        "rank": lambda path, shape: None if path == "named" else 4,
+        "mask": {name: name != "masked" for name in params},
+    }
+    expected = {
+        "bias": "one axis",
+        "int": "dtype int32",
+        "masked": "mask",
+        "named": "rank is None",
+        "narrow": "rank 4 is not below its smaller side 4",
+        "scalar": "no axes",
+        "void": "no elements",
+    }
+    assert why_whole(params, **kwargs) == [
+        (name, params[name].shape, reason) for name, reason in sorted(expected.items())
+    ]
+    assert set(selected(params, **kwargs)) == params.keys() - expected.keys()
+    assert why_whole(
+        abstract(embed=(100, 32), w=(32, 64)), rank=4, weight_dimension_numbers={"embed": N(), "w": None}
+    ) == [("w", (32, 64), "dimension numbers are None")]
+    assert why_whole(abstract(embed=(100, 32)), rank=4) == [("embed", (100, 32), "its name")]

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,12 +33,28 @@ from galore_jax._core.gradients import Batches, hold_bad, is_sound, joined, leve
 from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
-from galore_jax.matrix_view import MatrixView, Rank
+from galore_jax.matrix_view import MatrixView, Rank, is_part
 from galore_jax.transport import carriers
 
 
 class GaLoreMemoryWarning(UserWarning):
     """GaLore is used in a way that saves no memory."""
+
+
+def warn_if_whole(
+    params: Any, views: list[MatrixView | None], reasons: Callable[[Any], list[tuple[str, tuple[int, ...], str]]]
+) -> None:
+    """Warns if no parameter of a whole tree is projected; ``reasons`` is :func:`galore_jax.matrix_view.why_whole`."""
+    if any(views) or is_part(params) or not jax.tree.leaves(params):
+        return
+    largest = sorted(reasons(params), key=lambda reason: -math.prod(reason[1]))[:3]
+    named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in largest)
+    warnings.warn(
+        f"galore projects none of the {len(jax.tree.leaves(params))} parameters, so it saves no memory; the largest are {named}: "
+        "write a smaller rank, or select parameters by mask or weight_dimension_numbers.",
+        GaLoreMemoryWarning,
+        stacklevel=4,
+    )
 
 
 class _Gradient(NamedTuple):
@@ -55,6 +73,7 @@ class Step:
     inner: optax.GradientTransformationExtraArgs
     rank: Rank | jax.Array
     select: Callable[..., list[MatrixView | None]]  # (tree, rank=...) -> the view of each leaf
+    why_whole: Callable[..., list[tuple[str, tuple[int, ...], str]]]  # (tree, rank=...) -> why leaves have no view
     projector: projectors.Projector
     refresh: policies.RefreshPolicy
     transport: str
@@ -66,7 +85,9 @@ class Step:
     def init(self, params: optax.Params) -> GaLoreState:
         leaves, treedef = trees.flatten(params)
         arrays = list(map(trees.array_of, leaves))
-        views = self.select(params, rank=int(self.rank) if isinstance(self.rank, jax.Array) else self.rank)
+        rank = int(self.rank) if isinstance(self.rank, jax.Array) else self.rank
+        views = self.select(params, rank=rank)
+        warn_if_whole(params, views, functools.partial(self.why_whole, rank=rank))
         bases = [coordinates.zero_bases(self._storage, *pair) for pair in zip(views, arrays, strict=True)]
         zeros = map(coordinates.zero_coordinates, views, arrays)
         low_rank = treedef.unflatten(map(trees.boxed_like, zeros, leaves))

@@ -1,10 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The large parameters of a tree updated one after the other, so that what one needs in between is gone when the next begins.
+"""Updates the large parameters of a tree one after the other, so that their temporaries are never alive together.
 
-A compiler is free to work on an embedding and on a head at once, and then holds the float32 copies of both.  For an optimizer
-that treats parameters one by one the update of each can be asked for alone: from the whole transformation, of which everything
-but that parameter's share is thrown away, and so never computed.
+XLA may update an embedding and an LM head at the same time, and then holds the float32 copies of both.  If an optimizer treats
+parameters one by one, this module runs the whole update once per large parameter and keeps that parameter's share only.  XLA
+removes the rest as dead code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import optax
 
 from galore_jax import codecs
 
-_LARGE = 2**24  # elements
+_LARGE = 2**24  # elements: 64 MiB in float32
 
 
 def update_in_turn(
@@ -28,16 +28,16 @@ def update_in_turn(
     apply: Callable[[optax.Updates], Any],
     large: int = _LARGE,
 ) -> tuple[Any, Any]:
-    """``apply`` of the updates, and the new state.
+    """Returns ``apply`` of the updates, and the new state.
 
     Args:
-      tx: treats parameters one by one.
-      grads: a tree of arrays.
-      state: of ``tx``.
-      params: in the structure of ``grads``.
-      apply: updates -> new parameters, each from its own update; of the structure of ``grads``, with a node for a leaf where it
-        likes.
-      large: elements from which a parameter has its own turn; all others share one.
+      tx: An optimizer that treats parameters one by one.
+      grads: A tree of arrays.
+      state: The state of ``tx``.
+      params: A tree with the structure of ``grads``.
+      apply: Maps updates to new parameters, each from its own update.  The result has the structure of ``grads``, except that
+        a leaf may become a subtree.
+      large: Number of elements from which a parameter gets its own turn.  All other parameters share one turn.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((2,))}
@@ -62,7 +62,7 @@ def update_in_turn(
         new_values, new_parts = updated()
         done_values[i] = new_values[i]
         done_parts |= {j: part for j, part in enumerate(new_parts) if i in owners[j]}
-        # Everything that is still to be read waits for what is done; what was read for the last time may be overwritten.
+        # Later turns read their inputs after this barrier, and XLA may overwrite what was read for the last time.
         left_values = {k: value for k, value in enumerate(values) if k not in done_values}
         left_parts = {j: part for j, part in enumerate(parts) if j not in done_parts}
         done_values, done_parts, leaves, left_values, left_parts = jax.lax.optimization_barrier(
@@ -78,9 +78,9 @@ def update_in_turn(
 
 
 def _owners(grads: optax.Updates, state: Any) -> list[set[int]]:
-    """For each leaf of ``state``, a coded array being one, the parameters whose path is a part of its own.
+    """Returns, for each array or coded array of ``state``, the parameters whose path is contained in its path.
 
-    No more than a guess at what a turn should take along: each turn computes every leaf from the state as it was.
+    The result decides which turn computes a leaf, not its value: every turn starts from the old state.
     """
     names = [path for path, _ in jax.tree.leaves_with_path(grads)]
 

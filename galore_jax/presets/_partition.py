@@ -19,7 +19,7 @@ import optax
 from galore_jax._core import gradients as guards, state_fields
 from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted
-from galore_jax.matrix_view import GaLoreDimensionNumbers, MatrixView
+from galore_jax.matrix_view import MatrixView, Views
 
 
 class OnMatricesState(NamedTuple):
@@ -30,40 +30,36 @@ class OnMatricesState(NamedTuple):
 
 
 def on_matrices(
-    build: Callable[[Any], optax.GradientTransformation],
+    build: Callable[[Views], optax.GradientTransformation],
     rest: optax.GradientTransformation,
     views_of: Callable[[Any], list[MatrixView | None]],
 ) -> optax.GradientTransformationExtraArgs:
-    """``build(numbers)`` on the parameters that ``views_of`` has a view of, ``rest`` on the others in at least float32.
+    """``build(views)`` on the parameters that ``views_of`` has a view of, ``rest`` on the others in at least float32.
 
     A gradient of the others that is not finite reaches no state of ``rest``, and its update is zero.  Low-rank accumulation is
     refused.
 
     Args:
-      build: makes a transformation of matrices from the tree of their :class:`GaLoreDimensionNumbers`.
+      build: makes a transformation of matrices from their views, which stand for ``weight_dimension_numbers``.
       rest: any Optax transformation.
       views_of: the view of each leaf of a tree, None for a leaf that is not projected.
 
     >>> from galore_jax.matrix_view import select
-    >>> tx = on_matrices(lambda numbers: optax.trace(0.9), optax.scale_by_adam(), lambda params: select(params, rank=2))
+    >>> tx = on_matrices(lambda views: optax.trace(0.9), optax.scale_by_adam(), lambda params: select(params, rank=2))
     >>> state = tx.init({"kernel": jnp.ones((4, 8)), "bias": jnp.ones((8,))})
     >>> [leaf.shape for leaf in jax.tree.leaves(state.matrices)], [leaf.shape for leaf in jax.tree.leaves(state.rest)]
     ([(4, 8)], [(), (8,), (8,)])
     """
     rest = optax.with_extra_args_support(rest)
 
-    def matrices_of(views: list[MatrixView | None], treedef: Any) -> optax.GradientTransformationExtraArgs:
-        numbers = [
-            optax.MaskedNode() if view is None else GaLoreDimensionNumbers(view.reduction_axes, view.output_axes)
-            for view in views
-        ]
-        return optax.with_extra_args_support(build(treedef.unflatten(numbers)))
+    def matrices_of(views: list[MatrixView | None]) -> optax.GradientTransformationExtraArgs:
+        return optax.with_extra_args_support(build(Views(view for view in views if view is not None)))
 
     def init(params: optax.Params) -> OnMatricesState:
         leaves, treedef = jax.tree.flatten(params)
         views = views_of(params)
         ours, theirs = _split(views, leaves, treedef)
-        return OnMatricesState(matrices_of(views, treedef).init(ours), rest.init(jax.tree.map(promoted, theirs)))
+        return OnMatricesState(matrices_of(views).init(ours), rest.init(jax.tree.map(promoted, theirs)))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -78,7 +74,7 @@ def on_matrices(
         our_params = their_params = None
         if params is not None:
             our_params, their_params = _split(views, treedef.flatten_up_to(params), treedef)
-        ours, new_matrices = matrices_of(views, treedef).update(ours, state.matrices, our_params, **extra_args)
+        ours, new_matrices = matrices_of(views).update(ours, state.matrices, our_params, **extra_args)
         theirs, new_rest = _update_guarded(rest, theirs, state.rest, their_params, **extra_args)
         both = zip(views, treedef.flatten_up_to(ours), treedef.flatten_up_to(theirs), strict=True)
         replies = treedef.unflatten(other if view is None else own for view, own, other in both)
