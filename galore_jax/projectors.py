@@ -208,14 +208,14 @@ def sampled() -> Projector:
     return Projector("sampled", refresh)
 
 
-def switch(first: str | Projector, then: str | Projector, at: int) -> Projector:
+def switch(first: str | Projector, then: str | Projector, at: int | jax.Array) -> Projector:
     """``first`` for refreshes before the update number ``at``, ``then`` from there on.
 
     >>> switch("power", "random", at=8_000).name
     'switch'
     """
     first, then = get(first), get(then)
-    if isinstance(at, bool) or not isinstance(at, int) or at < 0:
+    if not isinstance(at, jax.Array) and (isinstance(at, bool) or not isinstance(at, int) or at < 0):
         raise ValueError(f"switch() got at={at!r}: write the number of an update, an int >= 0.")
     if first.storage != then.storage:
         raise ValueError(

@@ -1,14 +1,15 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""One transformation for the parameters that are projected, another for everything else.
+"""One transformation for the projected parameters and another for all others.
 
-``optax.partition`` with the library's own rules (:func:`galore_jax.matrix_view.select`) for which is which, for methods whose
-step on a matrix is none for an embedding, a norm or a bias.  As there, each transformation is given the whole tree with
-``optax.MaskedNode()`` in place of what is not its own.
+This is ``optax.partition`` with the library's own choice of parameters (:func:`galore_jax.matrix_view.select`), for methods that
+have no step for an embedding, a norm or a bias.  As in ``optax.partition``, each of the two transformations gets the whole tree
+with ``optax.MaskedNode()`` in place of the parameters of the other.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax import accumulate
-from galore_jax._core import gradients as guards, state_fields
+from galore_jax._core import gradients as guards, state_fields, trees
+from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted
-from galore_jax.matrix_view import GaLoreDimensionNumbers, MatrixView
+from galore_jax.matrix_view import GaLoreDimensionNumbers, MatrixView, Rank, select
 
 
 class OnMatricesState(NamedTuple):
@@ -32,25 +33,37 @@ class OnMatricesState(NamedTuple):
 def on_matrices(
     build: Callable[[Any], optax.GradientTransformation],
     rest: optax.GradientTransformation,
-    views_of: Callable[[Any], list[MatrixView | None]],
+    *,
+    rank: Rank | jax.Array,
+    proj_type: str = "std",
+    mask: Any = None,
+    weight_dimension_numbers: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """``build(numbers)`` on the parameters that ``views_of`` has a view of, ``rest`` on the others in at least float32.
+    """Runs ``build(numbers)`` on the projected parameters and ``rest`` on the others, in at least float32.
 
-    A gradient of the others that is not finite reaches no state of ``rest``, and its update is zero.  Low-rank accumulation is
-    refused.
+    If a gradient of the others or the reply of ``rest`` to it is not finite, that parameter gets a zero update and keeps its
+    state in ``rest``.  Low-rank accumulation raises a ValueError.
 
     Args:
-      build: makes a transformation of matrices from the tree of their :class:`GaLoreDimensionNumbers`.
-      rest: any Optax transformation.
-      views_of: the view of each leaf of a tree, None for a leaf that is not projected.
+      build: A function that makes a transformation of matrices from a tree of :class:`GaLoreDimensionNumbers`.
+      rest: Any Optax transformation.
+      rank, proj_type, mask, weight_dimension_numbers: The arguments of :func:`galore_jax.matrix_view.select`, which chooses the
+        projected parameters.  If the rank is traced, ``update`` reads off the state of the matrices which ones are projected.
 
-    >>> from galore_jax.matrix_view import select
-    >>> tx = on_matrices(lambda numbers: optax.trace(0.9), optax.scale_by_adam(), lambda params: select(params, rank=2))
+    >>> tx = on_matrices(lambda numbers: optax.trace(0.9), optax.scale_by_adam(), rank=2)
     >>> state = tx.init({"kernel": jnp.ones((4, 8)), "bias": jnp.ones((8,))})
     >>> [leaf.shape for leaf in jax.tree.leaves(state.matrices)], [leaf.shape for leaf in jax.tree.leaves(state.rest)]
     ([(4, 8)], [(), (8,), (8,)])
     """
     rest = optax.with_extra_args_support(rest)
+    traced = isinstance(rank, jax.core.Tracer)
+    views_of = functools.partial(
+        select,
+        rank=known_rank(rank),
+        proj_type=proj_type,
+        mask=mask,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
 
     def matrices_of(views: list[MatrixView | None], treedef: Any) -> optax.GradientTransformationExtraArgs:
         numbers = [
@@ -60,7 +73,12 @@ def on_matrices(
         return optax.with_extra_args_support(build(treedef.unflatten(numbers)))
 
     def init(params: optax.Params) -> OnMatricesState:
-        leaves, treedef = jax.tree.flatten(params)
+        if traced:
+            raise TypeError(
+                "rank is traced, but it fixes the shapes of the state: call init outside of jit, or write "
+                'optax.inject_hyperparams(..., static_args=("rank",)).'
+            )
+        leaves, treedef = trees.flatten(trees.as_arrays(params))
         views = views_of(params)
         ours, theirs = _split(views, leaves, treedef)
         return OnMatricesState(matrices_of(views, treedef).init(ours), rest.init(jax.tree.map(promoted, theirs)))
@@ -68,27 +86,49 @@ def on_matrices(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, OnMatricesState]:
-        if {accumulate.Collect.ARGUMENT, accumulate.Projected.ARGUMENT} & extra_args.keys():
+        # From a copy, because a galore among the matrices answers the same call.
+        action = call_of(dict(extra_args)).action
+        if action in (Action.PROJECT, Action.APPLY):
             raise ValueError(
                 "This optimizer needs the whole gradient, which low-rank accumulation does not keep: accumulate whole gradients."
             )
-        leaves, treedef = jax.tree.flatten(updates)
+        if params is not None:
+            trees.check_gradients(updates, params)
+        leaves, treedef = trees.flatten(trees.as_arrays(updates))
         views = views_of(updates)
+        if traced:
+            owners = state_fields.parameter_index(build(None), state.matrices, treedef)
+            views = [view if index in owners else None for index, view in enumerate(views)]
         ours, theirs = _split(views, leaves, treedef)
         our_params = their_params = None
         if params is not None:
-            our_params, their_params = _split(views, treedef.flatten_up_to(params), treedef)
-        ours, new_matrices = matrices_of(views, treedef).update(ours, state.matrices, our_params, **extra_args)
-        theirs, new_rest = _update_guarded(rest, theirs, state.rest, their_params, **extra_args)
+            our_params, their_params = _split(views, treedef.flatten_up_to(trees.as_arrays(params)), treedef)
+        ours, matrices = matrices_of(views, treedef).update(ours, state.matrices, our_params, **extra_args)
+        if action is Action.REFRESH:
+            return updates, state._replace(matrices=matrices)
+        theirs, others = _update_guarded(rest, theirs, state.rest, their_params, **extra_args)
         both = zip(views, treedef.flatten_up_to(ours), treedef.flatten_up_to(theirs), strict=True)
         replies = treedef.unflatten(other if view is None else own for view, own, other in both)
-        return replies, OnMatricesState(new_matrices, new_rest)
+        return replies, OnMatricesState(matrices, others)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def known_rank(rank: Rank | jax.Array) -> Rank:
+    """The number in an injected rank.  A traced one becomes 1, with which every matrix has a view.
+
+    ``optax.inject_hyperparams`` makes an array of a rank, and a tracer of that in a jitted ``update``.
+
+    >>> known_rank(jnp.asarray(8)), known_rank(0.25)
+    (8, 0.25)
+    """
+    if isinstance(rank, jax.core.Tracer):
+        return 1
+    return rank.item() if isinstance(rank, jax.Array) else rank
+
+
 def _split(views: list[MatrixView | None], leaves: list[Any], treedef: Any) -> tuple[Any, Any]:
-    """The tree of the leaves with a view, and that of the others."""
+    """The tree of the leaves with a view, and the tree of the others."""
     pairs = list(zip(views, leaves, strict=True))
     ours = (leaf if view is not None else optax.MaskedNode() for view, leaf in pairs)
     theirs = (leaf if view is None else optax.MaskedNode() for view, leaf in pairs)
@@ -101,10 +141,12 @@ def _update_guarded(
     gradients, treedef = jax.tree.flatten(updates)
     if not gradients:
         return updates, state
-    good = [jnp.all(jnp.isfinite(gradient)) for gradient in gradients]
-    usable = [jnp.where(flag, promoted(gradient), 0) for flag, gradient in zip(good, gradients, strict=True)]
+    finite = [jnp.all(jnp.isfinite(gradient)) for gradient in gradients]
+    usable = [jnp.where(flag, promoted(gradient), 0) for flag, gradient in zip(finite, gradients, strict=True)]
     params = None if params is None else jax.tree.map(promoted, params)
     replies, new = tx.update(treedef.unflatten(usable), state, params, **extra_args)
+    replies = treedef.flatten_up_to(replies)
+    good = [flag & jnp.all(jnp.isfinite(reply)) for flag, reply in zip(finite, replies, strict=True)]
     new = guards.hold_bad(state_fields.parameter_index(tx, new, treedef), new=new, old=state, good=good)
-    triples = zip(good, treedef.flatten_up_to(replies), gradients, strict=True)
+    triples = zip(good, replies, gradients, strict=True)
     return treedef.unflatten(jnp.where(flag, reply, 0).astype(gradient.dtype) for flag, reply, gradient in triples), new
