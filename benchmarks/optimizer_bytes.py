@@ -29,7 +29,9 @@ def abstract_params(model: str) -> nnx.State:
 def optimizers(rank: int) -> dict[str, optax.GradientTransformation]:
     return {
         "adamw": optax.adamw(1e-3),
+        "adamw, bf16": optax.adamw(1e-3),
         "galore_adamw": galore_jax.galore_adamw(1e-2, rank=rank),
+        'galore_adamw, mu_dtype="bfloat16"': galore_jax.galore_adamw(1e-2, rank=rank, mu_dtype="bfloat16"),
         'galore_adamw, proj_type="reverse_std"': galore_jax.galore_adamw(1e-2, rank=rank, proj_type="reverse_std"),
         "galore_adafactor": galore_jax.galore_adafactor(1e-2, rank=rank),
     }

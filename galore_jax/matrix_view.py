@@ -161,11 +161,6 @@ def is_part(tree: Any) -> bool:
 
 def check_rank(rank: Rank, where: str = "rank") -> None:
     """Raises unless ``rank`` is a static positive int, a fraction in (0, 1] or a callable."""
-    if isinstance(rank, jax.Array):
-        raise TypeError(
-            f"{where} must be static because it fixes the shapes of the state, got {rank}: with optax.inject_hyperparams write "
-            'static_args=("rank", "update_proj_gap").'
-        )
     if callable(rank):
         return
     remedy = "write a positive int, a fraction of the smaller side in (0, 1], or a callable(path, shape)."

@@ -24,11 +24,11 @@ import jax
 import optax
 
 from galore_jax import projectors, refresh as policies, residual as residuals
-from galore_jax._core import basis_codecs
+from galore_jax._core import basis_codecs, ranks
 from galore_jax._core.seeds import check_seed
 from galore_jax._core.state import GaLoreState as GaLoreState
 from galore_jax._core.step import GaLoreMemoryWarning as GaLoreMemoryWarning, Step
-from galore_jax.matrix_view import Rank, check_proj_type, check_rank, select, why_whole
+from galore_jax.matrix_view import Rank, check_proj_type, select, why_whole
 from galore_jax.transport import check_transport
 
 
@@ -98,8 +98,7 @@ def galore(
     >>> updates["kernel"].shape
     (64, 256)
     """
-    if not isinstance(rank, jax.Array):
-        check_rank(rank)
+    ranks.checked(rank)
     check_proj_type(proj_type)
     residuals.check_scale(scale)
     check_seed(seed)

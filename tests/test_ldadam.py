@@ -10,7 +10,6 @@ import pytest
 from problems import quick_compilation  # noqa: F401
 
 import galore_jax
-from galore_jax.matrix_view import select
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.ldadam import LDAdamState
 
@@ -133,14 +132,14 @@ def test_both_sides_are_refused_and_bad_arguments_named():
 
 def test_one_transformation_for_matrices_and_another_for_the_rest():
     params = {"kernel": jnp.ones((3, 4, 8)), "embed": jnp.ones((6, 8)), "bias": jnp.ones((8,))}
-    tx = on_matrices(lambda numbers: optax.scale(2.0), optax.scale(3.0), lambda tree: select(tree, rank=2))
+    tx = on_matrices(lambda numbers: optax.scale(2.0), optax.scale(3.0), rank=2)
     updates, state = tx.update(params, tx.init(params), params)
     assert {name: float(leaf.max()) for name, leaf in updates.items()} == {"kernel": 2.0, "embed": 3.0, "bias": 3.0}
     assert jax.tree.leaves(state) == []
 
 
 def test_a_bad_gradient_of_the_rest_reaches_no_moment():
-    tx = on_matrices(lambda numbers: optax.identity(), optax.scale_by_adam(), lambda tree: select(tree, rank=2))
+    tx = on_matrices(lambda numbers: optax.identity(), optax.scale_by_adam(), rank=2)
     params = {"embed": jnp.ones((6, 8)), "bias": jnp.ones((8,))}
     _, state = tx.update(params, tx.init(params), params)
     updates, after = tx.update(params | {"bias": params["bias"].at[0].set(jnp.nan)}, state, params)

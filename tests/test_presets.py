@@ -4,17 +4,20 @@
 
 import functools
 import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import assert_trees_close, leniency, quick_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax import codecs
 from galore_jax.codecs import SignedBlocks, UnsignedBlocks
+from galore_jax.presets import PRESETS, RANK_ONE
+from galore_jax.presets._arguments import AdamW8bitArguments, AdamWArguments, GaLoreArguments, MuonArguments
 
 
 def normal(seed, shape):
@@ -98,22 +101,113 @@ def test_a_weight_decay_mask_chooses_what_decays():
     assert not np.allclose(masked["block"]["kernel"], plain["block"]["kernel"])
 
 
+ALL = PRESETS | {"recommended": galore_jax.recommended}
+every_preset = pytest.mark.parametrize("name", ALL)
+# A few presets need or have more than a learning rate.
+ARGUMENTS = {
+    "golore_adamw": {"random_from": 1},
+    "galore_adafactor": {"momentum": 0.9, "multiply_by_parameter_scale": True},
+}
+
+
+@every_preset
+def test_a_preset_can_be_injected_and_its_learning_rate_changed(name):
+    """Every other number is an array then, such as update_proj_gap, seed, momentum or random_from."""
+    arguments = {"rank": 1 if name in RANK_ONE else 4} | ARGUMENTS.get(name, {})
+    injected = optax.inject_hyperparams(ALL[name], static_args="rank")(learning_rate=0.1, **arguments)
+    plain = ALL[name](0.2, **arguments)
+    state, expected_state = injected.init(PARAMS), plain.init(PARAMS)
+    assert {"learning_rate", "weight_decay", "seed"} <= state.hyperparams.keys()
+    state.hyperparams["learning_rate"] = jnp.float32(0.2)
+    with leniency():
+        update, expected_update = jax.jit(injected.update), jax.jit(plain.update)
+        for gradient in gradients(2):
+            updates, state = update(gradient, state, PARAMS)
+            expected, expected_state = expected_update(gradient, expected_state, PARAMS)
+            assert_trees_close(updates, expected, rtol=2e-4, atol=2e-6)
+
+
+@every_preset
+def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
+    """Without ``static_args`` and at every default, also where ``init`` and ``update`` are traced."""
+    params = {"kernel": jax.ShapeDtypeStruct((300, 320), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
+    arguments = {"random_from": 1} if name == "golore_adamw" else {}
+    injected, plain = optax.inject_hyperparams(ALL[name])(learning_rate=0.1, **arguments), ALL[name](0.1, **arguments)
+    state = jax.eval_shape(injected.init, params)
+    expected = jax.eval_shape(plain.init, params)
+    assert jax.tree.map(jnp.shape, state.inner_state) == jax.tree.map(jnp.shape, expected)
+    with leniency():
+        _, after = jax.eval_shape(injected.update, params, state, params)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "galore_muon", "ldadam"])
+def test_hyperparameters_in_float32_are_those_of_a_preset_on_bfloat16_parameters(name):
+    """The documented recipe; in bfloat16, the dtype of the parameters, b2 = 0.999 is 1."""
+    params, gradient = (jax.tree.map(lambda p: p.astype(jnp.bfloat16), tree) for tree in (PARAMS, gradients(1)[0]))
+    inject = optax.inject_hyperparams(ALL[name], static_args="rank", hyperparam_dtype=jnp.float32)
+    injected, plain = inject(learning_rate=0.1, rank=4), ALL[name](0.1, rank=4)
+    state = injected.init(params)
+    assert state.hyperparams["b2"].dtype == jnp.float32
+    with leniency():
+        updates, _ = jax.jit(injected.update)(gradient, state, params)
+        expected, _ = jax.jit(plain.update)(gradient, plain.init(params), params)
+    # As with Optax's own optimizers, these updates are in float32.
+    updates = jax.tree.map(lambda u: u.astype(jnp.bfloat16), updates)
+    assert_trees_close(updates, expected, rtol=2**-7, atol=1e-6)
+
+
+ADAM = [name for name in ALL if "mu_dtype" in inspect.signature(ALL[name]).parameters]
+
+
+def test_presets_on_adam_take_mu_dtype():
+    assert set(ALL) - set(ADAM) == {"galore_adafactor", "galore_adamw_8bit", "q_galore_adamw_8bit", "q_apollo_mini"}
+
+
+@pytest.mark.parametrize("name", ADAM)
+def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
+    """Bytes of state on bfloat16 parameters, and the same updates as Optax's AdamW where nothing is projected."""
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    arguments = {"rank": 1 if name in RANK_ONE else 4, "random_from": 1, "update_proj_gap": 1}
+    taken = inspect.signature(ALL[name]).parameters
+    make = functools.partial(ALL[name], 0.1, **{key: value for key, value in arguments.items() if key in taken})
+    tx = make(mu_dtype="bfloat16")
+    # The moments of LDAdam's matrices stay in float32.
+    of_the_matrix = 0 if name == "ldadam" else arguments["rank"] * 24
+    numbers = of_the_matrix + 50 * 16 + 16 + 16 * 50
+    assert galore_jax.state_bytes(make(), params) - galore_jax.state_bytes(tx, params) == 2 * numbers
+
+    state = tx.init(params)
+    rest = {"embed": PARAMS["embed"], "lm_head": PARAMS["lm_head"]}
+    settings = {key: taken[key].default for key in ("b1", "b2", "eps", "weight_decay")}
+    adamw = optax.adamw(0.1, **settings, mu_dtype="bfloat16")
+    adam_state = adamw.init(rest)
+    update, adam_update = jax.jit(tx.update), jax.jit(adamw.update)
+    with leniency():
+        for gradient in gradients(3):
+            gradient = jax.tree.map(lambda g: g.astype(jnp.bfloat16), gradient)
+            updates, new = update(gradient, state, params)
+            assert jax.tree.map(jax.typeof, new) == jax.tree.map(jax.typeof, state)
+            state = new
+            wide = {key: jax.tree.map(lambda g: g.astype(jnp.float32), gradient[key]) for key in rest}
+            expected, adam_state = adam_update(wide, adam_state, rest)
+            narrow = jax.tree.map(lambda u: u.astype(jnp.bfloat16), expected)
+            assert_trees_close({key: updates[key] for key in rest}, narrow, rtol=2**-7, atol=1e-5)
+    assert np.any(updates["block"]["kernel"])
+
+
 @pytest.mark.parametrize(
-    ("preset", "static"),
+    ("arguments", "preset"),
     [
-        (galore_jax.galore_adamw, ("rank", "update_proj_gap")),
-        (galore_jax.galore_adafactor, ("rank", "update_proj_gap", "min_dim_size_to_factor")),
+        (GaLoreArguments, galore_jax.galore),
+        (AdamWArguments, galore_jax.galore_adamw),
+        (AdamW8bitArguments, galore_jax.galore_adamw_8bit),
+        (MuonArguments, galore_jax.galore_muon),
     ],
 )
-def test_hyperparameters_can_be_injected_and_changed_during_training(preset, static):
-    tx = optax.inject_hyperparams(preset, static_args=static)(learning_rate=0.1, rank=4)
-    state = tx.init(PARAMS)
-    [gradient] = gradients(1)
-    update = jax.jit(tx.update)
-    once, _ = update(gradient, state, PARAMS)
-    state.hyperparams["learning_rate"] = state.hyperparams["learning_rate"] * 2
-    twice, _ = update(gradient, state, PARAMS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-5), once, twice)
+def test_type_checkers_see_the_arguments_of_a_preset(arguments, preset):
+    names = set(inspect.signature(preset).parameters) - {"learning_rate", "inner"}
+    assert typing.get_type_hints(arguments).keys() == names | {"residual"}
 
 
 def test_adafactor_treats_the_layers_of_a_stack_one_by_one():
@@ -147,7 +241,7 @@ LARGE = {
 @eight_bit
 def test_the_8_bit_presets_take_the_arguments_of_galore_adamw(preset):
     ours, theirs = inspect.signature(preset).parameters, inspect.signature(galore_jax.galore_adamw).parameters
-    assert list(ours) == list(theirs)
+    assert list(ours) == [name for name in theirs if name != "mu_dtype"]
     changed = {name: p.default for name, p in ours.items() if p.default != theirs[name].default}
     quantized = {"refresh": "lazy", "basis_codec": "int4"}
     assert changed == ({"basis_codec": "bfloat16"} if preset is EIGHT_BIT[0] else quantized)

@@ -24,8 +24,7 @@ from galore_jax import (
     residual as residuals,
     sharding,
 )
-from galore_jax._core import coordinates, trees
-from galore_jax._core.basis import Seeded
+from galore_jax._core import coordinates, ranks, trees
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
@@ -85,7 +84,7 @@ class Step:
     def init(self, params: optax.Params) -> GaLoreState:
         leaves, treedef = trees.flatten(params)
         arrays = list(map(trees.array_of, leaves))
-        rank = int(self.rank) if isinstance(self.rank, jax.Array) else self.rank
+        rank = ranks.at_init(self.rank)
         views = self.select(params, rank=rank)
         warn_if_whole(params, views, functools.partial(self.why_whole, rank=rank))
         bases = [coordinates.zero_bases(self._storage, *pair) for pair in zip(views, arrays, strict=True)]
@@ -117,7 +116,8 @@ class Step:
         projected = call.action is Action.APPLY
         if params is not None and not projected:
             trees.check_gradients(updates, params)
-        views = self._views(params if projected else updates, state)
+        like = params if projected else updates
+        views = self.select(like, rank=ranks.in_update(self.rank, like, state.left, state.right))
         leaves, treedef = trees.flatten(updates)
         arrays = list(map(trees.array_of, leaves))
 
@@ -160,21 +160,6 @@ class Step:
     @property
     def _storage(self) -> Any:
         return self.projector.storage
-
-    def _views(self, tree: Any, state: GaLoreState) -> list[MatrixView | None]:
-        """The view of each leaf.  A rank that ``optax.inject_hyperparams`` has made an array is read off the bases."""
-        if not isinstance(self.rank, jax.Array):
-            return self.select(tree, rank=self.rank)
-        if isinstance(self._storage, Seeded):
-            raise TypeError(
-                f"rank is an array, and the projector {self.projector.name!r} stores no basis to read it from: with "
-                'optax.inject_hyperparams write static_args=("rank",).'
-            )
-        _, treedef = trees.flatten(tree)
-        pairs = zip(treedef.flatten_up_to(state.left), treedef.flatten_up_to(state.right), strict=True)
-        ranks = [next((array.shape[-1] for array in reversed(jax.tree.leaves(pair))), None) for pair in pairs]
-        by_path = dict(zip(trees.paths_of(tree), ranks, strict=True))
-        return self.select(tree, rank=lambda path, shape: by_path[path])
 
     def _residual_of(self, views: list[MatrixView | None], treedef: Any) -> Any:
         rule = self.residual

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every preset, by what it needs of the gradient."""
+"""All presets, grouped by the part of the gradient that they need."""
 
 from __future__ import annotations
 
@@ -37,3 +37,6 @@ WHOLE_GRADIENT: dict[str, Preset] = _by_name(fira_adamw, apollo_adamw, apollo_mi
 
 PRESETS: dict[str, Preset] = LOW_RANK | WHOLE_GRADIENT
 """All presets by name."""
+
+RANK_ONE = ("apollo_mini", "q_apollo_mini")
+"""Presets that are defined by their default rank, 1."""

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import sharding
-from galore_jax._core import coordinates as subspace, seeds
+from galore_jax._core import coordinates as subspace, ranks, seeds
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import level_of, masked
 from galore_jax._core.orthonormal import defect, orthonormal
-from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
+from galore_jax.matrix_view import MatrixView, Rank, Views, check_proj_type, select
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 
@@ -47,10 +47,11 @@ def ldadam(
     b1: float | jax.Array = 0.908,
     b2: float | jax.Array = 0.99,
     eps: float | jax.Array = 1e-8,
+    mu_dtype: Any = None,
     rho: float | jax.Array = 0.908,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    rank: Rank = 16,
+    rank: Rank | None = None,
     proj_type: str = "std",
     mask: Any = None,
     weight_dimension_numbers: Any = None,
@@ -67,29 +68,36 @@ def ldadam(
     Args:
       learning_rate: a number or a schedule.  The paper's code has 0.001.
       b1, b2, eps: of Adam, on all parameters.
+      mu_dtype: The dtype of Adam's first moment of the parameters that are not projected.  None keeps it in float32.
       rho: weight of the momentum beside the gradient when a subspace moves.
       weight_decay: decoupled, multiplied by the learning rate.
       weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, proj_type, mask, weight_dimension_numbers, seed: of :func:`galore`; not ``proj_type="full"``.
+      rank, proj_type, mask, weight_dimension_numbers, seed: The arguments of :func:`galore`.  The default rank is 16.
+        ``proj_type`` cannot be ``"full"``.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> sorted(x.size for x in jax.tree.leaves(ldadam(0.001, rank=8).init(params)) if x.size > 1)
     [512, 2048, 2048, 16384]
     """
-    check_rank(rank)
+    rank = 16 if rank is None else rank
+    ranks.checked(rank)
     check_proj_type(proj_type)
 
-    def build(numbers: Any) -> optax.GradientTransformation:
+    def build(views: Views) -> optax.GradientTransformation:
         def views_of(tree: Any) -> list[MatrixView | None]:
-            return select(tree, rank=rank, proj_type=proj_type, weight_dimension_numbers=numbers)
+            return select(tree, weight_dimension_numbers=views)
 
         return scale_by_ldadam(views_of, b1=b1, b2=b2, eps=eps, rho=rho, seed=seed)
 
-    views_of = functools.partial(
-        select, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
+    direction = on_matrices(
+        build,
+        optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype),
+        rank=rank,
+        proj_type=proj_type,
+        mask=mask,
+        weight_dimension_numbers=weight_dimension_numbers,
     )
-    direction = on_matrices(build, optax.scale_by_adam(b1=b1, b2=b2, eps=eps), views_of)
     return decayed(direction, learning_rate, weight_decay, weight_decay_mask)
 
 

@@ -4,20 +4,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import optax
 
-from galore_jax import projectors, refresh as policies, residual as residuals
-from galore_jax.matrix_view import Rank, select
+from galore_jax import residual as residuals
+from galore_jax.presets._arguments import GaLoreArguments, MuonArguments, with_arguments_of
 from galore_jax.presets._partition import on_matrices
-from galore_jax.presets.low_rank import decayed, with_arguments_of
+from galore_jax.presets.low_rank import decayed
 from galore_jax.transform import galore
 
 
+@with_arguments_of(galore, rank=128, without="residual", scale=1.0, projector="random", transport="rotate")
 def galore_muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -27,42 +27,39 @@ def galore_muon(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
+    mu_dtype: Any = None,
     adam_scale: float | jax.Array = 1.0,
     weight_decay: float | jax.Array = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    rank: Rank = 128,
-    update_proj_gap: int | jax.Array = 200,
-    scale: float | jax.Array | str = 1.0,
-    proj_type: str = "std",
-    projector: str | projectors.Projector = "random",
-    refresh: str | policies.RefreshPolicy | None = None,
-    transport: str | None = "rotate",
-    basis_codec: str = "float32",
-    diagnostics: bool = False,
-    mask: Any = None,
-    weight_dimension_numbers: Any = None,
-    seed: int | jax.Array = 0,
+    **galore_arguments: Unpack[GaLoreArguments],
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon's step from a low-rank momentum: the rule ``"orthogonal"`` of :mod:`galore_jax.residual` on matrices, AdamW elsewhere.
+    """Muon's step from a low-rank momentum on matrices, and AdamW elsewhere.
 
-    Inside the subspace there is a momentum, outside it the gradient of the step alone, and their sum is orthogonalised as Muon
-    does with a momentum of full size (K. Jordan 2024).  Not published; judged by measurement only.  State of a projected m x n
-    matrix with k = min(m, n) and K = max(m, n): r(k + K) numbers, about half of :func:`galore_adamw`'s and, at a quarter of the
-    rank of a square matrix, half of Muon's; the step has full rank.  It costs Muon's products of full-size matrices at every
-    update.  Bases are random, and the momentum is carried from each to the next: that learnt better than bases of the gradient
-    (``projector="power"``), and a refresh does not look at it (``benchmarks/quality.py``).  Choose it for quality at little
-    memory where matrices make up the model.  It needs the whole gradient, so micro-batches cannot be summed in the subspaces.
+    The momentum inside the subspace and the current gradient outside it are added, and the sum is orthogonalized as Muon
+    orthogonalizes a momentum of full size (K. Jordan 2024; the rule ``"orthogonal"`` of :mod:`galore_jax.residual`).  The method
+    is unpublished and rests on measurements alone.  A projected m x n matrix with k = min(m, n) and K = max(m, n) has r(k + K)
+    numbers of state, about half of :func:`galore_adamw`'s, and at a quarter of the rank of a square matrix half of Muon's.  The
+    step has full rank.  Each update needs Muon's products of full-size matrices.
+
+    Bases are random, and the momentum is carried from each basis to the next.  That had a lower loss than bases computed from the
+    gradient (``projector="power"``; ``benchmarks/quality.py``), and a refresh does not look at the gradient.  Choose it for
+    quality at little memory where matrices make up most of the model.  It needs the whole gradient, so micro-batches cannot be
+    summed in the subspaces.
 
     Args:
-      learning_rate: a number or a schedule, for updates that have the root mean square of AdamW's.
-      momentum, nesterov: of the momentum in the subspace.
-      factor: weight of the gradient outside; the momentum inside sums about 1 / (1 - momentum) gradients.
-      b1, b2, eps: of Adam, on embeddings, LM head, norms and everything else that is not projected.
-      adam_scale: factor of the learning rate there.
-      weight_decay: decoupled, multiplied by the learning rate.
-      weight_decay_mask: tree of bools or callable: which parameters decay.
-      rank, update_proj_gap, scale, proj_type, projector, refresh, transport, basis_codec, diagnostics, mask,
-        weight_dimension_numbers, seed: of :func:`galore`; not ``proj_type="full"``.
+      learning_rate: A number or a schedule, for updates with the root mean square of AdamW's.
+      momentum: The decay rate of the momentum in the subspace.
+      nesterov: If True, use Nesterov momentum.
+      factor: The weight of the gradient outside.  The momentum inside sums about 1 / (1 - momentum) gradients.
+      b1, b2, eps: The decay rates and epsilon of Adam, which updates embeddings, the LM head, norms and everything else that is
+        not projected.
+      mu_dtype: The dtype of the momentum and of Adam's first moment.  None keeps both in float32, whatever the dtype of the
+        parameters; the second moment is always in float32.
+      adam_scale: A factor of the learning rate for Adam.
+      weight_decay: The strength of decoupled weight decay, which is multiplied by the learning rate.
+      weight_decay_mask: A tree of bools or a callable of the parameters that says which of them decay.
+      **galore_arguments: The arguments of :func:`galore`, except ``residual``.  The default rank is 128.  ``proj_type`` cannot be
+        ``"full"``.
 
     >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
@@ -70,44 +67,43 @@ def galore_muon(
     [64, 64, 512, 2048]
     """
 
-    def build(numbers: Any) -> optax.GradientTransformation:
+    def build(views: Any) -> optax.GradientTransformation:
         return galore(
-            optax.trace(momentum, nesterov),
-            rank=rank,
-            update_proj_gap=update_proj_gap,
-            scale=scale,
-            proj_type=proj_type,
-            projector=projector,
-            refresh=refresh,
-            transport=transport,
-            basis_codec=basis_codec,
+            optax.trace(momentum, nesterov, accumulator_dtype=mu_dtype),
             residual=residuals.orthogonal(factor),
-            diagnostics=diagnostics,
-            weight_dimension_numbers=numbers,
-            seed=seed,
+            **galore_arguments | {"mask": None, "weight_dimension_numbers": views},
         )
 
-    build(None)  # raises for a bad argument
-    views_of = functools.partial(
-        select, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers
+    # Raises an error for a bad argument.
+    build(None)
+    adam = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype), optax.scale(adam_scale))
+    direction = on_matrices(
+        build,
+        adam,
+        rank=galore_arguments["rank"],
+        proj_type=galore_arguments["proj_type"],
+        mask=galore_arguments["mask"],
+        weight_dimension_numbers=galore_arguments["weight_dimension_numbers"],
     )
-    adam = optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=eps), optax.scale(adam_scale))
-    return decayed(on_matrices(build, adam, views_of), learning_rate, weight_decay, weight_decay_mask)
+    return decayed(direction, learning_rate, weight_decay, weight_decay_mask)
 
 
 @with_arguments_of(galore_muon, rank=0.25, update_proj_gap=100)
-def recommended(learning_rate: optax.ScalarOrSchedule, **arguments: Any) -> optax.GradientTransformationExtraArgs:
-    """What learnt best in a fifth of AdamW's state: :func:`galore_muon` at a quarter of the rank, refreshed every 100 updates.
+def recommended(
+    learning_rate: optax.ScalarOrSchedule, **arguments: Unpack[MuonArguments]
+) -> optax.GradientTransformationExtraArgs:
+    """The preset with the lowest measured loss at a fifth of AdamW's state.
 
-    The evidence is ``benchmarks/quality.py``: a byte-level LLaMA of 3.3 million parameters on prose, 400 steps, each optimizer
-    at the best of one grid of learning rates.  It ended 4 % below full-rank Muon and 15 % below AdamW, with 20 % of AdamW's
-    state for the matrices; after 1,200 steps it was 1.7 % above Muon and 5 % below AdamW.  The figures and their spread are
-    in docs/benchmarks.md.  That is a small model and few tokens: measure your own.  Where micro-batches are summed or sent in
-    the subspaces it cannot be used; there take :func:`galore_adamw`.
+    This is :func:`galore_muon` at a quarter of each matrix's rank, refreshed every 100 updates.  ``benchmarks/quality.py``
+    trained a byte-level LLaMA of 3.3 million parameters on prose for 400 steps, each optimizer at the best of one grid of
+    learning rates.  Its loss ended 4% below full-rank Muon's and 15% below AdamW's, with 20% of AdamW's state for the matrices.
+    After 1,200 steps it was 1.7% above Muon's and 5% below AdamW's.  docs/benchmarks.md has the figures and their spread.  That
+    is a small model and few tokens, so measure your own.  It needs the whole gradient; where micro-batches are summed or sent in
+    the subspaces, use :func:`galore_adamw`.
 
     Args:
-      learning_rate: a number or a schedule; the best of the grid was 0.01.
-      **arguments: those of :func:`galore_muon`.
+      learning_rate: A number or a schedule.  The best of the grid was 0.01.
+      **arguments: The arguments of :func:`galore_muon`.  The default rank is 0.25.
 
     >>> import jax.numpy as jnp
     >>> state = recommended(0.01).init({"kernel": jnp.ones((64, 256))})

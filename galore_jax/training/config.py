@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
-from galore_jax.presets import PRESETS, WHOLE_GRADIENT
+from galore_jax.presets import PRESETS, RANK_ONE, WHOLE_GRADIENT
 from galore_jax.projectors import PROJECTORS
 from galore_jax.refresh import REFRESHES
 from galore_jax.training.mesh import axis_sizes
@@ -199,7 +199,8 @@ def preset_arguments(optimizer: str) -> dict[str, Any]:
     """
     if optimizer not in PRESETS:
         return {}
-    return {name: argument.default for name, argument in inspect.signature(PRESETS[optimizer]).parameters.items()}
+    arguments = {name: argument.default for name, argument in inspect.signature(PRESETS[optimizer]).parameters.items()}
+    return arguments | ({"rank": 1} if optimizer in RANK_ONE else {})
 
 
 def flag(field: str) -> str:
