@@ -13,7 +13,7 @@ tokens a step; the gradients of 2,048 tokens with respect to the last layer's up
 default gap of 200 steps on, at 220.  The tokens are those of a trained BPE of 4,096: a hundred different bytes would confine the
 gradient to about a hundred directions.  Each projector refreshes at all of these steps, a warm start from its own basis of the
 step before.  Time is that of the last refresh, from a gradient and its coordinates in the old basis, which a training step has
-anyway, to the new basis and the coordinates in it, which it needs next; all contestants take turns in one process.  Energy is
+anyway, to the new basis; all contestants take turns in one process.  Energy is
 ‖PᵀG‖² over the largest possible at that rank (float64).  Writes OUT/refresh.json and OUT/refresh.png (OUT/refresh-tpu.json), and
 prints Markdown tables.
 """
@@ -56,8 +56,7 @@ CONTESTANTS = {
 
 def contrib(seen: ProjectorInput):
     """What optax.contrib.galore does: an SVD of the whole, then a slice."""
-    basis = jnp.linalg.svd(seen.gradient, full_matrices=False)[0][:, : seen.coordinates.shape[0]]
-    return basis, basis.T @ seen.gradient
+    return jnp.linalg.svd(seen.gradient, full_matrices=False)[0][:, : seen.coordinates.shape[0]]
 
 
 def program(name: str):
@@ -110,7 +109,7 @@ def measure(preset: str, gradients: list[np.ndarray], rounds: int) -> list[dict]
         energies, defects = [], []
         for number, (gradient, optimum) in enumerate(zip(devices, optima, strict=True)):
             arguments = (jax.random.key(number), gradient, basis, storage.project(basis, gradient, rank))
-            basis, _ = compiled(*arguments)
+            basis = compiled(*arguments)
             p = np.asarray(storage.lift(basis, jnp.eye(rank), m), np.float64)
             energies.append(float(np.sum((p.T @ np.asarray(gradient, np.float64)) ** 2) / optimum))
             defects.append(float(np.abs(p.T @ p - np.eye(rank)).max()))

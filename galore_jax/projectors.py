@@ -40,7 +40,7 @@ from galore_jax.limiter import norm_of
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Power steps end when the captured energy grows by at most 1%.  From one gradient to an unrelated one that is after two steps.
 _GROWTH = 1.01**0.5
-_MORE_STEPS = 4
+_MORE_STEPS = 5
 
 
 class ProjectorInput(NamedTuple):
@@ -120,9 +120,9 @@ def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
 def power(iterations: int = 1) -> Projector:
     """A warm-started block power iteration, the default: two matmuls with G and an orthonormalization for each step.
 
-    A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to four
-    beyond ``iterations``.  Directions that the gradient has left, all of them before the first refresh, are replaced by random
-    ones in the first step, from which the next steps find the gradient again.
+    A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to five
+    beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions that the gradient has left are
+    replaced by random ones in the first step, from which the next steps find the gradient again.
 
     Args:
       iterations: Least number of steps at each refresh, at least 1.
@@ -137,16 +137,18 @@ def power(iterations: int = 1) -> Projector:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
     def refresh(seen: ProjectorInput) -> jax.Array:
+        norm = _norm(seen.coordinates)
+        least = jnp.where(norm > 0, iterations, iterations + _MORE_STEPS)
+
         def unfinished(carry: tuple) -> jax.Array:
             number, _, _, before, now = carry
-            return (number < iterations) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
+            return (number < least) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
 
         def step(carry: tuple) -> tuple:
             number, _, coordinates, _, now = carry
             basis, coordinates = _power_step(seen.gradient, coordinates)
             return number + 1, basis, coordinates, now, _norm(coordinates)
 
-        norm = _norm(seen.coordinates)
         start = jnp.zeros([], jnp.int32), seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
         return jax.lax.while_loop(unfinished, step, start)[1]
 

@@ -170,8 +170,7 @@ def test_a_basis_is_checked_before_it_is_coded(basis_codec):
         power = projectors.power()
 
         def refresh(seen):
-            basis, coordinates = power.refresh(seen)
-            return basis * factor, coordinates
+            return power.refresh(seen) * factor
 
         return Projector("made", refresh)
 

@@ -76,9 +76,9 @@ def scale_by_adam_eps_first(eps, b1=0.9, b2=0.999):
 
 def _svd_with_fixed_signs(seen):
     """The recording's convention: the largest entry of each column is positive."""
-    basis, coordinates = galore_jax.projectors.svd().refresh(seen)
+    basis = galore_jax.projectors.svd().refresh(seen)
     sign = jnp.sign(basis[jnp.argmax(jnp.abs(basis), axis=0), jnp.arange(basis.shape[1])])
-    return basis * sign[None, :], coordinates * sign[:, None]
+    return basis * sign[None, :]
 
 
 SVD_WITH_FIXED_SIGNS = galore_jax.projectors.Projector("svd with fixed signs", _svd_with_fixed_signs)

@@ -27,7 +27,7 @@ import numpy as np
 
 from galore_jax import sharding
 from galore_jax._core.basis import Basis, Storage
-from galore_jax._core.gradients import Batches, level_of, taken as at_places
+from galore_jax._core.gradients import Batches, level_of, masked, taken as at_places
 from galore_jax._core.orthonormal import defect
 from galore_jax.matrix_view import MatrixView
 from galore_jax.projectors import Projector, ProjectorInput
@@ -100,7 +100,25 @@ def refresh_all(
         order.append(own)
     back = np.argsort(np.concatenate(order))
     outcome = jax.tree.map(lambda *parts: at_places(jnp.concatenate(parts), back), *outcomes)
-    return [subspaces[index] for index in range(len(members))], outcome
+    done = _batches(members).split(outcome.done)
+    return [_differentiable(subspaces[i], member.subspace, done[i]) for i, member in enumerate(members)], outcome
+
+
+def _differentiable(new: Subspace, old: Subspace, done: jax.Array) -> Subspace:
+    """``new``, whose moments have the derivative of the old ones where no basis was refreshed."""
+
+    @jax.custom_jvp
+    def carried(new: jax.Array, old: jax.Array) -> jax.Array:
+        return new
+
+    @carried.defjvp
+    def carried_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        return primals[0], masked(~done, tangents[1])
+
+    def of_floats(new: jax.Array, old: jax.Array) -> jax.Array:
+        return carried(new, old) if jnp.issubdtype(new.dtype, jnp.inexact) else new
+
+    return new._replace(moments=jax.tree.map(of_floats, new.moments, old.moments))
 
 
 def _batches(members: list[Member]) -> Batches:

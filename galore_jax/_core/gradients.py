@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which gradients, and which answers to them, can be used, and what happens to the others.
 
-The level of a matrix X is log ‖X‖², or log(1 + ‖X‖²) where zeros are welcome.  It is finite if the matrix can be used: -inf for
-zeros, and inf or NaN if an entry is not finite or if the squares overflow, which no second moment would survive.
+The level of a matrix X is log Σ|x|, or log(1 + Σ|x|) where zeros are welcome.  It is finite if the matrix can be used: -inf for
+zeros, and inf or NaN if an entry is not finite or if the sum overflows.
 One number for each matrix keeps programs small, and lets each parameter be updated before the next one is projected.
 """
 
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax import codecs, sharding
+from galore_jax._core.dtypes import state_dtype
 from galore_jax._core.state_fields import NO_PARAMETER
 
 
@@ -27,10 +28,9 @@ def level_of(x: jax.Array, batch: int = 0, may_be_zero: bool = True) -> jax.Arra
     >>> level_of(jnp.array([[1.0, 0.0], [0.0, 0.0], [jnp.nan, 1.0]]), batch=1, may_be_zero=False), level_of(jnp.zeros(3))
     (Array([  0., -inf,  nan], dtype=float32), Array(0., dtype=float32))
     """
-    x = jnp.abs(x) if jnp.issubdtype(x.dtype, jnp.complexfloating) else x
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    squares = jnp.sum(jnp.square(x), axis=tuple(range(batch, x.ndim)))
-    return jnp.log1p(squares) if may_be_zero else jnp.log(squares)
+    x = jnp.abs(x)
+    total = jnp.sum(x, axis=tuple(range(batch, x.ndim)), dtype=state_dtype(x))
+    return jnp.log1p(total) if may_be_zero else jnp.log(total)
 
 
 def is_sound(level: jax.Array) -> jax.Array:
