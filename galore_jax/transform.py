@@ -40,6 +40,7 @@ from galore_jax._core.basis_refresh import Subspace, coordinates_in_constant_bas
 from galore_jax._core.dtypes import promoted
 from galore_jax._core.gradients import MatrixGradient, measured
 from galore_jax._core.per_matrix import owners, per_matrix
+from galore_jax._core.probe import check_init_ignores_values
 from galore_jax._core.state import GaLoreState
 from galore_jax.bare import BareGaLore, warned_once
 from galore_jax.matrix_view import MatrixView, Rank, check_proj_type, check_rank, select
@@ -135,7 +136,6 @@ def galore(
             raise TypeError(
                 f"inner is {inner!r}: write an Optax transformation, for example galore(optax.adam(1e-3), rank=8)."
             )
-        residuals.check_direction(inner, residual)
         return _GaLore(
             optax.with_extra_args_support(inner),
             functools.partial(
@@ -181,7 +181,10 @@ class _GaLore:
         views = self.views_of(params)
         bases = [subspace.zero_bases(self._storage, view, leaf) for view, leaf in zip(views, leaves, strict=True)]
         inner = self._inner_of(views)
-        inner_state = inner.init(treedef.unflatten(map(subspace.zero_coordinates, views, leaves)))
+        low_rank = treedef.unflatten(map(subspace.zero_coordinates, views, leaves))
+        check_init_ignores_values(self.inner, low_rank, [view is not None for view in views])
+        output.check_direction(self.inner, self.residual, low_rank)
+        inner_state = inner.init(low_rank)
         carriers(self.transport, inner, inner_state, treedef, views)  # raises for a state it cannot carry
         schedule = [() if slots is None else self.refresh.init(slots) for slots in _slots(views)]
         return GaLoreState(
@@ -406,17 +409,21 @@ class _GaLore:
         alpha, sides = output.alpha(leaf.view, self.scale, low_rank.dtype), subspace.sides(leaf.view, left, right)
         shape = leaf.view.matrix_shape
 
-        def lift(x: jax.Array) -> jax.Array:
-            return subspace.lift(self._storage, x, *sides, shape)
-
         if self.residual is None:
-            matrices = lift(reply * alpha)
+            matrices = subspace.lift(self._storage, reply * alpha, *sides, shape)
         else:
-            gradient = promoted(leaf.where_good(leaf.matrices))
-            parts = residuals.Parts(gradient, low_rank, reply, lift, alpha, -2 if leaf.view.left else -1)
-            matrices, new = self.residual.combine(parts, residual)
-            good = sharding.gather(leaf.good)  # what a rule remembers is replicated
-            residual = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, residual)
+            matrices, residual = residuals.combine(
+                self.residual,
+                leaf.matrices,
+                leaf.good,
+                low_rank,
+                reply,
+                sides,
+                residual,
+                lift=lambda x, sides: subspace.lift(self._storage, x, *sides, shape),
+                alpha=alpha,
+                axis=-2 if leaf.view.left else -1,
+            )
         matrices = matrices.astype(leaf.gradient.dtype)
         rms = diagnosis.root_mean_square(matrices) if self.diagnostics else optax.MaskedNode()
         return sharding.like(leaf.view.from_matrices(matrices), leaf.gradient), rms, residual
