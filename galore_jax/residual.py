@@ -1,21 +1,25 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an update does with the gradient outside the subspace, S = G - P R, R = PᵀG; N is the inner transformation's answer to R.
+"""Rules for the gradient outside the subspace, S = G - P R with R = PᵀG.  N is the reply of the inner transformation to R.
 
     fira          α P N + S diag(φ),  φ_j = ‖N_j‖ / ‖R_j‖           Chen et al. 2024, arXiv 2410.01623
     sgd           α P N + c S                                        FRUGAL, arXiv 2411.07837, with SGD outside
     sign          α P N + c sign(S)                                  FRUGAL with signSGD outside
     channel       α G diag(φ)                                        APOLLO, Zhu et al. 2024, arXiv 2412.05270
-    tensor        α φ G,  φ = ‖N‖ / ‖R‖                              APOLLO-Mini, the same
+    tensor        α φ G,  φ = ‖N‖ / ‖R‖                              APOLLO-Mini, same paper
     orthogonal    α 0.2 √max(m, n) NS(P N + c S)                     Muon's step (K. Jordan 2024) from a low-rank momentum
 
-j goes over the columns for a basis on the left, over the rows for one on the right.  S is orthogonal to an orthonormal P, and α
-is not in it.  fira, channel and tensor bound the growth of the norm of what they scale, S diag(φ), G diag(φ) or φ G, from one
-update to the next, matrix by matrix: see :mod:`galore_jax.limiter`.
+The index j runs over the columns for a basis on the left, and over the rows for one on the right.  S is orthogonal to an
+orthonormal P, and α does not scale it.  fira, channel and tensor bound the growth of the norm of what they scale, S diag(φ),
+G diag(φ) or φ G, from one update to the next, matrix by matrix: see :mod:`galore_jax.limiter`.
 
 NS is five steps of a Newton-Schulz iteration that moves all singular values to about 1.  Every rule needs the whole gradient, and
-an inner transformation that answers in the direction of the gradient, with the learning rate outside: ``optax.scale_by_adam()``,
-not ``optax.adam(1e-3)``.
+an inner transformation whose updates point along the gradient, with the learning rate outside: ``optax.scale_by_adam()``, not
+``optax.adam(1e-3)``.
+
+A rule is a function of one matrix, and :func:`combine` applies it to the stack of a parameter in the place of the gradient, one
+matrix after the other.  A rule lifts as few matrices as it can, because each one is as large as the gradient: α P N + c S is
+c G + P (α N - c R), with a single lift.
 """
 
 from __future__ import annotations
@@ -30,6 +34,9 @@ import numpy as np
 import optax
 
 from galore_jax import sharding
+from galore_jax._core import probe, trees
+from galore_jax._core.dtypes import promoted
+from galore_jax._core.matrix_loop import matrix_by_matrix
 from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
 from galore_jax.matrix_view import MatrixView
 
@@ -38,18 +45,21 @@ _STEPS = 5
 
 
 class Parts(NamedTuple):
-    """What a rule combines, of one parameter."""
+    """The inputs of a rule for one matrix."""
 
-    gradient: jax.Array  # G, (*batch, m, n)
-    low_rank: jax.Array  # R, (*batch, r, n) for a basis on the left
+    gradient: jax.Array  # G, (m, n), at least float32
+    low_rank: jax.Array  # R, (r, n) for a basis on the left
     reply: jax.Array  # N, the same
-    lift: Callable[[jax.Array], jax.Array]  # X -> P X, (*batch, m, n)
+    lift: Callable[[jax.Array], jax.Array]  # X -> P X, (m, n)
     alpha: jax.Array | float
-    axis: int  # that the basis acts on: -2 for a basis on the left, -1 on the right
+    axis: int  # the axis of G that the basis acts on: -2 for a basis on the left, -1 on the right
 
 
 class Residual(NamedTuple):
-    """``combine(parts, state)`` returns the update (*batch, m, n) and the new state, which starts as ``init(batch_shape)``."""
+    """A rule: ``combine(parts, state)`` returns the update (m, n) of one matrix and the new state.
+
+    ``init(batch_shape)`` returns the states of a stack of matrices, arrays of (*batch, ...).
+    """
 
     name: str
     combine: Callable[[Parts, Any], tuple[jax.Array, Any]]
@@ -60,27 +70,35 @@ def fira(growth: float | None = GAMMA) -> Residual:
     """The gradient outside, scaled channel by channel as the inner transformation scales inside.
 
     Args:
-      growth: γ, bound on the growth of its norm from one update to the next; None for no bound.
+      growth: γ, the largest ratio of its norm to that of the update before; None for no bound.
 
     >>> fira().name
     'fira'
     """
 
     def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
-        outside, norm = _bounded(_outside(parts) * _ratio(parts, parts.axis), norm, growth)
-        return _inside(parts) + outside, norm
+        ratio = _ratio(parts, parts.axis)
+        # ‖S_j‖² = ‖G_j‖² - ‖R_j‖² would save the lift here, but it cancels where S is small beside G, and a basis in 4 or 16 bits
+        # is not orthonormal enough for it.
+        factor, norm = _bounded(lambda: parts.gradient * ratio - parts.lift(parts.low_rank * ratio), norm, growth)
+        return _with_outside(parts, ratio * factor), norm
 
     return Residual("fira", combine, _norms(growth))
 
 
 def sgd(factor: float = 1.0) -> Residual:
     """``factor`` times the gradient outside."""
-    return Residual("sgd", lambda parts, state: (_inside(parts) + factor * _outside(parts), state))
+    return Residual("sgd", lambda parts, state: (_with_outside(parts, factor), state))
 
 
 def sign(factor: float = 1.0) -> Residual:
     """``factor`` times the sign of the gradient outside."""
-    return Residual("sign", lambda parts, state: (_inside(parts) + factor * jnp.sign(_outside(parts)), state))
+
+    def combine(parts: Parts, state: Any) -> tuple[jax.Array, Any]:
+        signs = jnp.sign(parts.gradient - parts.lift(parts.low_rank))
+        return parts.lift(parts.alpha * parts.reply) + factor * signs, state
+
+    return Residual("sign", combine)
 
 
 def channel(growth: float | None = GAMMA) -> Residual:
@@ -94,14 +112,14 @@ def tensor(growth: float | None = GAMMA) -> Residual:
 
 
 def orthogonal(factor: float | jax.Array = 16.0) -> Residual:
-    """The direction P N + ``factor`` S with all its singular values moved to about 1, in root mean square as AdamW's updates.
+    """The direction P N + ``factor`` S with all singular values moved to about 1, scaled to the root mean square of AdamW.
 
-    With a momentum inside, N sums about 1/(1-β) gradients, and S wants a factor of that order.
+    With a momentum inside, N sums about 1/(1-β) gradients, so S needs a factor of that order.
     """
 
     def combine(parts: Parts, state: Any) -> tuple[jax.Array, Any]:
-        whole = newton_schulz(parts.lift(parts.reply) + factor * _outside(parts))
-        return parts.alpha * (0.2 * max(whole.shape[-2:]) ** 0.5) * whole, state
+        whole = newton_schulz(_with_outside(parts._replace(alpha=1.0), factor))
+        return parts.alpha * (0.2 * max(whole.shape) ** 0.5) * whole, state
 
     return Residual("orthogonal", combine)
 
@@ -117,7 +135,7 @@ RESIDUALS: dict[str, Callable[[], Residual]] = {
 
 
 def get(residual: str | Residual | None) -> Residual | None:
-    """A rule by name, or the object itself.
+    """Returns a rule by name, or the object itself.
 
     >>> get("channel").name
     'channel'
@@ -131,8 +149,49 @@ def get(residual: str | Residual | None) -> Residual | None:
     return RESIDUALS[residual]()
 
 
+def combine(
+    rule: Residual,
+    matrices: jax.Array,
+    good: jax.Array,
+    low_rank: jax.Array,
+    replies: jax.Array,
+    bases: Any,
+    states: Any,
+    *,
+    lift: Callable[[jax.Array, Any], jax.Array],
+    alpha: jax.Array | float,
+    axis: int,
+) -> tuple[jax.Array, Any]:
+    """The updates of the matrices of one parameter, in the place of their gradients, and the new states of the rule.
+
+    Args:
+      rule: The rule.
+      matrices: The gradients G, (*batch, m, n) in their own dtype.
+      good: Bool [*batch].  Where False, the gradient counts as zero and the rule's state stays.
+      low_rank: R, (*batch, r, n) for a basis on the left.
+      replies: N, the same, zeros where not ``good``.
+      bases: A pytree of arrays (*batch, ...).
+      states: The rule's states, a pytree of arrays (*batch, ...).
+      lift: ``lift(X, bases)`` is P X for the bases of one matrix.
+      alpha: α.
+      axis: The axis that the basis acts on, -2 or -1.
+
+    Returns:
+      The updates, in the shape, dtype and sharding type of ``matrices``, and the states.
+    """
+
+    def one(carried: tuple[jax.Array, Any], given: Any) -> tuple[jax.Array, Any]:
+        matrix, state = carried
+        good, low_rank, reply, bases = given
+        gradient = jnp.where(good, promoted(matrix), 0)
+        update, new = rule.combine(Parts(gradient, low_rank, reply, lambda x: lift(x, bases), alpha, axis), state)
+        return update.astype(matrix.dtype), jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+
+    return matrix_by_matrix(one, (matrices, states), (good, low_rank, replies, bases), good.ndim)
+
+
 def check_scale(scale: Any) -> None:
-    """Raises unless ``scale`` is a finite number, "rms" or an injected hyperparameter."""
+    """Raises a ValueError unless ``scale`` is a finite number, "rms" or an injected hyperparameter."""
     if isinstance(scale, jax.Array) or (isinstance(scale, str) and scale == "rms"):
         return
     if isinstance(scale, (bool, str)) or not isinstance(scale, (int, float, np.number)) or not math.isfinite(scale):
@@ -145,7 +204,7 @@ def alpha(view: MatrixView, scale: Any, dtype: Any) -> jax.Array | float:
 
 
 def rms_scale(view: MatrixView) -> float:
-    """The α that keeps the root mean square of the inner update.
+    """The α for which the update has the root mean square of the inner update.
 
     >>> from galore_jax.matrix_view import select
     >>> [view] = select({"w": jnp.zeros((64, 256))}, rank=16)
@@ -155,61 +214,72 @@ def rms_scale(view: MatrixView) -> float:
     return math.sqrt(math.prod(view.matrix_shape) / math.prod(view.low_rank_shape[-2:]))
 
 
-def check_direction(inner: optax.GradientTransformation, residual: Residual | None) -> None:
-    """Raises a ValueError if ``inner`` answers against the gradient, so that a residual would go uphill.
+def check_direction(inner: optax.GradientTransformation, residual: Residual | None, low_rank_tree: Any) -> None:
+    """Raises a ValueError if the updates of ``inner`` point against the gradient, so that the residual would go uphill.
 
-    Of an inner transformation with traced hyperparameters nothing is known: ``optax.inject_hyperparams`` makes one anew in each
-    traced update, after one with numbers in ``init``.
+    The check runs ``inner`` on a small tree of the same structure.  An ``inner`` that can't run on such a tree, because it needs
+    extra arguments for example, passes.
+
+    Args:
+      inner: The inner transformation.
+      residual: The rule, or None.
+      low_rank_tree: The tree that ``inner`` is initialized with: arrays, tracers or ``jax.ShapeDtypeStruct``.
     """
     if residual is None:
         return
-    # On no mesh: that of the arrays around it may be abstract, on which nothing can be computed.
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.ensure_compile_time_eval():
-        ones = {"w": jnp.ones((2, 2))}
-        [reply] = jax.tree.leaves(inner.update(ones, inner.init(ones), ones)[0])
-        total = jnp.sum(reply)
-        uphill = not isinstance(total, jax.core.Tracer) and bool(total < 0)
-    if uphill:
-        raise ValueError(
-            f"residual={residual.name!r} adds up with an inner transformation that answers in the direction of the gradient, but "
-            "inner goes against it: take the learning rate out, for example optax.chain(galore(optax.scale_by_adam(), ...), "
-            "optax.scale_by_learning_rate(1e-3)) instead of galore(optax.adam(1e-3), ...)."
-        )
+    gradients = probe.small(low_rank_tree, np.random.default_rng(0))
+    # Two updates, because the learning rate of a warmup is zero in the first.
+    replies = probe.first_replies(inner, gradients)
+    if replies is None:
+        return
+    for path, gradient, *both in zip(trees.paths_of(gradients), jax.tree.leaves(gradients), *replies, strict=True):
+        # A leaf without a matrix is not projected, so no residual is added to it.
+        if gradient.ndim > 1 and sum(np.sum(gradient * reply) for reply in both) < 0:
+            raise ValueError(
+                f"residual={residual.name!r} adds to an inner transformation whose updates point along the gradient, but the "
+                f"update of {path!r} by inner points against it: take the learning rate out, for example "
+                "optax.chain(galore(optax.scale_by_adam(), ...), optax.scale_by_learning_rate(1e-3)) instead of "
+                "galore(optax.adam(1e-3), ...)."
+            )
 
 
 def newton_schulz(matrices: jax.Array) -> jax.Array:
-    """Matrices (*batch, m, n) with their singular values moved to between about 0.7 and 1.2; zeros stay.
+    """Matrices (*batch, m, n) with their singular values moved to between about 0.7 and 1.2; zeros stay zeros.
 
     >>> x = jnp.diag(jnp.array([3.0, 0.3]))
     >>> bool(jnp.all(jnp.abs(jnp.diagonal(newton_schulz(x)) - 1) < 0.4))
     True
     """
-    matrices = sharding.gather(matrices, (matrices.ndim - 2, matrices.ndim - 1))
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = jnp.swapaxes(matrices, -1, -2) if tall else matrices
+    return matrix_by_matrix(lambda matrix, _: _orthogonalized(matrix), matrices, (), matrices.ndim - 2)
+
+
+def _orthogonalized(matrix: jax.Array) -> jax.Array:
+    """:func:`newton_schulz` of one matrix."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = sharding.gather(matrix.T if tall else matrix)
     norm = norm_of(x, (-2, -1))
-    x = x / jnp.where(norm > 0, norm, 1)
     a, b, c = _NEWTON_SCHULZ
-    for _ in range(_STEPS):
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return jnp.swapaxes(x, -1, -2) if tall else x
+
+    def step(_: Any, x: jax.Array) -> jax.Array:
+        gram = x @ x.T
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    x = jax.lax.fori_loop(0, _STEPS, step, x / jnp.where(norm > 0, norm, 1))
+    return x.T if tall else x
 
 
 def _scaled(name: str, ratio: Callable[[Parts], jax.Array], growth: float | None) -> Residual:
     def combine(parts: Parts, norm: Any) -> tuple[jax.Array, Any]:
-        scaled, norm = _bounded(parts.gradient * ratio(parts), norm, growth)
-        return parts.alpha * scaled, norm
+        ratios = ratio(parts)
+        factor, norm = _bounded(lambda: parts.gradient * ratios, norm, growth)
+        return parts.gradient * (parts.alpha * factor * ratios), norm
 
     return Residual(name, combine, _norms(growth))
 
 
-def _inside(parts: Parts) -> jax.Array:
-    return parts.alpha * parts.lift(parts.reply)
-
-
-def _outside(parts: Parts) -> jax.Array:
-    return parts.gradient - parts.lift(parts.low_rank)
+def _with_outside(parts: Parts, factor: Any) -> jax.Array:
+    """α P N + S diag(factor), with one lift."""
+    return parts.gradient * factor + parts.lift(parts.alpha * parts.reply - parts.low_rank * factor)
 
 
 def _ratio(parts: Parts, axes: int | tuple[int, int]) -> jax.Array:
@@ -226,5 +296,10 @@ def _norms(growth: float | None) -> Callable[[tuple[int, ...]], Any]:
     return lambda batch_shape: jnp.zeros(batch_shape, jnp.float32)
 
 
-def _bounded(x: jax.Array, before: Any, growth: float | None) -> tuple[jax.Array, Any]:
-    return (x, before) if growth is None else bounded(x, before, growth)
+def _bounded(matrix: Callable[[], jax.Array], before: Any, growth: float | None) -> tuple[Any, Any]:
+    """The factor, (1, 1), that bounds the growth of the norm of a matrix, and the norm to keep."""
+    if growth is None:
+        return 1.0, before
+    norm = norm_of(matrix(), (-2, -1))
+    limited, kept = bounded(norm, before, growth)
+    return jnp.where(norm > 0, limited / jnp.where(norm > 0, norm, 1), 1), kept

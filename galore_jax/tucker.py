@@ -33,7 +33,7 @@ import numpy as np
 import optax
 
 from galore_jax import codecs, projectors, refresh as policies, residual as residuals, sharding
-from galore_jax._core import coordinates, trees
+from galore_jax._core import coordinates, probe, trees
 from galore_jax._core.basis import Basis, Storage
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, call_of
@@ -195,6 +195,7 @@ class _Tucker:
             for kernel, array in zip(kernels, arrays, strict=True)
         ]
         cores = treedef.unflatten(map(trees.boxed_like, map(_zero_core, kernels, arrays), leaves))
+        probe.check_init_ignores_values(self.inner, cores, [kernel is not None for kernel in kernels])
         inner_state = self.inner.init(cores)
         self._carriers(inner_state, treedef, kernels)  # raises for a state it cannot carry
         counters = (jnp.zeros([], jnp.int32) for _ in range(4))

@@ -13,6 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from finetuning import write_lines, write_model
 from problems import leniency, quickly
@@ -68,7 +69,16 @@ def assert_picture(path):
 
 
 def test_every_benchmark_has_a_test():
-    tested = {"finetune.py", "learns.py", "memory.py", "quality.py", "refresh.py", "step.py", "transport.py"}
+    tested = {
+        "compile.py",
+        "finetune.py",
+        "learns.py",
+        "memory.py",
+        "quality.py",
+        "refresh.py",
+        "step.py",
+        "transport.py",
+    }
     # test_memory.py, test_generate.py, test_mesh.py
     elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
@@ -277,6 +287,24 @@ def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_p
     assert benchmark(*common).splitlines() == out.splitlines()[-3:]
     with pytest.raises(SystemExit, match="holds runs with other settings"):
         benchmark(*common, "--test-rows", 8)
+
+
+def test_compile_counts_instructions_and_refuses_an_update_that_is_traced_twice(script, monkeypatch, capsys):
+    compile_ = script("compile")
+    monkeypatch.setattr(sys, "argv", ["compile.py", "--layers", "1", "--presets", "galore_adamw"])
+    with leniency(), quickly():
+        compile_.main()
+        found = rows(capsys.readouterr().out)[1:]
+        assert [row[0].strip("`") for row in found] == [
+            "optax.adamw", "optax.contrib.galore", "galore_adamw", "optax.adamw", "galore_adamw",
+        ]  # fmt: skip
+        assert [row[1] for row in found] == ["unstacked"] * 3 + ["stacked"] * 2
+        assert all(float(cell) >= 0 for row in found for cell in row[2:7])
+        assert {row[7] for row in found} <= {"", "yes", "no"}
+
+        growing = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), lambda u, s, p: (u, s + 0.5))
+        with pytest.raises(SystemExit, match="traced again"):
+            compile_.measured(growing, {"w": jax.ShapeDtypeStruct((2, 2), "float32")})
 
 
 def test_every_setting_of_finetune_is_one_that_the_trainer_knows(script):

@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules for the gradient outside the subspace, against their published formulas in float64 NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from problems import leniency, quick_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax import galore, residual
@@ -178,9 +181,142 @@ def test_bad_settings_are_named():
         galore(optax.scale_by_adam(), residual="fire")
     with pytest.raises(ValueError, match=r"residual='fira'.*proj_type is \"full\""):
         galore(optax.scale_by_adam(), residual="fira", proj_type="full")
-    with pytest.raises(ValueError, match="inner goes against it: take the learning rate out"):
-        galore(optax.adam(1e-3), residual="fira")
     params = {"w": jnp.zeros((12, 20))}
     tx = galore(optax.scale_by_adam(), rank=RANK, residual="fira")
     with pytest.raises(ValueError, match="residual='fira' needs the whole gradient"):
         update_from_low_rank(tx, {"w": jnp.zeros((RANK, 20))}, tx.init(params), params)
+
+
+UPHILL = {
+    "adam": lambda: optax.adam(1e-3),
+    "warmup": lambda: optax.adam(optax.linear_schedule(0.0, 1e-3, 10)),
+    "masked": lambda: optax.masked(optax.sgd(0.1), {"kernel": True, "bias": False}),
+    "centralized": lambda: optax.chain(optax.centralize(), optax.sgd(0.1)),
+}
+ALONG = {
+    "adam": optax.scale_by_adam,
+    "masked": lambda: optax.masked(optax.scale_by_adam(), {"kernel": True, "bias": False}),
+    "partition": lambda: optax.partition(
+        {"matrix": optax.scale_by_adam(), "vector": optax.adam(1e-3)}, {"kernel": "matrix", "bias": "vector"}
+    ),
+    "needs a value": lambda: optax.chain(optax.scale_by_adam(), optax.contrib.reduce_on_plateau()),
+    "decayed": lambda: optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(10.0)),
+}
+
+
+@pytest.mark.parametrize("name", UPHILL)
+def test_an_inner_transformation_against_the_gradient_is_refused_at_init(name):
+    params = {"kernel": jnp.zeros((12, 20)), "bias": jnp.zeros((20,))}
+    tx = galore(UPHILL[name](), rank=RANK, residual="fira")
+    for init in (tx.init, jax.jit(tx.init), functools.partial(jax.eval_shape, tx.init)):
+        with pytest.raises(ValueError, match="update of 'kernel' by inner points against it: take the learning rate"):
+            init(params)
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_an_inner_transformation_along_the_gradient_passes_on_the_real_tree(name):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (12, 20)), "bias": jnp.ones((20,))}
+    tx = galore(ALONG[name](), rank=RANK, residual="sgd")
+    with leniency():  # Optax's own mixes dtypes
+        updates, _ = tx.update(params, tx.init(params), params, value=jnp.float32(1.0))
+    assert jnp.vdot(updates["kernel"], params["kernel"]) > 0
+
+
+@pytest.mark.parametrize("share", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16"])
+def test_fira_keeps_the_norm_of_what_is_outside_where_that_is_small(share, codec):
+    """Against float64: a difference of the squared norms of G and R would be rounding errors."""
+    rng = np.random.default_rng(0)
+    inside = rng.normal(size=(12, RANK)) @ rng.normal(size=(RANK, 20))
+    gradient = {"w": jnp.asarray(inside + share * rng.normal(size=(12, 20)), jnp.float32)}
+    tx = galore(optax.identity(), rank=RANK, residual="fira", projector="svd", basis_codec=codec)
+    _, state = tx.update(gradient, tx.init(gradient), gradient)
+    p = np.asarray(state.left["w"], np.float64)
+    g = np.asarray(gradient["w"], np.float64)
+    np.testing.assert_allclose(state.residual["w"], np.linalg.norm(g - p @ (p.T @ g)), rtol=max(1e-5, 2e-6 / share))
+
+
+def memory(function, *arguments, donate=()):
+    """Bytes of temporaries, with all of XLA's optimizations."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    compiled = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    jax.config.update("jax_disable_most_optimizations", True)
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+STACK, MATRIX_BYTES = (8, 512, 1024), 4 * 512 * 1024
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", residual.RESIDUALS)
+def test_an_update_needs_one_matrix_of_the_stack_beyond_itself(name, donate):
+    tx = galore(optax.trace(0.9), rank=64, residual=name, refresh="manual")
+    params = {"w": jax.ShapeDtypeStruct(STACK, jnp.float32)}
+    needed = memory(tx.update, params, jax.eval_shape(tx.init, params), donate=(0, 1) if donate else ())
+    assert needed <= (STACK[0] + 1) * MATRIX_BYTES
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", residual.RESIDUALS)
+def test_the_workspace_of_a_rule_is_a_few_matrices_whatever_the_stack(name, dtype):
+    rule, rank = residual.get(name), 64
+
+    def update(stack):
+        batch, m, n = stack
+        arrays = [
+            jax.ShapeDtypeStruct(*pair)
+            for pair in [
+                (stack, dtype),
+                ((batch,), bool),
+                ((batch, rank, n), jnp.float32),
+                ((batch, rank, n), jnp.float32),
+                ((batch, m, rank), jnp.float32),
+            ]
+        ]
+        states = jax.eval_shape(lambda: rule.init((batch,)))
+        combine = functools.partial(residual.combine, rule, lift=lambda x, p: p @ x, alpha=0.25, axis=-2)
+        return memory(combine, *arrays, states, donate=(0, 5))
+
+    lifts = 2 if name == "sign" else 1
+    if dtype == jnp.float32:
+        assert update(STACK) <= (lifts + 2) * MATRIX_BYTES
+        assert update((16, *STACK[1:])) < update(STACK) + MATRIX_BYTES / 100
+    else:
+        # XLA on CPU may not write a bfloat16 matrix in place, but it holds no stack in float32.
+        assert update(STACK) <= STACK[0] * MATRIX_BYTES / 2 + (lifts + 0.01) * MATRIX_BYTES
+
+
+def test_newton_schulz_is_one_loop_in_the_program_and_one_more_over_a_stack():
+    for shape, loops in (((12, 20), 1), ((20, 12), 1), ((3, 12, 20), 2), ((2, 3, 12, 20), 2)):
+        text = jax.jit(residual.newton_schulz).lower(jnp.ones(shape)).as_text()
+        assert (text.count("stablehlo.while"), text.count("stablehlo.dot_general")) == (loops, 3)
+
+
+def test_newton_schulz_of_a_stack_is_that_of_its_matrices():
+    stack = jax.random.normal(jax.random.key(0), (2, 3, 20, 12))
+    found = residual.newton_schulz(stack)
+    for i, j in np.ndindex(2, 3):
+        np.testing.assert_allclose(found[i, j], residual.newton_schulz(stack[i, j]), atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [residual.fira, residual.channel, residual.sign, residual.orthogonal])
+@pytest.mark.parametrize("spec", [P("a", None, None), P(None, "a", "b"), P("a", None, "b"), P(("a", "b"), None, None)])
+def test_a_sharded_stack_gives_the_update_of_the_whole_one(build, spec):
+    """On explicit axes, with traced settings of the rule, for which a loop over shards must not fail."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    gradients = {"w": jax.random.normal(jax.random.key(0), (8, 8, 16))}
+
+    @jax.jit
+    def two_updates(setting, gradients):
+        tx = galore(optax.trace(0.9), rank=3, residual=build(setting), seed=1, projector="random", refresh="together")
+        state = tx.init(gradients)
+        _, state = tx.update(gradients, state)
+        updates, state = tx.update(jax.tree.map(lambda g: 3 * g, gradients), state)
+        return updates["w"], state.residual
+
+    expected = two_updates(1.5, gradients)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(gradients, NamedSharding(mesh, spec))
+        found = two_updates(1.5, placed)
+        assert found[0].sharding.spec == spec
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found, expected)

@@ -24,7 +24,7 @@ from galore_jax import (
     residual as residuals,
     sharding,
 )
-from galore_jax._core import coordinates, ranks, trees
+from galore_jax._core import coordinates, probe, ranks, trees
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
@@ -90,6 +90,8 @@ class Step:
         bases = [coordinates.zero_bases(self._storage, *pair) for pair in zip(views, arrays, strict=True)]
         zeros = map(coordinates.zero_coordinates, views, arrays)
         low_rank = treedef.unflatten(map(trees.boxed_like, zeros, leaves))
+        probe.check_init_ignores_values(self.inner, low_rank, [view is not None for view in views])
+        residuals.check_direction(self.inner, self.residual, low_rank)
         inner = self._inner_of(views)
         inner_state = inner.init(low_rank)
         carriers(self.transport, inner, inner_state, treedef, views)  # raises for a state it cannot carry
@@ -308,17 +310,18 @@ class Step:
                 # The lift is in the dtype of the update, with at least float32 sums.
                 matrices = self._lift(view, masked(answered[i], reply * alpha).astype(gradient.dtype), sides)
             else:
-                parts = residuals.Parts(
-                    promoted(masked(answered[i], gradient.matrices)),
+                matrices, remembered[i] = residuals.combine(
+                    self.residual,
+                    gradient.matrices,
+                    answered[i],
                     low_rank[i],
                     masked(answered[i], reply),
-                    lambda x, view=view, sides=sides: self._lift(view, x, sides),
-                    alpha,
-                    -2 if view.left else -1,
+                    sides,
+                    remembered[i],
+                    lift=functools.partial(self._lift, view),
+                    alpha=alpha,
+                    axis=-2 if view.left else -1,
                 )
-                matrices, new = self.residual.combine(parts, remembered[i])
-                flag = sharding.gather(answered[i])  # what a rule remembers is replicated
-                remembered[i] = jax.tree.map(lambda new, old, flag=flag: jnp.where(flag, new, old), new, remembered[i])
             updates.append(matrices.astype(gradient.dtype))
 
         lost = jnp.isfinite(joined(levels)) & ~jnp.isfinite(joined(answers))
