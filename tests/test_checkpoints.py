@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact, few, and never trusted when they are damaged."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +128,27 @@ def test_one_flipped_bit_in_a_weight_is_noticed():
 def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .*checkpoints; start a new run"):
         checkpoint.last_step(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adamw_8bit", "ldadam"])
+def test_a_checkpoint_from_before_the_field_step_was_named_so_is_read(tmp_path, optimizer):
+    """States had ``count`` where they now have ``step``."""
+    params = {"w": jnp.ones((8, 16))}
+    tx = make_optimizer(PretrainConfig(optimizer=optimizer, rank=2), optax.constant_schedule(1e-2))
+    _, state = tx.update(params, tx.init(params), params)
+
+    def as_before(tree):
+        def node(x):
+            if "step" not in getattr(x, "_fields", ()):
+                return x
+            fields = ["count" if name == "step" else name for name in x._fields]
+            return collections.namedtuple(type(x).__name__, fields)(*map(as_before, x))
+
+        return jax.tree.map(node, tree, is_leaf=lambda x: "step" in getattr(x, "_fields", ()))
+
+    assert not optax.tree.get_all_with_path(as_before(state), "step")
+    with CheckpointWriter(tmp_path / "checkpoints", 1) as writer:
+        writer.save(Checkpoint(1, params, as_before(state), {}, []))
+    restored = checkpoint.restore(tmp_path / "checkpoints", 1, params, state)
+    assert jax.tree.structure(restored.opt_state) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state)

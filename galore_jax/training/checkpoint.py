@@ -15,6 +15,7 @@ which any one changed bit alters; it is computed on the device, and compared whe
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import zlib
@@ -173,10 +174,11 @@ def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[st
                 f"Checkpoint {place} has format {meta.get('format')!r}, but this version reads {FORMAT}; "
                 "resume it with the version that config.json names."
             )
+        named = {item: _named_as_saved(tree, saved[item]) for item, tree in abstract.items()}
         # Orbax would cast a dtype silently and report a shape at length, so both are compared first.
-        for item, tree in abstract.items():
+        for item, tree in named.items():
             _check_matches(folder, step, _KINDS[item], saved[item], tree)
-        trees = {item: ocp.args.StandardRestore(_placed(tree)) for item, tree in abstract.items()}
+        trees = {item: ocp.args.StandardRestore(_placed(tree)) for item, tree in named.items()}
         args = ocp.args.Composite(data=ocp.args.JsonRestore(), **trees)
         items = _attempt_read(folder, step, lambda: manager.restore(step, args=args))
     finally:
@@ -186,7 +188,30 @@ def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[st
     for path, value in found.items():
         if value != meta["checksums"].get(path):
             raise ValueError(_damaged(folder, step, f"{path} is not what was saved"))
-    return restored, items.data, meta["losses"]
+    same = {
+        item: jax.tree.unflatten(jax.tree.structure(abstract[item]), jax.tree.leaves(tree))
+        for item, tree in restored.items()
+    }
+    return same, items.data, meta["losses"]
+
+
+def _named_as_saved(tree: Any, saved: Any) -> Any:
+    """``tree`` with the field ``step`` of optimizer states under its name in checkpoints of before 0.2, if ``saved`` is one."""
+
+    def is_renamed(node: Any) -> bool:
+        return "step" in getattr(node, "_fields", ()) and isinstance(getattr(type(node), "count", None), property)
+
+    def old(node: Any) -> Any:
+        if not is_renamed(node):
+            return node
+        # In the order of the fields, which jax.tree would sort in a dict.
+        fields = ["count" if name == "step" else name for name in node._fields]
+        return collections.namedtuple(type(node).__name__, fields)(*(renamed(value) for value in node))
+
+    def renamed(tree: Any) -> Any:
+        return jax.tree.map(old, tree, is_leaf=is_renamed)
+
+    return tree if saved is None or set(_leaves(tree)) <= set(_leaves(saved)) else renamed(tree)
 
 
 def checksums(tree: Any) -> dict[str, int]:
