@@ -38,6 +38,7 @@ from galore_jax._core.basis import Basis, Storage
 from galore_jax._core.basis_refresh import Subspace, turn
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import MatrixGradient, measured
+from galore_jax._core.state_fields import Kind
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
 
@@ -46,6 +47,10 @@ _CHANNELS = (-2, -1)  # of a Flax kernel: input, output
 
 class TuckerState(NamedTuple):
     """State of :func:`tucker`: plain arrays only."""
+
+    FIELD_KINDS = dict.fromkeys(("count", "skipped", "kept", "rejected", "basis"), Kind.KEPT) | {
+        "inner_state": Kind.NESTED
+    }
 
     count: jax.Array  # shape=(), dtype=jnp.int32; updates done, those with no good gradient left out
     skipped: jax.Array  # shape=(), dtype=jnp.int32; updates in which some gradient was not finite
