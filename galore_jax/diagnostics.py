@@ -1,11 +1,11 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How well the subspaces do, matrix by matrix, at the cost of a few reductions a step.
+"""How well the subspace of each matrix works, at the cost of a few reductions per step.
 
 captured energy   ‖PᵀG‖² / ‖G‖²                   the share of the gradient that the inner optimizer sees
-overlap           ‖P_newᵀ P_old‖² / r             at the last refresh: 1, the same subspace; r/m, an unrelated one
-update RMS        √(mean of ΔW²)                  of what galore returns; with an inner transformation that ends
-                                                  before the learning rate, so does this
+overlap           ‖P_newᵀ P_old‖² / r             at the last refresh; 1 for the same subspace, r/m for an unrelated one
+update RMS        √(mean of ΔW²)                  of the update that galore returns, which has no learning rate if the
+                                                  inner transformation has none
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from galore_jax.matrix_view import MatrixView
 
 
 class Diagnostics(NamedTuple):
-    """Trees like the parameters of float32 arrays of the batch shape, ``optax.MaskedNode()`` where nothing is projected."""
+    """Trees like the parameters, of float32 arrays (*batch,); ``optax.MaskedNode()`` for a parameter that is not projected."""
 
-    captured_energy: Any  # (*batch,); of the last update whose gradient was good
-    overlap: Any  # (*batch,); -1 until a basis has replaced another
-    update_rms: Any  # (*batch,)
+    # At the last update with a good gradient.
+    captured_energy: Any
+    # -1 until a basis has replaced another.
+    overlap: Any
+    update_rms: Any
 
 
 def initial(views: list[MatrixView | None], treedef: Any) -> Diagnostics:
-    """Before the first update."""
+    """The diagnostics before the first update."""
 
     def tree(value: float) -> Any:
         return treedef.unflatten(
@@ -49,5 +51,5 @@ def captured_energy(low_rank: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 def root_mean_square(matrices: jax.Array) -> jax.Array:
-    """[*batch] float32"""
+    """Returns [*batch] float32."""
     return jnp.sqrt(jnp.mean(jnp.square(matrices.astype(jnp.float32)), axis=(-2, -1)))

@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bound on the growth of the norm of an update, matrix by matrix (Chen et al. 2024, Fira, arXiv 2410.01623, section 4.3):
 
-    ‖X_t‖ > γ ‖X_(t-1)‖   =>   X_t <- X_t γ ‖X_(t-1)‖ / ‖X_t‖          γ = 1.01, the norm that is kept is the bounded one
+    ‖X_t‖ > γ ‖X_(t-1)‖   =>   X_t <- X_t γ ‖X_(t-1)‖ / ‖X_t‖          γ = 1.01; the norm that is stored is the bounded one
 
-Where clipping needs to know how large an update may be, this needs to know only how fast one may become larger: a spike in the
-gradient does not reach the weights, and a slow growth does.  X_t is the gradient outside the subspace in Fira and the whole
-scaled gradient in APOLLO; see :mod:`galore_jax.residual`.  An update that is zero says nothing about the next and is not kept.
+Clipping needs to know how large an update may be.  This bound only needs to know how fast an update may grow: a spike in the
+gradient does not reach the weights, and slow growth does.  X_t is the gradient outside the subspace in Fira and the whole scaled
+gradient in APOLLO; see :mod:`galore_jax.residual`.  A zero update says nothing about the next one, so its norm is not stored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import optax
 
 from galore_jax import sharding
 from galore_jax._core.dtypes import promoted
+from galore_jax._core.state_fields import Kind, kinds
+from galore_jax._core.trees import array_of, as_arrays, boxed_like, check_gradients, flatten, is_box, paths_of
 
 GAMMA = 1.01
 
@@ -26,16 +28,19 @@ GAMMA = 1.01
 class LimitNormGrowthState(NamedTuple):
     """State of :func:`limit_norm_growth`."""
 
-    norm: Any  # for each parameter float32 [*batch]: of the last update that was not zero; 0 before the first
+    FIELD_KINDS = kinds("", norm=Kind.KEPT)
+
+    # For each parameter, float32 [*batch]: the norm of its last nonzero update; 0 before the first.
+    norm: Any
 
 
 def limit_norm_growth(gamma: float | jax.Array = GAMMA) -> optax.GradientTransformationExtraArgs:
     """Bounds how much the norm of each matrix's update grows from one update to the next.
 
-    The last two axes of a parameter are the matrix and axes before them count matrices, each with a norm of its own; a vector
-    has one norm.  A matrix with an entry that is not finite is handed on as it is, and its norm is not remembered.  It belongs
-    before the learning rate, whose schedule would else be bounded too: ``optax.chain(optax.scale_by_adam(),
-    limit_norm_growth(), optax.scale_by_learning_rate(schedule))``.
+    The last two axes of a parameter are the matrix.  Earlier axes count matrices, each with its own norm.  A vector has one norm,
+    and complex numbers count by their moduli.  A matrix with an entry that is not finite is returned unchanged, and its norm is
+    not stored.  Put this transformation before the learning rate, or it bounds the schedule as well:
+    ``optax.chain(optax.scale_by_adam(), limit_norm_growth(), optax.scale_by_learning_rate(schedule))``.
 
     Args:
       gamma: γ, the largest ratio of a norm to the one before.
@@ -44,7 +49,8 @@ def limit_norm_growth(gamma: float | jax.Array = GAMMA) -> optax.GradientTransfo
       A transformation whose state is a :class:`LimitNormGrowthState`.
 
     Raises:
-      ValueError: ``gamma`` is not positive.
+      ValueError: ``gamma`` is not positive, or at ``update``, the updates do not have the structure and the shapes of the
+        parameters.
 
     >>> tx = limit_norm_growth(1.5)
     >>> state = tx.init({"w": jnp.ones((2, 2))})
@@ -58,7 +64,8 @@ def limit_norm_growth(gamma: float | jax.Array = GAMMA) -> optax.GradientTransfo
     check_growth(gamma, "gamma")
 
     def init(params: optax.Params) -> LimitNormGrowthState:
-        return LimitNormGrowthState(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[:-2], jnp.float32), params))
+        leaves, treedef = flatten(as_arrays(params))
+        return LimitNormGrowthState(treedef.unflatten(boxed_like(_no_norm(array_of(leaf)), leaf) for leaf in leaves))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -69,10 +76,18 @@ def limit_norm_growth(gamma: float | jax.Array = GAMMA) -> optax.GradientTransfo
             limited, norm = bounded(jnp.where(finite, promoted(update), 0), before, gamma)
             return jnp.where(finite, limited.astype(update.dtype), update), norm
 
-        leaves, treedef = jax.tree.flatten(updates)
-        pairs = [limit(*pair) for pair in zip(leaves, treedef.flatten_up_to(state.norm), strict=True)]
-        limited, norms = (treedef.unflatten(pair[i] for pair in pairs) for i in range(2))
-        return limited, LimitNormGrowthState(norms)
+        if params is None:
+            _check_paths(updates, state.norm)
+        else:
+            check_gradients(updates, params)
+        leaves, treedef = flatten(as_arrays(updates))
+        norms = treedef.flatten_up_to(state.norm)
+        pairs = [limit(array_of(leaf), array_of(norm)) for leaf, norm in zip(leaves, norms, strict=True)]
+        limited, new = (
+            treedef.unflatten(boxed_like(pair[i], old) for pair, old in zip(pairs, like, strict=True))
+            for i, like in enumerate((leaves, norms))
+        )
+        return limited, LimitNormGrowthState(new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -80,21 +95,56 @@ def limit_norm_growth(gamma: float | jax.Array = GAMMA) -> optax.GradientTransfo
 def check_growth(growth: Any, name: str) -> None:
     """Raises unless ``growth`` is a positive number or an injected hyperparameter."""
     if not isinstance(growth, jax.Array) and not growth > 0:
-        raise ValueError(f"{name} is {growth}: write a positive factor, for example {GAMMA}.")
+        raise ValueError(f"{name} is {growth}; expected a positive factor. Write, for example, {GAMMA}.")
 
 
 def bounded(x: jax.Array, before: jax.Array, growth: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Finite (*batch, m, n), or (n,), with norms of at most ``growth`` times those ``before`` [*batch]; and the norms to keep."""
-    norm = sharding.gather(norm_of(x, (-2, -1) if x.ndim > 1 else -1))  # replicated, as ``before`` is
+    """Bounds the norms of finite matrices, and returns the norms to store.
+
+    Args:
+      x: (*batch, m, n), (n,) or ().
+      before: [*batch], the norms of the last update.
+      growth: The largest ratio of a norm to the one before.
+    """
+    # Replicated, as ``before`` is.
+    norm = sharding.gather(norm_of(x, (-2, -1) if x.ndim > 1 else None))
     last = before.astype(norm.dtype).reshape(norm.shape)
     limit = jnp.where(last > 0, growth * last, norm)
     factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
     kept = jnp.where(norm > 0, jnp.minimum(norm, limit), last)
-    return x * factor, kept.reshape(before.shape).astype(before.dtype)
+    return x * factor.astype(x.dtype), kept.reshape(before.shape).astype(before.dtype)
 
 
-def norm_of(x: jax.Array, axes: int | tuple[int, int]) -> jax.Array:
-    """Along the axes, which stay with size 1; in parts of the largest entry, so that no square over- or underflows."""
-    peak = jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
-    scaled = x / jnp.where(peak > 0, peak, 1)
+def norm_of(x: jax.Array, axes: int | tuple[int, int] | None) -> jax.Array:
+    """The norm along ``axes``, or along all if None; they keep size 1.
+
+    Entries are divided by the largest one, so no square overflows or underflows.
+    """
+    moduli = jnp.abs(x)
+    peak = jnp.max(moduli, axis=axes, keepdims=True, initial=0)
+    scaled = moduli / jnp.where(peak > 0, peak, 1)
     return peak * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=axes, keepdims=True))
+
+
+def _no_norm(leaf: Any) -> jax.Array:
+    # On the devices of ``leaf`` inside shard_map, as the norms of its updates will be.
+    return jnp.zeros_like(leaf, shape=leaf.shape[:-2], dtype=jnp.float32)
+
+
+def _check_paths(updates: Any, norms: Any) -> None:
+    """Raises a ValueError unless the updates have the paths of the norms and as many matrices at each."""
+    got, wanted = (
+        dict(zip(paths_of(tree, is_leaf=is_box), flatten(tree)[0], strict=True)) for tree in (updates, norms)
+    )
+    for path in got.keys() ^ wanted.keys():
+        raise ValueError(
+            f"{path!r} is a leaf of the {'updates' if path in got else 'parameters'} alone. Pass update() a tree of updates with "
+            "the structure of the parameters."
+        )
+    for path, leaf in got.items():
+        shape, batch = jnp.shape(array_of(leaf)), jnp.shape(array_of(wanted[path]))
+        if shape[:-2] != batch:
+            raise ValueError(
+                f"The update of {path!r} has shape {shape}, but limit_norm_growth has norms of shape {batch} for it. Pass "
+                "update() an update in the shape of the parameter."
+            )

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Exact bytes of parameters and optimizer state, without allocating any."""
+"""The exact size of parameters and optimizer state in bytes, without allocating them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import optax
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree.
+    """The bytes of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree.
 
     >>> tree_bytes({"a": jax.ShapeDtypeStruct((3, 4), "bfloat16"), "b": jax.ShapeDtypeStruct((), "int32")})
     28
@@ -21,7 +21,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree on one of the devices that they are sharded over.
+    """The bytes on one device of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree.
 
     >>> device_bytes({"a": jax.ShapeDtypeStruct((3, 4), "bfloat16")})
     24
@@ -35,19 +35,21 @@ def device_bytes(tree: Any) -> int:
 
 
 def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
-    """Bytes of the state that ``tx.init(params)`` would make; ``params`` may be abstract.
+    """The bytes of the state that ``tx.init(params)`` would make.  ``params`` may be abstract.
 
-    >>> state_bytes(optax.adam(1e-3), {"w": jax.ShapeDtypeStruct((10, 10), "float32")})  # two moments and a count
+    >>> # Two moments and a count.
+    >>> state_bytes(optax.adam(1e-3), {"w": jax.ShapeDtypeStruct((10, 10), "float32")})
     804
     """
     return tree_bytes(jax.eval_shape(tx.init, params))
 
 
 def state_bytes_by_kind(state: Any) -> dict[str, int]:
-    """Bytes of an optimizer state, which may be abstract, by what they are for; together they are ``tree_bytes(state)``.
+    """The bytes of an optimizer state by purpose.  They add up to ``tree_bytes(state)``, and the state may be abstract.
 
-    ``bases``: of the subspaces.  ``scales``: the factors beside values that are stored in few bits.  ``moments``: every
-    other array, such as LDAdam's error.  ``other``: counters, diagnostics, and what refresh policies and residuals remember.
+    ``bases`` are the bases of the subspaces, and ``scales`` the scales of arrays that are stored in few bits.  ``moments`` are
+    all other arrays, such as LDAdam's error.  ``other`` are counters, diagnostics, and the memory of refresh policies and
+    residuals.
 
     >>> from galore_jax import galore_adamw
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 256), "float32")}
@@ -56,7 +58,7 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
     """
     sizes = dict.fromkeys(("bases", "moments", "scales", "other"), 0)
     for path, leaf in jax.tree.leaves_with_path(state):
-        # Attributes are fields of states; dictionary keys, such as the "scale" of a norm, are names of parameters.
+        # Attributes are fields of states.  Dictionary keys are names of parameters, such as the "scale" of a norm layer.
         fields = {key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)}
         if fields & {"schedule", "diagnostics", "residual"}:
             kind = "other"
@@ -64,7 +66,8 @@ def state_bytes_by_kind(state: Any) -> dict[str, int]:
             kind = "scales"
         elif fields & {"left", "right", "basis"}:
             kind = "bases"
-        else:  # a counter has as many axes as layers are stacked in front of it
+        else:
+            # The counters of a stack of layers have an axis of layers.
             kind = "other" if leaf.ndim == 0 or leaf.dtype == "int32" else "moments"
         sizes[kind] += tree_bytes(leaf)
     return sizes

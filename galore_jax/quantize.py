@@ -1,17 +1,18 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer state in 8 or 16 bits: any Optax transformation, with its large arrays stored by a codec between updates.
+"""Optimizer state in 8 or 16 bits: stores the large arrays of any Optax transformation in a codec between updates.
 
     update     state  ->  decode  ->  inner.update in float32  ->  encode  ->  state        leaf by leaf, within one program
 
-``"int8"`` keeps a byte for each number and a float32 for each block of 256: second moments by the unsigned map, which never
-turns a positive number into 0 and so never divides by one, everything else by the signed map.  ``"bf16"`` rounds
-stochastically: to nearest, a second moment would stop moving, as 0.999 v is v in bfloat16.  See :mod:`galore_jax.codecs`.
+``"int8"`` stores one byte per number and one float32 per block of 256.  Second moments use the unsigned map, which never rounds a
+positive number to 0, so Adam never divides by 0.  All other arrays use the signed map.  ``"bf16"`` rounds stochastically.  With
+rounding to nearest, a second moment would stop moving, because 0.999 v rounds to v in bfloat16.  See :mod:`galore_jax.codecs`.
 
-An array is stored so if it is float32, has at least 4,096 elements and a last axis of at least 16, and is in a field that
-:mod:`galore_jax._core.state_fields` knows.  (bitsandbytes has the first bound too: small tensors do not pay.)  What is not known stays as it
-is: 8 bits do not do for a copy of the parameters, nor the signed map for a second moment under another name.  So does the mean
-beside a centred second moment, whose difference must not turn negative.
+An array is encoded if it is float32, has at least 4,096 elements and a last axis of at least 16, and is in a field that
+:mod:`galore_jax._core.state_fields` knows.  bitsandbytes has the same lower bound on the size, because encoding a small tensor
+saves little.  Unknown fields stay in float32: 8 bits are too few for a copy of the parameters, and the signed map is wrong for a
+second moment under another name.  The mean beside a centered second moment stays too, because their difference must not turn
+negative.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import optax
 from galore_jax import codecs
 from galore_jax._core import coordinates as subspace, seeds
 from galore_jax._core.dtypes import promoted
-from galore_jax._core.state_fields import Kind, labelled
+from galore_jax._core.state_fields import Kind, kinds, labelled
+from galore_jax._core.trees import as_arrays
 
 CODECS = ("int8", "bf16")
 _MIN_SIZE = 4096
@@ -37,29 +39,42 @@ _NOT_NEGATIVE = {Kind.QUADRATIC, Kind.ROW, Kind.COLUMN, Kind.UNFACTORED, Kind.NO
 class QuantizeState(NamedTuple):
     """State of :func:`quantize_state`."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32; updates done, which the noise depends on
-    inner_state: Any  # of the inner transformation, its large arrays as nodes of galore_jax.codecs
+    FIELD_KINDS = kinds("", step=Kind.KEPT, inner_state=Kind.NESTED)
+
+    # shape=(), dtype=jnp.int32; the number of updates so far, from which the noise is drawn.
+    step: jax.Array
+    # The state of the inner transformation, its large arrays as nodes of galore_jax.codecs.
+    inner_state: Any
+
+    @property
+    def count(self) -> jax.Array:  # pyrefly: ignore[bad-override]
+        """The number of updates so far.
+
+        The field has another name so that ``optax.tree.get(state, "count")`` finds the count of the inner transformation alone.
+        """
+        return self.step
 
 
 def quantize_state(
     inner: optax.GradientTransformation, codec: str = "int8", *, seed: int | jax.Array = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """Stores the large state of ``inner`` in 8 bits (a quarter of its bytes) or in bfloat16 (half of them).
+    """Stores the large state of ``inner`` in 8 bits (a quarter of its bytes) or in bfloat16 (half of its bytes).
 
-    Everything reaches ``inner`` in at least float32, whatever the dtype of the parameters; updates come back in the dtype of
-    the gradients.  ``update`` stores what is stored already and decides nothing anew, so a state that was made for each layer by
-    ``jax.vmap(tx.init)`` can be updated layer by layer.
+    Gradients and parameters are cast to at least float32 before they reach ``inner``.  Updates are cast back to the dtype of the
+    gradients.  ``init`` decides which arrays are encoded, and ``update`` keeps to it.  So you can make a state for each layer
+    with ``jax.vmap(tx.init)`` and update it layer by layer.
 
     Args:
-      inner: any Optax transformation.
+      inner: An Optax transformation.
       codec: ``"int8"`` or ``"bf16"``.
-      seed: of the noise of ``"bf16"``, which is the same for all matrices of a stack.
+      seed: Seed for the noise of ``"bf16"``.  All matrices of a stack share their noise.
 
     Returns:
       A transformation whose state is a :class:`QuantizeState`.
 
     Raises:
-      TypeError, ValueError: for a bad argument.
+      TypeError: ``inner`` is not an Optax transformation.
+      ValueError: ``codec`` or ``seed`` is not one of the values above.
 
     >>> params = {"kernel": jnp.ones((64, 512)), "bias": jnp.ones((512,))}
     >>> tx = quantize_state(optax.scale_by_adam())
@@ -71,10 +86,10 @@ def quantize_state(
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
-            f"inner is {inner!r}: write an Optax transformation, for example quantize_state(optax.scale_by_adam())."
+            f"inner is {inner!r}; expected an Optax transformation. Write, for example, quantize_state(optax.scale_by_adam())."
         )
     if codec not in CODECS:
-        raise ValueError(f"codec is {codec!r}: write one of {', '.join(CODECS)}.")
+        raise ValueError(f"codec is {codec!r}; expected one of {', '.join(CODECS)}.")
     seeds.check_seed(seed)
     inner = optax.with_extra_args_support(inner)
 
@@ -87,6 +102,7 @@ def quantize_state(
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, QuantizeState]:
+        updates = as_arrays(updates)
         stored, structure = codecs.flatten(state.inner_state)
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
 
@@ -95,32 +111,37 @@ def quantize_state(
             replies, new = inner.update(gradients, wide, params, **extra_args)
             return replies, structure.flatten_up_to(new)
 
-        # The scales of the new state need all of it, and its codes need the scales.  XLA would keep it in float32 in between;
-        # from codes that it cannot know to be the same it makes it once more, which costs less than to write and read it.
+        # The scales need the whole new state and the codes need the scales, so XLA would keep the new state in float32 in
+        # between.  The barrier hides that the step after it is the same, so XLA computes the new state again instead.  That
+        # costs less than to write and read it.
         scales = list(map(codecs.scales_like, step(stored)[1], stored))
         pairs = [jax.lax.optimization_barrier(pair) for pair in zip(stored, scales, strict=True)]
         stored, scales = ([pair[i] for pair in pairs] for i in range(2))
         replies, new = step(stored)
-        key = seeds.key_of(seed, state.count)
-        new = [
-            codecs.encoded_like(array, leaf, jax.random.fold_in(key, number), scale)
-            for number, (array, leaf, scale) in enumerate(zip(new, stored, scales, strict=True))
-        ]
+        new = map(codecs.encoded_like, new, stored, _keys(seed, state.step, stored), scales)
         replies = jax.tree.map(lambda reply, gradient: reply.astype(gradient.dtype), replies, updates)
-        return replies, QuantizeState(state.count + 1, structure.unflatten(new))
+        return replies, QuantizeState(state.step + 1, structure.unflatten(new))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _keys(seed: int | jax.Array, step: jax.Array, stored: list[Any]) -> list[jax.Array | None]:
+    """A key for each leaf; None for each if no codec draws noise."""
+    if not any(isinstance(leaf, codecs.Bfloat16) for leaf in stored):
+        return [None] * len(stored)
+    fold = jax.vmap(functools.partial(jax.random.fold_in, seeds.key_of(seed, step)))
+    return list(fold(jnp.arange(len(stored))))
+
+
 def _stored(codec: str, leaf: Any, kind: Kind | None) -> Any:
-    """A leaf of a fresh state as it is kept."""
+    """A leaf of a fresh state as it is stored."""
     large = (
         isinstance(leaf, jax.Array)
         and leaf.dtype == jnp.float32
         and leaf.size >= _MIN_SIZE
         and leaf.shape[-1] >= _MIN_LAST_AXIS
     )
-    if not large or kind in (None, Kind.CENTRED, Kind.COUNT, Kind.KEPT):
+    if not large or kind in (None, Kind.CENTERED, Kind.COUNT, Kind.KEPT):
         return leaf
     if codec == "bf16":
         return codecs.Bfloat16.encode(leaf)

@@ -6,15 +6,15 @@ Of a gradient with singular values σ_1 >= σ_2 >= ..., a subspace of rank r hol
 
     e(r) = (σ_1² + ... + σ_r²) / (σ_1² + ... + σ_k²) ,    k the smaller side,
 
-of its energy.  With b_i the bytes that one more rank costs parameter i, and N_i its matrices, the ranks maximise
+of its energy.  One more rank costs b_i bytes for parameter i, which has N_i matrices.  The ranks maximize
 
     sum_i N_i e_i(r_i)    subject to    bytes of the optimizer state <= max_bytes .
 
-e is concave, so the best ranks are found by spending bytes where N_i σ_i² / (‖G_i‖² b_i) is largest.  A parameter for which the
-whole optimizer state would take no more bytes than the low-rank one is not projected.
+e is concave, so the best ranks come from spending bytes where N_i σ_i² / (‖G_i‖² b_i) is largest.  A parameter is not projected
+if its full-rank optimizer state would take no more bytes than its low-rank state.
 
-Sources: the idea that ranks should follow spectra, Jaiswal et al. 2024 (WeLore, arXiv:2407.11239) and Refael et al. 2024
-(AdaRankGrad, arXiv:2410.17881); the allocation of bytes is ours.
+Jaiswal et al. 2024 (WeLore, arXiv:2407.11239) and Refael et al. 2024 (AdaRankGrad, arXiv:2410.17881) choose ranks from spectra.
+The allocation of bytes is ours.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from galore_jax.memory import state_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """A rank for each parameter, which ``rank=`` takes.
+    """A rank for each parameter, to pass as ``rank=``.
 
     Attributes:
-      by_path: parameter path -> rank; None for a parameter that is not projected.
-      captured_energy: path of each projected parameter -> e(rank), the mean over its matrices.
+      by_path: Rank of each parameter path; None for a parameter that is not projected.
+      captured_energy: Mean of e(rank) over the matrices of each projected parameter path.
     """
 
     by_path: dict[str, int | None]
@@ -48,8 +48,8 @@ class Ranks:
     def __call__(self, path: str, shape: tuple[int, ...]) -> int | None:
         if path not in self.by_path:
             raise ValueError(
-                f"ranks_from_gradients was given no gradient of {path!r} with shape {shape}: give it a gradient tree with the "
-                "structure of the parameters."
+                f"ranks_from_gradients was given no gradient of {path!r} with shape {shape}. Pass it a tree of gradients with "
+                "the structure of the parameters."
             )
         return self.by_path[path]
 
@@ -62,23 +62,24 @@ def ranks_from_gradients(
     mask: Any = None,
     weight_dimension_numbers: Any = None,
 ) -> Ranks:
-    """The ranks that keep the most of ``gradients`` in at most ``max_bytes`` of optimizer state.
+    """The ranks that capture the most energy of ``gradients`` in at most ``max_bytes`` of optimizer state.
 
-    It computes every singular value, in float64 on the host from the Gram matrix of the smaller side: once, before training.
-    A stack of matrices has one rank.  Spectra of single batches are noisy, so that a mean over a few batches, taken after some
-    hundred steps, is better than the first gradient.
+    Call it once, before training.  It computes every singular value on the host, in float64 from the Gram matrix of the smaller
+    side.  A stack of matrices has one rank.  The spectrum of a single batch is noisy.  The mean gradient of a few batches, after
+    some hundred steps, gives better ranks than the first gradient.
 
     Args:
-      gradients: tree like the parameters.
-      max_bytes: most bytes of the whole optimizer state, that of parameters which are not projected included.
-      optimizer: makes the transformation when it is called with ``rank=``: ``functools.partial(galore_adamw, 0.01)``.
-      mask, weight_dimension_numbers: as ``optimizer`` has them.  With a mask every parameter that takes part is projected.
+      gradients: Tree of gradients like the parameters.
+      max_bytes: Upper bound on the bytes of the whole optimizer state, including that of parameters that are not projected.
+      optimizer: Callable that makes the transformation from ``rank=``, such as ``functools.partial(galore_adamw, 0.01)``.
+      mask: The mask of ``optimizer``.  With a mask, every selected parameter is projected.
+      weight_dimension_numbers: The dimension numbers of ``optimizer``.
 
     Returns:
-      The ranks, at least 1, to be given to ``optimizer`` as ``rank=``.
+      The ranks, at least 1, to pass to ``optimizer`` as ``rank=``.
 
     Raises:
-      ValueError: a gradient is zero or not finite, no parameter takes part, or rank 1 takes more than ``max_bytes``.
+      ValueError: A gradient is zero or not finite, no parameter is selected, or rank 1 takes more than ``max_bytes``.
 
     >>> import functools
     >>> from galore_jax import galore_adamw
@@ -96,7 +97,10 @@ def ranks_from_gradients(
         if view is not None
     }
     if not matrices:
-        raise ValueError("ranks_from_gradients found no matrix to project among " + ", ".join(paths[:8]) + ".")
+        raise ValueError(
+            f"ranks_from_gradients found no matrix to project among {', '.join(paths[:8])}. Select one with mask or "
+            "weight_dimension_numbers."
+        )
     abstract = jax.eval_shape(lambda: gradients)
 
     def bytes_at(ranks: dict[str, int | None]) -> int:
@@ -110,7 +114,7 @@ def ranks_from_gradients(
 
 
 def _energies(view: MatrixView, gradient: jax.Array) -> np.ndarray:
-    """[k]: σ_i² over their sum, descending, the mean over the matrices of a parameter."""
+    """Returns [k]: σ_i² / (σ_1² + ... + σ_k²), sorted, largest first; the mean over the matrices of a parameter."""
     m, n = view.matrix_shape
     matrices = np.asarray(jax.device_get(view.to_matrices(jnp.asarray(gradient, jnp.float32))), np.float64)
     shares = []
@@ -118,8 +122,8 @@ def _energies(view: MatrixView, gradient: jax.Array) -> np.ndarray:
         peak = np.abs(matrix).max()
         if not (0 < peak < np.inf):
             raise ValueError(
-                f"The gradient of {view.path!r} with shape {view.shape} has a matrix whose largest magnitude is {peak}, and that "
-                "has no spectrum: give ranks_from_gradients the gradients of another batch, or leave that parameter out by mask."
+                f"The gradient of {view.path!r} with shape {view.shape} has a matrix whose largest magnitude is {peak}, so it "
+                "has no spectrum. Pass ranks_from_gradients the gradients of another batch, or leave the parameter out with mask."
             )
         scaled = matrix / peak
         gram = scaled @ scaled.T if m <= n else scaled.T @ scaled
@@ -129,7 +133,7 @@ def _energies(view: MatrixView, gradient: jax.Array) -> np.ndarray:
 
 
 class _Allocation:
-    """The order in which ranks are raised by one, and what they cost."""
+    """The order in which ranks grow by one, and the bytes that they cost."""
 
     def __init__(
         self,
@@ -157,22 +161,24 @@ class _Allocation:
         self.order = np.concatenate(owners)[np.argsort(-np.concatenate(gains), kind="stable")]
 
     def ranks(self, raises: int) -> dict[str, int | None]:
-        """The ranks after so many raises; None where the whole state costs no more."""
+        """The ranks after a number of raises; None where the full-rank state costs no more."""
         counts = 1 + np.bincount(self.order[:raises], minlength=len(self.paths))
         return {
             path: int(rank) if rank <= self.most[path] else None for path, rank in zip(self.paths, counts, strict=True)
         }
 
     def within(self, max_bytes: int) -> dict[str, int | None]:
-        """The ranks after the most raises whose state fits."""
+        """The ranks after the largest number of raises whose state fits."""
         least = self.bytes_at(self.ranks(0))
         if least > max_bytes:
-            raise ValueError(f"max_bytes is {max_bytes}, but the optimizer's state takes {least} bytes at rank 1.")
+            raise ValueError(
+                f"max_bytes is {max_bytes}, but the optimizer state takes {least} bytes at rank 1. Pass at least {least}."
+            )
         return self.ranks(_largest(len(self.order), lambda raises: self.bytes_at(self.ranks(raises)) <= max_bytes))
 
 
 def _largest(high: int, fits: Callable[[int], bool]) -> int:
-    """The largest of 0 .. ``high`` that fits, by bisection; 0 if none does."""
+    """The largest of 0 .. ``high`` that fits, by bisection; 0 if none fits."""
     low = 0
     while low < high:
         middle = (low + high + 1) // 2

@@ -191,7 +191,7 @@ def _placed(transport: str, leaf: _Leaf, view: MatrixView, each: bool) -> _Place
         return None
     if leaf.kind is Kind.COUNT:
         return _Place(None, None) if transport == "reset" else None
-    if leaf.kind is Kind.CENTRED and transport == "rotate":
+    if leaf.kind is Kind.CENTERED and transport == "rotate":
         raise ValueError(
             f'transport="rotate" cannot turn {_described(leaf, view)}, because the variance that a mean and a mean square '
             'make up turns negative when they turn apart: write transport="reset" or transport="keep".'

@@ -40,7 +40,7 @@ from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import hold_bad, is_sound, joined, level_of, masked
 from galore_jax._core.seeds import check_seed, key_of
-from galore_jax._core.state_fields import parameter_index
+from galore_jax._core.state_fields import Kind, parameter_index
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, is_part, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
 
@@ -49,6 +49,10 @@ _CHANNELS = (-2, -1)  # of a Flax kernel: input, output
 
 class TuckerState(NamedTuple):
     """State of :func:`tucker`: plain arrays only."""
+
+    FIELD_KINDS = dict.fromkeys(("step", "skipped", "kept", "rejected", "basis"), Kind.KEPT) | {
+        "inner_state": Kind.NESTED
+    }
 
     # Updates done, without those in which no gradient was good; shape=(), dtype=jnp.int32.
     step: jax.Array

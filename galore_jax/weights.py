@@ -2,14 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in 8 bits, with stochastic rounding (Zhang et al. 2024, Q-GaLore, arXiv 2407.08296, section 3.3).
 
-A row of a matrix is cut into blocks of 256 elements, the last one shorter where 256 does not divide it.  A block with scale s and
-codes q in {-127 .. 127} stands for the weights s q.  After an update U,
+Each row of a matrix is cut into blocks of 256 elements; the last block may be shorter.  A block with scale s and codes q in
+{-127 .. 127} stores the weights s q.  After an update U,
 
     x = (s q + U) / s',      q' = floor(x + u),  u uniform in [0, 1),      E[s' q'] = s q + U
 
-A nearest rounding would lose every update smaller than s/2.  The scale stays as it is, s' = s, unless the block outgrows it or
-shrinks below half of it: otherwise each step would round all 256 weights anew, where now a weight without an update keeps its
+Rounding to nearest would lose every update smaller than s/2.  The scale stays, s' = s, unless the block outgrows it or shrinks
+below half of it.  A new scale at every step would round all 256 weights again, while now a weight without an update keeps its
 code.  A new scale leaves room to grow, s' = 1.05 max|w| / 127.
+
+If a weight becomes NaN or infinite, s' is NaN and the whole block reads as NaN, from then on.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from galore_jax import sharding
@@ -29,26 +32,33 @@ from galore_jax.matrix_view import is_matrix_name
 BLOCK = 256
 _LARGEST = 127
 _ROOM = 1.05
-_SHRUNK = 0.5  # of the largest weight that a scale can hold
+# Of the largest weight that a scale can hold.
+_SHRUNK = 0.5
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Int8Weight:
-    """A weight (*batch, m, n) in 8 bits; a node of the parameter tree whose leaves are ``codes`` and ``scales``."""
+    """A weight (*batch, m, n) in 8 bits.  It is a node of the parameter tree, with the leaves ``codes`` and ``scales``."""
 
-    codes: jax.Array  # (*batch, m, n), int8
-    scales: jax.Array  # (*batch, m, ⌈n / 256⌉), bfloat16
-    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})  # of the weight when it is used
+    # (*batch, m, n), int8
+    codes: jax.Array
+    # (*batch, m, ⌈n / 256⌉), bfloat16; NaN for a block with a weight that is not finite.
+    scales: jax.Array
+    # The dtype of the weight when it is used.
+    dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
 
 
 def quantize_weights(params: Any, mask: Any = None) -> Any:
     """``params`` with its matrices as :class:`Int8Weight`, rounded to nearest.
 
     Args:
-      params: a tree of arrays.
-      mask: tree of bools: which leaves.  None: those that galore projects by default, at least two axes and no embedding,
-        LM head or norm in their path.
+      params: Tree of arrays.
+      mask: Tree of bools that selects the leaves to quantize.  None selects the leaves that galore projects by default: floating
+        point, at least two axes, and no embedding, LM head or norm in their path.
+
+    Raises:
+      ValueError: ``mask`` selects a leaf that is a vector or not of a real floating point dtype.
 
     >>> params = {"kernel": jnp.full((2, 300), 0.5, jnp.bfloat16), "norm": jnp.ones((300,))}
     >>> stored = quantize_weights(params)
@@ -59,12 +69,20 @@ def quantize_weights(params: Any, mask: Any = None) -> Any:
     """
     if mask is None:
         mask = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: (
-                leaf.ndim >= 2 and is_matrix_name(jax.tree_util.keystr(path, simple=True, separator="/"))
-            ),
-            params,
+            lambda path, leaf: jnp.ndim(leaf) >= 2 and _is_real(leaf) and is_matrix_name(_name(path)), params
         )
-    return jax.tree.map(lambda leaf, chosen: _nearest(leaf) if chosen else leaf, params, mask)
+
+    def quantize(path: tuple, leaf: Any, chosen: bool) -> Any:
+        if not chosen:
+            return leaf
+        if jnp.ndim(leaf) < 2 or not _is_real(leaf):
+            raise ValueError(
+                f"mask selects {_name(path)!r} with shape {jnp.shape(leaf)} and dtype {jnp.result_type(leaf)}; expected a matrix "
+                "of a real floating point dtype. Write False for it in mask."
+            )
+        return _nearest(leaf)
+
+    return jax.tree_util.tree_map_with_path(quantize, params, mask)
 
 
 def dequantize(params: Any) -> Any:
@@ -73,20 +91,23 @@ def dequantize(params: Any) -> Any:
 
 
 def apply_updates(params: Any, updates: Any, key: jax.Array | None = None, *, layer: int | jax.Array = 0) -> Any:
-    """``optax.apply_updates`` for a tree that may hold :class:`Int8Weight`; sums are float32 and rounded once.
+    """``optax.apply_updates`` for a tree that may hold :class:`Int8Weight`.
+
+    Int8Weights are rounded stochastically.  All other parameters get the result of ``optax.apply_updates``.
 
     Args:
-      params: arrays, rounded to nearest, and Int8Weights, rounded stochastically.
-      updates: arrays in the shapes of the weights.
-      key: PRNG key of this step; needed when there is an Int8Weight.  The noise of a weight depends on it, on the weight's
-        path and on the number of its matrix.
-      layer: the place of these parameters in a stack of which they are a slice, so that slices are rounded as the stack is.
+      params: Tree of arrays and Int8Weights.
+      updates: Tree of arrays in the shapes of the weights.
+      key: PRNG key of this step, needed if there is an Int8Weight.  The noise of a weight depends on the key, on the path of the
+        weight and on the index of its matrix.
+      layer: If these parameters are a slice of a stack, its index in the stack.  Slices are then rounded as the stack would be.
 
     Raises:
-      ValueError: an Int8Weight and no key.
+      ValueError: There is an Int8Weight and no key.
 
     >>> params = quantize_weights({"kernel": jnp.full((2, 300), 0.5)})
-    >>> updates = {"kernel": jnp.full((2, 300), 1e-3)}  # a quarter of a code
+    >>> # A quarter of a code.
+    >>> updates = {"kernel": jnp.full((2, 300), 1e-3)}
     >>> new = apply_updates(params, updates, jax.random.key(0))
     >>> change = dequantize(new)["kernel"] - dequantize(params)["kernel"]
     >>> sorted({round(float(x), 4) for x in change.ravel()}), bool(abs(jnp.mean(change) - 1e-3) < 3e-4)
@@ -95,13 +116,16 @@ def apply_updates(params: Any, updates: Any, key: jax.Array | None = None, *, la
 
     def apply(path: tuple, weight: Any, update: jax.Array) -> Any:
         if not is_int8(weight):
-            return (weight.astype(jnp.float32) + update.astype(jnp.float32)).astype(weight.dtype)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+            with jax.numpy_dtype_promotion("standard"):
+                return optax.apply_updates(weight, update)
+        name = _name(path)
         if key is None:
-            raise ValueError(f"{name!r} is an int8 weight, which is rounded stochastically: give apply_updates a key.")
+            raise ValueError(
+                f"{name!r} is an int8 weight, which is rounded stochastically, and key is None. Pass key=."
+            )
         return _stochastic(weight, update, jax.random.fold_in(key, zlib.crc32(name.encode())), layer)
 
-    return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=is_int8)
+    return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=lambda node: node is None or is_int8(node))
 
 
 def is_int8(node: Any) -> bool:
@@ -109,10 +133,18 @@ def is_int8(node: Any) -> bool:
     return isinstance(node, Int8Weight)
 
 
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_real(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
 def _nearest(weight: jax.Array) -> Int8Weight:
     wide = weight.astype(jnp.float32)
     scales = _scale_for(_block_peaks(wide))
-    codes = jnp.round(wide / sharding.spread(scales, wide, BLOCK)).astype(jnp.int8)
+    codes = _to_int8(jnp.round(wide / sharding.spread(scales, wide, BLOCK)))
     return Int8Weight(codes, scales, jnp.dtype(weight.dtype))
 
 
@@ -123,7 +155,7 @@ def _dense(weight: Int8Weight) -> jax.Array:
 
 
 def _by_rows(codes: jax.Array) -> jax.Array:
-    """As they are stored: XLA for TPUs would copy a whole stack of them into the order that the next product likes best."""
+    """In the order of memory.  XLA for TPUs would copy a whole stack into the order that the next product likes best."""
     return with_layout_constraint(codes, Layout(tuple(range(codes.ndim))))
 
 
@@ -133,15 +165,22 @@ def _stochastic(weight: Int8Weight, update: jax.Array, key: jax.Array, layer: in
     old = weight.scales.astype(jnp.float32)
     held = old * _LARGEST
     scales = jnp.where((peaks <= held) & (peaks >= _SHRUNK * held), weight.scales, _scale_for(peaks))
-    # From the code, not from the product s q: where nothing changes, x is the code itself.
-    change = sharding.spread(old / scales.astype(jnp.float32), codes, BLOCK)
+    # Computed from the code, not from the product s q, so that x is the code itself where nothing changes.  An infinite ratio
+    # would turn a code of 0 into NaN.
+    ratio = jnp.minimum(old / scales.astype(jnp.float32), jnp.finfo(jnp.float32).max)
+    change = sharding.spread(ratio, codes, BLOCK)
     x = codes * change + update / sharding.spread(scales, codes, BLOCK)
     rounded = jnp.floor(x + _uniform(key, weight.codes.shape, layer))
-    return Int8Weight(jnp.clip(rounded, -_LARGEST, _LARGEST).astype(jnp.int8), scales, weight.dtype)
+    return Int8Weight(_to_int8(rounded), scales, weight.dtype)
+
+
+def _to_int8(x: jax.Array) -> jax.Array:
+    """A code of 0 for NaN, for which the scale is NaN too.  What an integer conversion makes of a NaN depends on the device."""
+    return jnp.where(jnp.isnan(x), 0, jnp.clip(x, -_LARGEST, _LARGEST)).astype(jnp.int8)
 
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], layer: int | jax.Array) -> jax.Array:
-    """Noise (*batch, m, n) in [0, 1), a draw of its own for each matrix of the batch."""
+    """Noise (*batch, m, n) in [0, 1), drawn separately for each matrix of the batch."""
     count = math.prod(shape[:-2])
     numbers = jnp.asarray(layer, jnp.int32) * count + jnp.arange(count, dtype=jnp.int32)
     draw = jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number), shape[-2:]))
@@ -149,9 +188,14 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], layer: int | jax.Array) -> 
 
 
 def _scale_for(peaks: jax.Array) -> jax.Array:
-    return jnp.where(peaks > 0, peaks * (_ROOM / _LARGEST), 1).astype(jnp.bfloat16)
+    scales = jnp.where(peaks > 0, peaks * (_ROOM / _LARGEST), 1)
+    return jnp.where(jnp.isfinite(peaks), scales, jnp.nan).astype(jnp.bfloat16)
 
 
 def _block_peaks(x: jax.Array) -> jax.Array:
-    """(..., n) -> (..., ⌈n / 256⌉), the largest magnitude in each block."""
-    return sharding.maxima(jnp.abs(x), BLOCK)
+    """(..., n) -> (..., ⌈n / 256⌉): the largest magnitude in each block, NaN if there is one.
+
+    Integers are compared, whose order is that of the magnitudes, because XLA's maximum on CPUs drops a NaN.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & 0x7FFFFFFF
+    return jax.lax.bitcast_convert_type(sharding.maxima(bits, BLOCK), jnp.float32)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
-from galore_jax import sharding
+from galore_jax import codecs, sharding
 from galore_jax.codecs import BLOCK, Bfloat16, SignedBlocks, UnsignedBlocks, decoded, encoded_like, flatten, is_coded
 
 EIGHT_BITS = (SignedBlocks, UnsignedBlocks)
@@ -65,6 +65,34 @@ def test_every_code_decodes_to_its_value_of_the_table(codec):
     np.testing.assert_allclose(values, table(codec), rtol=3e-7, atol=0)
     assert values[255] == 1
     assert values[127 if codec is SignedBlocks else 0] == 0
+
+
+@eight_bits
+def test_tables_and_arithmetic_give_the_same_codes_and_values(codec):
+    """A TPU computes what other devices look up.  Beside a border, both neighbors are nearest."""
+    signed, values = codec is SignedBlocks, table(codec)
+    top = codecs._top(signed)
+    codes = jnp.arange(256, dtype=jnp.uint8)
+    looked_up, computed = (np.asarray(f(codes, signed)) for f in (codecs._values_by_table, codecs._values))
+    np.testing.assert_allclose(computed, looked_up, rtol=3e-7)
+    x = dense(codec)
+    borders = (values[1:] + values[:-1])[values[1:] > 0] / 2
+    right = np.searchsorted(borders, x).clip(1, len(borders) - 1)
+    # The arithmetic multiplies rounding errors by up to nine.
+    clear = np.minimum(np.abs(x - borders[right]), np.abs(x - borders[right - 1])) > 5e-6 * x
+    x = np.concatenate([x[clear], [2.0, 1e30, np.inf, np.nan]]).astype(np.float32)
+    found = codecs._nearest_by_table(jnp.asarray(x), top)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, codecs._nearest(jnp.asarray(x), top))
+
+
+@eight_bits
+def test_no_two_borders_have_the_same_upper_bits(codec):
+    """The table holds one for each."""
+    borders = ((table(codec)[1:] + table(codec)[:-1]) / 2).astype(np.float32)
+    words = borders[borders > 0].view(np.uint32) >> 16
+    assert len(set(words)) == len(words)
+    assert codecs._LOWEST_WORD < words.min() < words.max() < codecs._HIGHEST_WORD
 
 
 @eight_bits
@@ -189,14 +217,25 @@ def test_zeros_are_exactly_zeros(codec, zero):
 
 
 @eight_bits
-@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_number_that_is_not_finite_is_seen_in_its_whole_block_and_nowhere_else(codec, bad):
-    x = np.ones((2, 600), np.float32)
-    x[0, 300] = bad
-    _, got = round_trip(codec, x)
-    expected = np.zeros((2, 600), bool)
-    expected[0, 256:512] = True
-    np.testing.assert_array_equal(np.isnan(got), expected)
+    """A whole block in a row, the short last one, a row of one block, a stack, a vector."""
+    for shape, place in [((2, 600), (0, 300)), ((2, 600), (1, 599)), ((3, 2, 40), (2, 1, 0)), ((300,), (7,))]:
+        x = positive(codec, np.random.default_rng(0).normal(size=shape)).astype(np.float32)
+        expected = round_trip(codec, x)[1].copy()
+        x[place] = bad
+        _, got = round_trip(codec, x)
+        start = place[-1] // BLOCK * BLOCK
+        expected[(*place[:-1], slice(start, start + BLOCK))] = np.nan
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bfloat16_shows_a_number_that_is_not_finite_and_no_other(bad):
+    x = np.ones((2, 3, 40), np.float32)
+    x[1, 2, 5] = bad
+    for key in (None, jax.random.key(0)):
+        np.testing.assert_array_equal(Bfloat16.encode(jnp.asarray(x), key).decode(), x)
 
 
 def test_a_negative_number_has_no_place_among_second_moments():

@@ -112,7 +112,7 @@ def test_a_parameter_is_not_projected_when_its_whole_state_is_cheaper():
     assert set(ranks_from_gradients(gradients, 10**6, ADAMW).by_path.values()) == {None}
 
 
-def test_bytes_of_quantised_moments_are_counted_as_they_are():
+def test_bytes_of_quantized_moments_are_counted_as_they_are():
     optimizer = functools.partial(galore_adamw_8bit, 0.01)
     gradients = {"a": matrix(0, 128, 512, decay=0.9), "b": matrix(1, 128, 512, decay=0.99)}
     most = state_bytes(optimizer(rank=16), gradients)
@@ -164,9 +164,9 @@ def test_the_ranks_train():
             10**6,
             r"The gradient of 'a' with shape \(4, 4\) has a matrix whose largest magnitude is 0\.0",
         ),
-        ({"a": jnp.full((4, 4), jnp.nan)}, 10**6, "The gradient of 'a'.* is nan, and that has no spectrum: give"),
-        ({"a": jnp.full((4, 4), jnp.inf)}, 10**6, "The gradient of 'a'.* is inf, and that has no spectrum: give"),
-        ({"a": jnp.eye(4)}, 10, "max_bytes is 10, but the optimizer's state takes [0-9]+ bytes at rank 1."),
+        ({"a": jnp.full((4, 4), jnp.nan)}, 10**6, "The gradient of 'a'.* is nan, so it has no spectrum\\. Pass"),
+        ({"a": jnp.full((4, 4), jnp.inf)}, 10**6, "The gradient of 'a'.* is inf, so it has no spectrum\\. Pass"),
+        ({"a": jnp.eye(4)}, 10, "max_bytes is 10, but the optimizer state takes [0-9]+ bytes at rank 1."),
         ({"a": jnp.ones((4,)), "embed": jnp.eye(4)}, 10**6, "found no matrix to project among a, embed"),
     ],
     ids=["zero", "nan", "infinite", "too few bytes", "no matrix"],
@@ -177,5 +177,5 @@ def test_what_has_no_answer_is_refused(changes, most, says):
 
 
 def test_a_parameter_that_had_no_gradient_is_named():
-    with pytest.raises(ValueError, match=r"no gradient of 'other' with shape \(8, 8\): give it a gradient tree"):
+    with pytest.raises(ValueError, match=r"no gradient of 'other' with shape \(8, 8\)\. Pass it a tree of gradients"):
         galore(optax.scale_by_adam(), rank=Ranks({"w": 2}, {"w": 0.5})).init({"other": jnp.ones((8, 8))})

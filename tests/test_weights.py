@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in 8 bits: their error, their rounding, and what it does not touch."""
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation  # noqa: F401
 
 from galore_jax.weights import BLOCK, Int8Weight, apply_updates, dequantize, is_int8, quantize_weights
 
@@ -111,15 +113,101 @@ def test_rounding_is_the_same_sharded_and_unsharded():
     np.testing.assert_array_equal(found.scales, expected.scales)
 
 
-def test_bfloat16_weights_are_added_to_in_float32_and_int8_ones_ask_for_a_key():
+NUMBERS = {"bfloat16": 1.0, "float16": 1.0, "float32": 1.0, "float64": 1.0, "complex64": 1 + 2j, "int32": 2**24 + 1}
+
+
+# JAX is about to refuse a complex update of a real weight.
+@pytest.mark.parametrize(
+    ("weight", "update"),
+    [pair for pair in itertools.product(NUMBERS, repeat=2) if pair[0] == "complex64" or pair[1] != "complex64"],
+)
+def test_arrays_get_the_result_of_optax_for_every_pair_of_dtypes(weight, update):
+    with jax.enable_x64(True):
+        params = {"w": jnp.full((2, 3), NUMBERS[weight], weight), "none": None}
+        updates = {"w": jnp.full((2, 3), 2.0**-7 if update != "int32" else 1, update) * 3, "none": None}
+        with leniency():
+            expected = optax.apply_updates(params, updates)
+        assert_trees_equal_to_the_bit(apply_updates(params, updates), expected)
+
+
+def assert_trees_equal_to_the_bit(found, expected):
+    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_numbers_get_the_result_of_optax():
+    with leniency():
+        expected = optax.apply_updates({"t": 0.5}, {"t": jnp.asarray(0.25)})
+    assert_trees_equal_to_the_bit(apply_updates({"t": 0.5}, {"t": jnp.asarray(0.25)}), expected)
+
+
+def test_int8_weights_ask_for_a_key():
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
-    new = apply_updates(params, {"w": jnp.full((2, 2), 2.0**-7)})
-    assert new["w"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(new["w"].astype(jnp.float32), 1 + 2.0**-7)
-    with pytest.raises(
-        ValueError, match="'w' is an int8 weight, which is rounded stochastically: give apply_updates a key"
-    ):
+    with pytest.raises(ValueError, match=r"'w' is an int8 weight, .* and key is None\. Pass key="):
         apply_updates(quantize_weights(params), params)
+
+
+BAD = (np.nan, -np.nan, np.inf, -np.inf)
+# Shapes and places in them: one block, a shorter last one, a stack.
+BAD_PLACES = [((4, 200), (1, 7)), ((2, 300), (0, 10)), ((2, 300), (1, 299)), ((3, 2, 600), (2, 1, 511))]
+
+
+def block_of(shape, place):
+    """Which weights are in the block of one."""
+    mask = np.zeros(shape, bool)
+    start = place[-1] // BLOCK * BLOCK
+    mask[(*place[:-1], slice(start, start + BLOCK))] = True
+    return mask
+
+
+@pytest.mark.parametrize(("shape", "place"), BAD_PLACES)
+def test_a_weight_that_is_not_finite_makes_its_block_nan_and_no_other(shape, place):
+    weight, make = normal(shape), jax.jit(lambda w: dequantize(quantize_weights({"w": w}))["w"])
+    expected = np.where(block_of(shape, place), np.nan, make(weight))
+    for bad in BAD:
+        np.testing.assert_array_equal(make(weight.at[place].set(bad)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "place"), BAD_PLACES)
+def test_an_update_that_is_not_finite_makes_its_block_nan_for_good_and_no_other(shape, place, dtype):
+    weight, update = quantize_weights({"w": normal(shape)}), {"w": normal(shape, 1, 1e-3).astype(dtype)}
+    key, step, dense = jax.random.key(0), jax.jit(apply_updates), jax.jit(dequantize)
+    expected = np.where(block_of(shape, place), np.nan, dense(step(weight, update, key))["w"])
+    for bad in BAD:
+        spoilt = step(weight, {"w": update["w"].at[place].set(bad)}, key)
+        np.testing.assert_array_equal(dense(spoilt)["w"], expected)
+        later = dense(step(spoilt, update, key))["w"]
+        np.testing.assert_array_equal(np.isnan(later), np.isnan(expected))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_that_overflows_makes_its_block_not_finite_and_no_other(sign):
+    largest = float(jnp.finfo(jnp.float32).max)
+    stored = quantize_weights({"w": jnp.ones((2, 600)).at[1, 300].set(sign * 3e38)})
+    update = jnp.zeros((2, 600)).at[1, 300].set(sign * largest)
+    found = np.asarray(dequantize(apply_updates(stored, {"w": update}, jax.random.key(0)))["w"])
+    block = block_of((2, 600), (1, 300))
+    assert not np.any(np.isfinite(found[block]))
+    np.testing.assert_allclose(found[~block], 1, rtol=0.02)
+
+
+def test_a_block_that_shrinks_by_any_factor_holds_its_sums():
+    """The old scale over the new one overflows float32, and 0 times that is NaN."""
+    stored = quantize_weights({"w": jnp.zeros((2, 256)).at[0, 0].set(1e30)})
+    update = (-dequantize(stored)["w"]).at[0, 1].set(1e-20)
+    found = dequantize(apply_updates(stored, {"w": update}, jax.random.key(0)))["w"]
+    np.testing.assert_allclose(found, jnp.zeros((2, 256)).at[0, 1].set(1e-20), rtol=0.02)
+
+
+def test_only_matrices_of_real_floating_point_numbers_are_quantized():
+    params = {"int": jnp.ones((2, 3), jnp.int32), "complex": jnp.ones((2, 3), jnp.complex64), "number": 0.5}
+    assert not any(map(is_int8, jax.tree.leaves(quantize_weights(params), is_leaf=is_int8)))
+    for name, shape in (("int", r"\(2, 3\)"), ("complex", r"\(2, 3\)"), ("number", r"\(\)")):
+        with pytest.raises(
+            ValueError, match=rf"mask selects '{name}' with shape {shape} and dtype .*; expected a matrix"
+        ):
+            quantize_weights(params, {other: other == name for other in params})
 
 
 def test_orbax_saves_and_restores_them_exactly(tmp_path):

@@ -32,6 +32,7 @@ from galore_jax._core import coordinates as subspace, ranks, seeds
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import level_of, masked
 from galore_jax._core.orthonormal import defect, orthonormal
+from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_view import MatrixView, Rank, Views, check_proj_type, select
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
@@ -103,6 +104,8 @@ def ldadam(
 
 class LDAdamState(NamedTuple):
     """State of :func:`scale_by_ldadam`; each tree has one entry a parameter, with k the side of the basis and K the other."""
+
+    FIELD_KINDS = kinds("mu nu", step=Kind.COUNT, basis=Kind.KEPT, error=Kind.LINEAR)
 
     count: jax.Array  # shape=(), dtype=jnp.int32; updates done
     basis: Any  # (*batch, k, r)
