@@ -1,22 +1,31 @@
-# make pretrain   trains a small LLaMA with GaLore on the Python standard library's text
-# make test       lints, type-checks, runs the doctests and every test
-# make docs       builds the documentation site into build/site
-# make package    builds the wheel and the sdist, and tries each in an empty environment
-# All but package set up .venv first.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
+# make pretrain      trains a small LLaMA with GaLore on the Python standard library's text
+# make test          lints, type-checks, runs the doctests and the tests
+# make pages         runs the code of the documentation, the notebooks, the examples and the benchmarks
+# make test-newest   tests the core on the newest Python here with the newest jax
+# make docs          builds the documentation site into build/site
+# make package       builds the wheel and the sdist, and tries each in an empty environment
+# Each sets up the environment that it needs.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
 
 PYTHON ?= python3
 ARGS ?=
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 export JAX_PLATFORMS ?=
 
-.PHONY: pretrain test docs package lint format clean
+.PHONY: pretrain test pages test-newest docs package lint format clean
 
 pretrain: $(VENV)/train
 	$(BIN)/galore-jax pretrain --model demo --optimizer galore_adamw --data python $(ARGS)
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m "not pages"
+
+pages: $(VENV)/test
+	$(PYTEST) -m pages
+
+test-newest:
+	.ci/newest
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -40,4 +49,4 @@ $(VENV)/%: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf .venv .venv-newest .venv-oldest build dist

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict settings for every test: dtype promotion strict, rank promotion an error, 8 fake devices (warnings: pyproject.toml)."""
 
+import contextlib
 import functools
-import importlib.util
-import mmap
+import importlib.metadata
 import os
-import pathlib
+
+from packaging import version
 
 # XLA on CPU shares one pool of as many threads as there are cores among all fake devices: with 8 on 2 cores, collectives that
 # wait for one another can starve.  Read once, when the first backend starts.
@@ -16,22 +17,14 @@ os.environ.setdefault("NPROC", "32")
 if not os.environ.get("JAX_PLATFORMS"):
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-
-def _xla_knows(flag):
-    """XLA ends a process that sets a flag it does not know."""
-    libraries = pathlib.Path(importlib.util.find_spec("jaxlib").origin).parent.glob("libjax_common.*")
-    for library in libraries:
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(flag.encode()) >= 0
-    return False
-
-
-# The suite spends its time in the compiler, and without its newer loop emitters XLA compiles for CPUs twice as fast.
-if _xla_knows("xla_cpu_use_fusion_emitters"):
+# The suite spends its time in the compiler, and without its newer loop emitters XLA compiles for CPUs twice as fast.  Later
+# releases of jaxlib have no such flag, and XLA ends a process that sets a flag it does not know.
+if version.parse(importlib.metadata.version("jaxlib")) < version.parse("0.11"):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
-import jax  # noqa: E402
-import optax  # noqa: E402
+import jax
+import optax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -70,3 +63,20 @@ for _name in [*_ALIASES.split(), *(name for name in dir(optax) if name.startswit
 optax.contrib.muon = _lenient_factory(optax.contrib.muon)
 optax.contrib.galore = _lenient_factory(optax.contrib.galore)
 optax.contrib.scale_by_galore = _lenient_factory(optax.contrib.scale_by_galore)
+
+
+# It imports galore_jax, which is to find the factories of Optax as they are now.
+from problems import quickly  # noqa: E402
+
+
+class _QuickDoctests:
+    """A plugin, because a hook of this file sees only the tests in this folder, and the doctests are outside."""
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item):
+        with quickly() if isinstance(item, pytest.DoctestItem) else contextlib.nullcontext():
+            return (yield)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(_QuickDoctests())

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import galore_jax
 from galore_jax import refresh
@@ -89,11 +90,12 @@ def strictly(tx):
 @contextlib.contextmanager
 def quickly():
     """Without most of XLA's optimizations: of programs that are run a few times, they cost more than they save."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield
     finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -101,3 +103,17 @@ def quick_compilation():
     """For modules that import it."""
     with quickly():
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs(tmp_path_factory):
+    """For modules that import it: a program that is compiled again, as by a run that resumes, comes from a folder."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

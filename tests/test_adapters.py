@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation, shared_programs  # noqa: F401
 from reference import Adam
 from runs import TINY, tokens
 

@@ -22,6 +22,7 @@ from galore_jax import projectors, refresh
 from galore_jax.projectors import ProjectorInput
 from galore_jax.training import FinetuneConfig, finetune_config
 
+pytestmark = pytest.mark.pages
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 

@@ -32,6 +32,7 @@ SETTINGS = {
 NEEDS_EQUINOX = {"own-model.md"}
 
 
+@pytest.mark.pages
 def test_python_blocks_run_and_print_what_they_say():
     """In a process of its own, with JAX's defaults and warnings as errors; for the README see test_readme.py."""
     left_out = set() if importlib.util.find_spec("equinox") else NEEDS_EQUINOX
@@ -48,6 +49,7 @@ def test_python_blocks_run_and_print_what_they_say():
         pytest.skip(f"{', '.join(left_out)} was left out: Equinox is not installed (extra test)")
 
 
+@pytest.mark.pages
 def test_a_page_that_is_wrong_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
@@ -120,6 +122,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.pages
 def test_the_site_has_an_entry_for_every_public_name(site):
     anchors = set()
     for page in (site / "reference").rglob("index.html"):
@@ -133,6 +136,7 @@ def test_the_site_has_an_entry_for_every_public_name(site):
     assert missing == set()
 
 
+@pytest.mark.pages
 def test_the_site_is_readable(site):
     """Formulas are MathML, tables from the README are tables, roles and markers of docstrings are gone."""
     pages = {str(page.relative_to(site)): page.read_text() for page in site.rglob("index.html")}

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.pages
 QUICKLY = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of a few steps, compilation is nearly all of the work
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

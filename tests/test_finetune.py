@@ -16,8 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from finetuning import answered, labelled, write_lines, write_model
-from jax.experimental.compilation_cache import compilation_cache
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation, shared_programs  # noqa: F401
 from safetensors.numpy import load_file
 from test_llama import forward
 
@@ -31,20 +30,6 @@ from galore_jax.training.tokenizer import load_tokenizer
 
 SHORT = {"seq": 32, "batch": 8, "learning_rate": 0.02, "log_every": 3, "eval_every": 12, "save_every": 5}
 LABELLED, ANSWERED = labelled(120), answered(64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shared_programs(tmp_path_factory):
-    """Runs that are interrupted and continued compile the programs of those that are not."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation, shared_programs  # noqa: F401
 from test_llama import forward, random_model, random_tokens, tiny
 
 from galore_jax.cli import main

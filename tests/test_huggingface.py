@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_models import BASE, LLAMA3, RECORD, TOKENS, VARIETIES, write
+from problems import quick_compilation  # noqa: F401
 from safetensors.numpy import load_file, save_file
 from test_llama import forward
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from problems import quick_compilation  # noqa: F401
 
 from galore_jax.models import Llama, LlamaConfig, generate
 

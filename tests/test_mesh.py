@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation, shared_programs  # noqa: F401
 from runs import TINY, tokens
 
 from galore_jax.training import checkpoint, config as settings, run_folder

@@ -3,6 +3,7 @@
 """What Optax asks of every contributed optimizer, asked of every preset, on parameters that are projected."""
 
 import contextlib
+import functools
 import inspect
 import types
 
@@ -47,6 +48,13 @@ def build(preset, kwargs, **overrides):
     if preset_of(preset) is galore_jax.ldadam:  # its subspaces move at every update, in one way
         del chosen["update_proj_gap"], chosen["projector"]
     return preset(**chosen)
+
+
+@functools.cache
+def program(preset):
+    """The preset as built from its line of the table, and its jitted update, which the tests share."""
+    tx = build(preset, dict(PRESETS)[preset])
+    return tx, jax.jit(tx.update)
 
 
 def preset_of(preset):
@@ -114,7 +122,7 @@ def test_converges_on_a_parabola(preset, kwargs):
 
 @presets
 def test_injected_hyperparameters_equal_constants(preset, kwargs):
-    plain = build(preset, kwargs)
+    plain, update = program(preset)
     static = [name for name in STATIC if name in inspect.signature(preset).parameters]
     injected = build(optax.inject_hyperparams(preset, static_args=static), kwargs)
     params = tree(0)
@@ -124,7 +132,7 @@ def test_injected_hyperparameters_equal_constants(preset, kwargs):
     assert "weight_decay" in injected_state.hyperparams
     assert "rank" not in injected_state.hyperparams
     for seed in range(3):
-        updates, state = jax.jit(plain.update)(tree(seed + 1), state, params)
+        updates, state = update(tree(seed + 1), state, params)
         injected_updates, injected_state = jax.jit(injected.update)(tree(seed + 1), injected_state, params)
         assert_trees_close(injected_updates, updates, rtol=1e-5, atol=1e-7)
     # LDAdam's error is what is left of numbers of size 1, which the two programs round differently, at 1.2e-7 each time.
@@ -146,7 +154,7 @@ def test_updates_have_the_dtype_of_the_parameters(preset, kwargs, dtype):
 @presets
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradient_accumulation_equals_one_update_with_the_mean(preset, kwargs, dtype):
-    tx = build(preset, kwargs)
+    tx, plain_update = program(preset)
     accumulating = optax.MultiSteps(strictly(tx), every_k_schedule=4)
     params = tree(0, dtype)
     state = accumulating.init(params)
@@ -167,7 +175,7 @@ def test_gradient_accumulation_equals_one_update_with_the_mean(preset, kwargs, d
     updates, state = update(gradients[3], state, params)
     mean = jax.tree.map(lambda *g: sum(x.astype(jnp.float32) for x in g) / 4, *gradients)
     mean = jax.tree.map(lambda g, p: g.astype(p.dtype), mean, params)
-    expected, expected_state = jax.jit(tx.update)(mean, tx.init(params), params)
+    expected, expected_state = plain_update(mean, tx.init(params), params)
     tolerance = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]  # of the running mean
     assert_trees_close(updates, expected, rtol=tolerance, atol=tolerance * 0.01)
     assert int(assert_projected(state).count) == int(assert_projected(expected_state).count) == 1
@@ -198,14 +206,14 @@ def test_the_state_keeps_its_shapes_and_dtypes(preset, kwargs, dtype):
 
 @presets
 def test_a_constant_schedule_equals_a_constant(preset, kwargs):
-    constant = build(preset, kwargs, learning_rate=1e-3)
-    schedule = build(preset, kwargs, learning_rate=optax.constant_schedule(1e-3))
+    constant, update = program(preset)
+    schedule = build(preset, kwargs, learning_rate=optax.constant_schedule(0.01))
     params = scheduled_params = tree(0)
     state, scheduled_state = constant.init(params), schedule.init(params)
     assert_projected(state)
     assert_projected(scheduled_state)
     for _ in range(5):
-        updates, state = jax.jit(constant.update)(params, state, params)
+        updates, state = update(params, state, params)
         params = optax.apply_updates(params, updates)
         updates, scheduled_state = jax.jit(schedule.update)(scheduled_params, scheduled_state, scheduled_params)
         scheduled_params = optax.apply_updates(scheduled_params, updates)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from flax import nnx
 from run_pages import blocks
 
@@ -15,6 +16,7 @@ import galore_jax
 from galore_jax.models import Llama, LlamaConfig, save_hf
 from galore_jax.presets import PRESETS
 
+pytestmark = pytest.mark.pages
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
