@@ -196,7 +196,7 @@ def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[st
 
 
 def _named_as_saved(tree: Any, saved: Any) -> Any:
-    """``tree`` with the field ``step`` of optimizer states under its name in checkpoints of before 0.2, if ``saved`` is one."""
+    """``tree`` with the field ``step`` of optimizer states under its earlier name ``count``, if ``saved`` has that."""
 
     def is_renamed(node: Any) -> bool:
         return "step" in getattr(node, "_fields", ()) and isinstance(getattr(type(node), "count", None), property)
