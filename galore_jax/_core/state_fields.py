@@ -71,7 +71,7 @@ _STATES: dict[str, dict[str, Kind]] = {
         acc_grads=Kind.LINEAR,
         skip_state=Kind.KEPT,
     ),
-    "LDAdamState": _kinds("count mu nu", basis=Kind.KEPT, error=Kind.LINEAR),
+    "LDAdamState": _kinds("mu nu", step=Kind.COUNT, basis=Kind.KEPT, error=Kind.LINEAR),
     "ZeroNansState": _kinds("", found_nan=Kind.KEPT),
     "TuckerState": dict.fromkeys(("count", "skipped", "kept", "rejected", "basis"), Kind.KEPT)
     | {"inner_state": Kind.NESTED},
