@@ -60,11 +60,11 @@ def orthonormal(x: jax.Array) -> jax.Array:
         return jnp.matmul(y, inverse.T, precision=_HIGHEST)
 
     def fill(y: jax.Array, gram: jax.Array, far: jax.Array) -> jax.Array:
-        noise = _noise(m, r, y.dtype) * (1e-3 * m**-0.5)
-        noise = noise - jnp.matmul(y, jnp.matmul(y.T, noise, precision=_HIGHEST), precision=_HIGHEST)
+        new = noise(y.shape, y.dtype) * (1e-3 * m**-0.5)
+        new = new - jnp.matmul(y, jnp.matmul(y.T, new, precision=_HIGHEST), precision=_HIGHEST)
         # Near 1 where a direction is missing, and near 0 where it is there.
         short = jnp.maximum(1 - jnp.sum(gram * eye, axis=0), 0)
-        return y + noise * short[None, :]
+        return y + new * short[None, :]
 
     def unfinished(carry: tuple) -> jax.Array:
         i, _, gram = carry
@@ -87,6 +87,19 @@ def defect(basis: jax.Array) -> jax.Array:
     return jnp.where(jnp.all(jnp.isfinite(error)), jnp.max(error), jnp.nan)
 
 
+def noise(shape: tuple[int, ...], dtype: jnp.dtype, seed: int | jax.Array = 0) -> jax.Array:
+    """Returns a matrix of numbers in [-1, 1), a hash of the seed and their positions.
+
+    It compiles to a tenth of the program of ``jax.random``, and is good enough to start a power iteration from.
+    """
+    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    # From 1, because this hash of 0 is 0.
+    x = 1 + rows * shape[1] + columns + jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(dtype) * 2.0**-31
+
+
 def _gram(y: jax.Array) -> jax.Array:
     return jnp.matmul(y.T, y, precision=_HIGHEST)
 
@@ -101,12 +114,3 @@ def _unit_columns(x: jax.Array) -> jax.Array:
     x = x / jnp.where(peak > 0, peak, 1)[None, :]
     length = jnp.sqrt(jnp.sum(jnp.square(x), axis=0))
     return x / jnp.where(length > 0, length, 1)[None, :]
-
-
-def _noise(m: int, r: int, dtype: jnp.dtype) -> jax.Array:
-    """Returns numbers in [-1, 1) from a hash of their positions, which compiles to a tenth of ``jax.random``'s program."""
-    # From 1, because this hash of 0 is 0.
-    x = 1 + jax.lax.iota(jnp.uint32, m)[:, None] * r + jax.lax.iota(jnp.uint32, r)[None, :]
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = (x ^ (x >> shift)) * jnp.uint32(factor)
-    return jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(dtype) * 2.0**-31
