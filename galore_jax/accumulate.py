@@ -20,7 +20,8 @@ micro-batch is left alone in that update, as ``galore`` does with a bad gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -80,10 +81,10 @@ def low_rank_mean(
 
     number = jax.tree.leaves(micro_batches)[0].shape[0]
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
-    shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
-    # Negative zeros, because a sum of these says that every gradient was zero; see galore_jax._core.step.
-    start = jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes)
-    (total, state), kept = jax.lax.scan(add, (start, state), (jnp.arange(number), micro_batches))
+    with _in_reach():
+        shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
     return kept, mean_over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
 
 
@@ -137,14 +138,21 @@ def _collected(
     call = Call(Action.PROJECT, layer=layer, may_refresh=refresh, axis_name=axis_name)
     updated = optax.with_extra_args_support(tx).update(grads, state, params, **{ARGUMENT: call})[1]
     call.check_reached(_WHO)
-    try:
+    with _in_reach():
         low_rank = jax.tree.map(lambda x: 1 * x.astype(jnp.promote_types(x.dtype, jnp.float32)), call.reply)
+    return low_rank, galore_states_of(updated, state)
+
+
+@contextlib.contextmanager
+def _in_reach() -> Iterator[None]:
+    """Says in one sentence that a reply is of a branch or a loop which is not there any more."""
+    try:
+        yield
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
             f"{_WHO} reached the galore in tx inside a branch or a loop, from which its reply does not come back: give it a tx "
             "without wrappers such as optax.apply_if_finite that update under a condition."
         ) from error
-    return low_rank, galore_states_of(updated, state)
 
 
 def mean_over_devices(tree: Any, axis_name: AxisName) -> Any:

@@ -271,3 +271,15 @@ def _parts(array: Any, entry: Any) -> int:
     """Into how many parts an entry of a partition spec cuts its dimension."""
     names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
     return math.prod(jax.typeof(array).sharding.mesh.shape[name] for name in names)
+
+
+def varying_zero(tree: Any) -> jax.Array:
+    """Returns a zero that varies over every mesh axis of ``jax.shard_map`` that an array of the tree varies over.
+
+    A loop keeps the types of its carry, so the initial carry has to vary as its inputs do.  Adding this zero makes it so, and
+    compiles to nothing.
+    """
+    zero = jnp.zeros([], jnp.float32)
+    for leaf in jax.tree.leaves(tree):
+        zero += jnp.zeros_like(leaf, jnp.float32, shape=())
+    return zero

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
+from problems import leniency, quick_compilation  # noqa: F401
 
+import galore_jax
 from galore_jax import galore, galore_adamw, galore_adamw_8bit
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
 
@@ -129,6 +130,7 @@ def test_the_buffers_are_low_rank():
     assert temporary[low_rank] < 0.5 * params["w"].nbytes < temporary[whole]
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_where_nothing_is_projected_it_is_the_ordinary_mean():
     tx = galore(optax.sgd(0.1), rank=999)
     jax.tree.map(
@@ -148,3 +150,49 @@ def test_there_must_be_one_galore():
     two = optax.chain(galore(optax.sgd(0.1), rank=4), galore(optax.sgd(0.1), rank=4))
     with pytest.raises(ValueError, match="found two galore"):
         low_rank_mean(two, micro_gradient, batch, two.init(small()), small())
+
+
+def test_a_gradient_outside_the_basis_is_treated_as_in_the_plain_step():
+    """Not zero, but zero in its subspace: both steps leave the matrix alone."""
+    params = {"kernel": jnp.zeros((8, 16))}
+    first = {"kernel": jnp.zeros((8, 16)).at[:2].set(1 + jnp.arange(32.0).reshape(2, 16) ** 2)}
+    second = {"kernel": jnp.zeros((8, 16)).at[4:].set(1.0)}
+    tx = galore_jax.galore(optax.adam(0.1), rank=2, scale=1.0)
+    _, state = tx.update(first, tx.init(params), params)
+    plain, plain_state = tx.update(second, state, params)
+    _, mean, new = low_rank_mean(tx, lambda batch: (0, batch), {"kernel": second["kernel"][None]}, state, params)
+    updates, new = update_from_low_rank(tx, mean, new, params)
+    np.testing.assert_array_equal(updates["kernel"], plain["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, new, plain_state)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "works"),
+    [
+        (lambda tx: optax.MultiSteps(tx, 2), ()),
+        (lambda tx: optax.apply_if_finite(tx, 3), ("refresh",)),
+        (lambda tx: optax.GradientTransformationExtraArgs(tx.init, jax.jit(tx.update)), ()),
+        (lambda tx: optax.chain(optax.clip(1.0), tx), ("refresh", "accumulate")),
+    ],
+    ids=["MultiSteps", "apply_if_finite", "jitted", "chain"],
+)
+def test_a_request_through_a_wrapper_works_or_is_refused_in_one_sentence(wrapped, works):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 16))}
+    tx = wrapped(galore_jax.galore_adamw(0.1, rank=2))
+    state = tx.init(params)
+
+    def refresh():
+        galore_jax.refresh_bases(tx, params, state, params)
+
+    def accumulate():
+        low_rank_mean(tx, lambda batch: (0, batch), {"kernel": params["kernel"][None]}, state, params)
+
+    for name, request in {"refresh": refresh, "accumulate": accumulate}.items():
+        with leniency():
+            if name in works:
+                request()
+            else:
+                with pytest.raises(
+                    ValueError, match=r"(refresh_bases\(\)|Low-rank accumulation) reached (no|the) galore"
+                ):
+                    request()

@@ -130,6 +130,7 @@ def test_both_sides_are_refused_and_bad_arguments_named():
         ldadam(rank=0)
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_one_transformation_for_matrices_and_another_for_the_rest():
     params = {"kernel": jnp.ones((3, 4, 8)), "embed": jnp.ones((6, 8)), "bias": jnp.ones((8,))}
     tx = on_matrices(lambda numbers: optax.scale(2.0), optax.scale(3.0), rank=2)
@@ -138,6 +139,7 @@ def test_one_transformation_for_matrices_and_another_for_the_rest():
     assert jax.tree.leaves(state) == []
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_a_bad_gradient_of_the_rest_reaches_no_moment():
     tx = on_matrices(lambda numbers: optax.identity(), optax.scale_by_adam(), rank=2)
     params = {"embed": jnp.ones((6, 8)), "bias": jnp.ones((8,))}

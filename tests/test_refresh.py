@@ -258,6 +258,7 @@ def test_pairs_of_policies_compare_by_value():
     )
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_reset_with_nothing_projected_is_the_inner_optimizer():
     params = {"b": normal(0, (20,))}
     tx, inner = galore(optax.adam(0.1), rank=4, transport="reset"), optax.adam(0.1)

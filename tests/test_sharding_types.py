@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import assert_trees_close, galore_states, quick_compilation  # noqa: F401
+from problems import assert_trees_close, galore_states, leniency, quick_compilation  # noqa: F401
 
 import galore_jax
+from galore_jax.presets import PRESETS
 from galore_jax.projectors import PROJECTORS
 
 RANK = 3
@@ -223,4 +224,29 @@ def test_a_refresh_gathers_no_gradient(kind, projector):
 
 def test_devices_turn_the_bases_of_their_own_part_of_a_stack():
     cuts, shapes = {"stack": P("fsdp", None, None)}, {"stack": (16, 64, 256)}
-    assert sent(AxisType.Explicit, "power", cuts, shapes) == []
+    # They tell one another a number for each matrix, such as whether it has a new basis, and nothing of its size.
+    assert max(sent(AxisType.Explicit, "power", cuts, shapes)) <= 16
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_in_shard_map_a_model_on_each_device_is_updated_as_it_is_alone(name):
+    """With ``check_vma``, which asks loops and branches for equal types: the state starts as constants that do not vary."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
+    extra = {"random_from": 1} if name == "golore_adamw" else {}
+    tx = PRESETS[name](0.01, rank=4, **extra)
+    kernels = jax.random.normal(jax.random.key(0), (2, 12, 20))
+
+    def two_updates(kernel):
+        params, gradient = {"w": kernel, "b": kernel[0]}, {"w": kernel, "b": kernel[0]}
+        _, state = tx.update(gradient, tx.init(params), params)
+        return tx.update(jax.tree.map(lambda x: x[::-1], gradient), state, params)[0]
+
+    def on_a_device(kernel):
+        return jax.tree.map(lambda x: x[None], two_updates(kernel[0]))
+
+    with leniency():
+        found = jax.jit(jax.shard_map(on_a_device, mesh=mesh, in_specs=P("model"), out_specs=P("model")))(kernels)
+        alone = jax.jit(two_updates)
+        expected = [alone(kernel) for kernel in kernels]
+    for i in range(2):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, atol=1e-6), found, expected[i])

@@ -77,6 +77,7 @@ def compiled_with(projector, transport, projected):
     return tx, jax.jit(tx.update)
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
     ("kind", "projector", "transport"),
     [

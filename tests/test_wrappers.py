@@ -117,10 +117,22 @@ def test_an_injected_learning_rate_can_be_set_by_hand():
     assert_trees_close(large, jax.tree.map(lambda u: 3 * u, small), rtol=1e-5)
 
 
-def test_injecting_the_rank_says_what_to_write():
-    tx = optax.inject_hyperparams(galore_jax.galore_adamw)(learning_rate=0.01, rank=RANK, update_proj_gap=2)
-    with pytest.raises(TypeError, match=r'rank must be static.*static_args=\("rank", "update_proj_gap"\)'):
-        tx.init(tree(0))
+@pytest.mark.parametrize("preset", [galore_jax.galore_adamw, galore_jax.galore_muon, galore_jax.ldadam])
+def test_an_injected_rank_is_read_off_the_state(preset):
+    params = tree(0)
+    tx, plain = optax.inject_hyperparams(preset)(learning_rate=0.01, rank=RANK), preset(0.01, rank=RANK)
+    with leniency():
+        state, plain_state = tx.init(params), plain.init(params)
+        for _ in range(2):
+            updates, state = jax.jit(tx.update)(params, state, params)
+            expected, plain_state = jax.jit(plain.update)(params, plain_state, params)
+    assert_trees_close(updates, expected)
+
+
+def test_an_injected_rank_that_no_basis_tells_says_what_to_write():
+    tx = optax.inject_hyperparams(galore_jax.apollo_adamw)(learning_rate=0.01, rank=RANK)
+    with leniency(), pytest.raises(TypeError, match=r'stored as seeds .* static_args=\("rank",\)'):
+        jax.jit(tx.update)(tree(0), tx.init(tree(0)), tree(0))
 
 
 def test_scan_equals_a_loop():

@@ -143,18 +143,24 @@ def _refresh_group(
     first = group[0]
 
     def one(key: jax.Array, step: jax.Array, matrix: jax.Array, old: Subspace) -> tuple[Subspace, Outcome]:
-        if axis_name is not None:
-            matrix = jax.lax.pmean(matrix, axis_name)
-        nothing = old, _nothing(jnp.zeros_like(step, dtype=bool))
+        nothing = old, _nothing(jnp.zeros_like(level_of(matrix), dtype=bool))
+        level = level_of(matrix, may_be_zero=False)
+        if axis_name is not None:  # the same on all devices, so that they all send their gradients or none does
+            level = jnp.log(jax.lax.psum(jnp.exp(level), axis_name))
 
         def refreshed() -> tuple[Subspace, Outcome]:
-            found = _refresh_one(projector, first.view, key, step, matrix, old, first.carriers)
+            gradient = matrix if axis_name is None else jax.lax.pmean(matrix, axis_name)
+            found = _refresh_one(projector, first.view, key, step, gradient, old, first.carriers)
             return jax.tree.map(lambda new, old: new.astype(old.dtype), found, nothing)
 
-        return jax.lax.cond(jnp.isfinite(level_of(matrix, may_be_zero=False)), refreshed, lambda: nothing)
+        return jax.lax.cond(jnp.isfinite(level), refreshed, lambda: nothing)
 
     def loop(key: jax.Array, step: jax.Array, matrices: Any, subspaces: Any, wanted: jax.Array) -> tuple[Any, Outcome]:
-        return _one_by_one(functools.partial(one, key, step), *jax.lax.stop_gradient((matrices, subspaces)), wanted)
+        matrices, subspaces = jax.lax.stop_gradient((matrices, subspaces))
+        # Loops and branches keep the types of what they carry, so all of it varies over a mesh as the inputs do together.
+        zero = sharding.varying_zero((step, matrices, subspaces, wanted))
+        subspaces = jax.tree.map(lambda x: x + zero.astype(x.dtype), subspaces)
+        return _one_by_one(functools.partial(one, key, step), matrices, subspaces, wanted | zero.astype(bool))
 
     matrices = [member.matrices for member in group]
     subspaces = [member.subspace for member in group]

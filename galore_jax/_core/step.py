@@ -25,6 +25,7 @@ from galore_jax import (
     sharding,
 )
 from galore_jax._core import coordinates, probe, ranks, trees
+from galore_jax._core.basis import Rows
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
@@ -154,6 +155,9 @@ class Step:
             gradient.matrices if gradient.view is None else self._project(gradient.view, gradient.matrices, sides)
             for gradient, sides in zip(gradients, self._bases(views, treedef, state), strict=True)
         ]
+        if self.residual is not None or isinstance(self._storage, Rows):
+            # The rule reads all of a gradient, and rows show only a part of it, so what is not finite elsewhere is marked here.
+            low_rank = list(map(_marked, gradients, low_rank))
         if call.action is Action.PROJECT:
             call.answer(treedef.unflatten(map(trees.boxed_like, low_rank, leaves)))
             return updates, state
@@ -272,12 +276,6 @@ class Step:
             level_of(x, batch, may_be_zero=view is None)
             for view, batch, x in zip(views, batches, low_rank, strict=True)
         ]
-        if self.residual is not None:  # its rule reads the whole gradient
-            wholes = [
-                level_of(gradient.matrices, batch, may_be_zero=True)
-                for gradient, batch in zip(gradients, batches, strict=True)
-            ]
-            levels = [level + 0 * whole for level, whole in zip(levels, wholes, strict=True)]
         good = list(map(jnp.isfinite, levels))
         low_rank = list(map(masked, good, low_rank))
 
@@ -382,6 +380,14 @@ def _slots(view: MatrixView, layer: int | jax.Array | None = None) -> policies.S
     size = math.prod(view.batch_shape)
     numbers = view.first + np.arange(size, dtype=np.int32).reshape(view.batch_shape)
     return policies.Slots(numbers if layer is None or not view.layers else numbers + layer * size, view.total)
+
+
+def _marked(gradient: _Gradient, low_rank: jax.Array) -> jax.Array:
+    """A low-rank gradient, NaN if the whole one is not finite."""
+    if gradient.view is None:
+        return low_rank
+    sound = is_sound(level_of(gradient.matrices, gradient.view.batch))
+    return jnp.where(sound[..., None, None], low_rank, jnp.nan)
 
 
 def _as_parameter(gradient: _Gradient, update: jax.Array) -> jax.Array:

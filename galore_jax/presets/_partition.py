@@ -86,9 +86,8 @@ def on_matrices(
         if params is not None:
             trees.check_gradients(updates, params)
         leaves, treedef = trees.flatten(trees.as_arrays(updates))
-        own = state.matrices
-        bases = (own.left, own.right) if isinstance(own, GaLoreState) else (own.basis,)
-        views = select(updates, rank=ranks.in_update(rank, updates, *bases), **choices)
+        known = ranks.in_update(rank, updates, *_bases_of(state.matrices)) if isinstance(rank, jax.Array) else rank
+        views = select(updates, rank=known, **choices)
         ours, theirs = _split(views, leaves, treedef)
         our_params = their_params = None
         if params is not None:
@@ -102,6 +101,10 @@ def on_matrices(
         return replies, OnMatricesState(matrices, others)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _bases_of(state: Any) -> tuple[Any, ...]:
+    return (state.left, state.right) if isinstance(state, GaLoreState) else (state.basis,)
 
 
 def _split(views: list[MatrixView | None], leaves: list[Any], treedef: Any) -> tuple[Any, Any]:

@@ -225,7 +225,7 @@ def _groups(leaves: list[_Leaf]) -> list[list[int]]:
     for i, leaf in enumerate(leaves):
         sides = leaf.memory.basis.shape[-2:], leaf.memory.error.shape[-2:]
         spec = sharding.spec_of(leaf.memory.error)
-        varying = jax.typeof(_varying_zero((leaf.matrices, leaf.memory)))
+        varying = jax.typeof(sharding.varying_zero((leaf.matrices, leaf.memory)))
         groups.setdefault((sides, leaf.matrices.dtype, spec, varying), []).append(i)
     return list(groups.values())
 
@@ -279,7 +279,7 @@ def _update_stack(
         directions = jax.lax.dynamic_update_index_in_dim(gradients, direction, i, 0)
         return (directions, jax.lax.dynamic_update_index_in_dim(errors, new.error, i, 0)), new[:-1]
 
-    zero = _varying_zero((settings, step, seed, leaves))
+    zero = sharding.varying_zero((settings, step, seed, leaves))
     start = gradients + zero.astype(gradients.dtype), errors + zero.astype(errors.dtype)
     xs = jnp.arange(len(good), dtype=jnp.uint32), good, basis, mu, nu
     (directions, errors), (basis, mu, nu) = jax.lax.scan(body, start, xs)
@@ -349,7 +349,7 @@ def _moved(seed: jax.Array, corrected: jax.Array, basis: jax.Array, mean: jax.Ar
         return orthonormal((1 - rho) * (corrected @ coordinates.T) + rho * (basis @ (mean @ coordinates.T)))
 
     start = jnp.where(warm, basis, noise(basis.shape, basis.dtype, seed))
-    start += _varying_zero((corrected, mean, rho)).astype(start.dtype)
+    start += sharding.varying_zero((corrected, mean, rho)).astype(start.dtype)
     return jax.lax.fori_loop(0, jnp.where(warm, 1, _FIRST_STEPS), step, start)
 
 
@@ -371,18 +371,6 @@ def _views(views_of: Callable[[Any], list[MatrixView | None]], tree: Any) -> lis
                 'write "std" or another side.'
             )
     return views
-
-
-def _varying_zero(tree: Any) -> jax.Array:
-    """Returns a zero that varies over every mesh axis of ``jax.shard_map`` that an array of the tree varies over.
-
-    A loop keeps the types of its carry, so the initial carry has to vary as its inputs do.  Adding this zero makes it so, and
-    compiles to nothing.
-    """
-    zero = jnp.zeros([], jnp.float32)
-    for leaf in jax.tree.leaves(tree):
-        zero += jnp.zeros_like(leaf, jnp.float32, shape=())
-    return zero
 
 
 def _fresh(view: MatrixView, leaf: Any) -> _Memory:
