@@ -43,8 +43,8 @@ class Slots(NamedTuple):
 
     def offsets(self, gap: Gap) -> np.ndarray | jax.Array:
         """⌊j T / N⌋, int32 [...]"""
-        gap = _as_int32(gap)
-        whole, rest = gap // self.total, gap % self.total
+        steps = _as_int32(gap)
+        whole, rest = steps // self.total, steps % self.total
         return self.numbers * whole + self.numbers * rest // self.total  # j T itself may overflow
 
 

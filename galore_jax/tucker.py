@@ -67,7 +67,7 @@ class TuckerState(NamedTuple):
     inner_state: Any
 
     @property
-    def count(self) -> jax.Array:
+    def count(self) -> jax.Array:  # pyrefly: ignore[bad-override]
         """``step``, which is no field of this name so that ``optax.tree.get`` finds the inner optimizer's count alone."""
         return self.step
 
@@ -273,7 +273,7 @@ class _Tucker:
         state: TuckerState,
     ) -> TuckerState:
         """The state with the bases refreshed that are due or missing, and the inner state carried into them."""
-        projected = [i for i, kernel in enumerate(kernels) if kernel is not None]
+        projected = {i: kernel for i, kernel in enumerate(kernels) if kernel is not None}
         if not projected:
             return state
         storage = self.projector.storage
@@ -281,8 +281,9 @@ class _Tucker:
         moments, inner_def = codecs.flatten(state.inner_state)
         carriers = self._carriers(state.inner_state, treedef, kernels)
         owners = parameter_index(self.inner, state.inner_state, treedef)
-        places = {
-            i: [j for j, carrier in enumerate(carriers) if carrier is not None and owners[j] == i] for i in projected
+        mine = {
+            i: {j: carrier for j, carrier in enumerate(carriers) if carrier is not None and owners[j] == i}
+            for i in projected
         }
         bases = self._bases(kernels, state.basis, treedef)
         wanted = {i: due | ~jnp.all(jnp.stack([storage.exists(basis) for basis in bases[i]])) for i in projected}
@@ -292,25 +293,25 @@ class _Tucker:
             """New bases, one mode after the other, each from the whole gradient."""
             rows, moments, kept, rejected = [list(own) for own in bases], list(current[1]), state.kept, state.rejected
             for place in range(self.number):
-                here = [i for i in projected if place in kernels[i].places]
+                # The parameters with this mode, and its number among their own.
+                here = {i: kernel.places.index(place) for i, kernel in projected.items() if place in kernel.places}
                 members = []
-                for i in here:
-                    number = kernels[i].places.index(place)
-                    mode, axis = kernels[i].modes[number], _axis(kernels[i].modes[number])
+                for i, number in here.items():
+                    mode = projected[i].modes[number]
                     members.append(
                         Member(
                             mode,
                             mode.to_matrices(jax.lax.stop_gradient(arrays[i])),
-                            Subspace(rows[i][number], optax.MaskedNode(), tuple(moments[j] for j in places[i])),
-                            tuple(carriers[j](axis) for j in places[i]),
+                            Subspace(rows[i][number], optax.MaskedNode(), tuple(moments[j] for j in mine[i])),
+                            tuple(carrier(_axis(mode)) for carrier in mine[i].values()),
                         )
                     )
                 key = jax.random.fold_in(key_of(self.seed, state.step), place)
                 flags = jnp.stack([wanted[i] for i in here])
                 subspaces, outcome = refresh_all(self.projector, key, state.step, members, flags)
-                for i, subspace in zip(here, subspaces, strict=True):
-                    rows[i][kernels[i].places.index(place)] = subspace.left
-                    for j, moment in zip(places[i], subspace.moments, strict=True):
+                for (i, number), subspace in zip(here.items(), subspaces, strict=True):
+                    rows[i][number] = subspace.left
+                    for j, moment in zip(mine[i], subspace.moments, strict=True):
                         moments[j] = moment
                 kept += jnp.sum(due & ~(outcome.done | outcome.rejected), dtype=jnp.int32)
                 rejected += jnp.sum(outcome.rejected, dtype=jnp.int32)

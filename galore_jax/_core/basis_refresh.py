@@ -215,7 +215,8 @@ def _one_by_one(
             return lambda: jax.tree.map(lambda x: _at(x, at), (matrices[number], stacks[number]))
 
         branches = list(map(taken, range(len(sizes))))
-        new, found = refresh_one(*(branches[0]() if alone else jax.lax.switch(which, branches)))
+        matrix, old = branches[0]() if alone else jax.lax.switch(which, branches)
+        new, found = refresh_one(matrix, old)
 
         def put(number: int, whole: jax.Array, x: jax.Array) -> jax.Array:
             if alone:

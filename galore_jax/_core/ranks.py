@@ -48,8 +48,9 @@ def in_update(rank: Rank | jax.Array, tree: Any, *bases: Any) -> Rank:
         return rank
     _, treedef = trees.flatten(tree)
     rows = zip(*map(treedef.flatten_up_to, bases), strict=True)
-    columns = [next((array.shape[-1:] for array in reversed(jax.tree.leaves(row))), None) for row in rows]
-    if () in columns:
+    shapes = [next((array.shape for array in reversed(jax.tree.leaves(row))), None) for row in rows]
+    if () in shapes:
         raise TypeError(f"rank is traced, and bases that are stored as seeds do not tell it: {_REMEDY}")
+    columns = [shape[-1] if shape else None for shape in shapes]
     known = dict(zip(trees.paths_of(tree), columns, strict=True))
-    return lambda path, shape: None if known[path] is None else known[path][0]
+    return lambda path, shape: known[path]

@@ -39,7 +39,7 @@ class GaLoreState(NamedTuple):
     inner_state: Any
 
     @property
-    def count(self) -> jax.Array:
+    def count(self) -> jax.Array:  # pyrefly: ignore[bad-override]
         """``step``.  It is no field, so that ``optax.tree.get(state, "count")`` finds the inner optimizer's count alone."""
         return self.step
 

@@ -34,7 +34,7 @@ from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
 from galore_jax.matrix_view import MatrixView, Rank, is_part
-from galore_jax.transport import carriers
+from galore_jax.transport import Carrier, carriers
 
 
 class GaLoreMemoryWarning(UserWarning):
@@ -62,7 +62,7 @@ class _Gradient(NamedTuple):
 
     view: MatrixView | None
     leaf: Any  # as it came, in its box if there is one
-    matrices: jax.Array | None  # (*batch, m, n), or at least float32 without a view; None if it is projected already
+    matrices: Any  # (*batch, m, n), or at least float32 without a view; None if it is projected already
     dtype: Any  # of the update
 
 
@@ -109,7 +109,7 @@ class Step:
         )
 
     def update(
-        self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None = None, **extra_args: Any
+        self, updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, GaLoreState]:
         if not isinstance(state, GaLoreState):
             raise ValueError(
@@ -184,19 +184,22 @@ class Step:
         inner_leaves, inner_def = codecs.flatten(state.inner_state)
         carried = carriers(self.transport, self._inner_of(views), state.inner_state, treedef, views)
         lefts, rights, schedules = map(treedef.flatten_up_to, (state.left, state.right, state.schedule))
-        projected = [i for i, view in enumerate(views) if view is not None]
+        projected, chosen = map(
+            list, zip(*((i, view) for i, view in enumerate(views) if view is not None), strict=True)
+        )
         places: dict[int, list[int]] = {i: [] for i in projected}
+        mine: dict[int, list[Carrier]] = {i: [] for i in projected}
         for place, carrier in enumerate(carried):
             if carrier is not None:
                 places[carrier.parameter].append(place)
+                mine[carrier.parameter].append(carrier)
 
-        chosen = [views[i] for i in projected]
         members = [
             Member(
                 view,
                 gradients[i].matrices,
                 Subspace(lefts[i], rights[i], tuple(inner_leaves[place] for place in places[i])),
-                tuple(carried[place] for place in places[i]),
+                tuple(mine[i]),
             )
             for i, view in zip(projected, chosen, strict=True)
         ]
@@ -242,8 +245,8 @@ class Step:
             inner_state=inner_def.unflatten(inner_leaves),
         )
 
-    def _bases(self, views: list[MatrixView | None], treedef: Any, state: GaLoreState) -> list[tuple[Any, Any] | None]:
-        """The (left, right) bases of each projected parameter, None on a side without one; constant to differentiation."""
+    def _bases(self, views: list[MatrixView | None], treedef: Any, state: GaLoreState) -> list[Any]:
+        """The (left, right) bases of each parameter, None on a side without one; constant to differentiation.  None if whole."""
         lefts, rights = map(treedef.flatten_up_to, jax.lax.stop_gradient((state.left, state.right)))
         triples = zip(views, lefts, rights, strict=True)
         return [None if view is None else coordinates.sides(view, left, right) for view, left, right in triples]
@@ -304,7 +307,7 @@ class Step:
                 updates.append(masked(answered[i], reply).astype(gradient.dtype))
                 continue
             alpha = residuals.alpha(view, self.scale, reply.dtype)
-            if remembered is None:
+            if self.residual is None or remembered is None:
                 # The lift is in the dtype of the update, with at least float32 sums.
                 matrices = self._lift(view, masked(answered[i], reply * alpha).astype(gradient.dtype), sides)
             else:
@@ -346,7 +349,7 @@ class Step:
         known: diagnosis.Diagnostics,
     ) -> diagnosis.Diagnostics:
         captured = treedef.flatten_up_to(known.captured_energy)
-        rms = [optax.MaskedNode()] * len(gradients)
+        rms: list[Any] = [optax.MaskedNode()] * len(gradients)
         for i, gradient in enumerate(gradients):
             if gradient.view is not None:
                 rms[i] = diagnosis.root_mean_square(updates[i])
