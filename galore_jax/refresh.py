@@ -1,17 +1,19 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""When a basis is recomputed.  With T = ``update_proj_gap``, t the number of the update and N matrices in the whole tree,
-numbered j = 0 .. N - 1 in the order of the parameters and, within a stack, of its matrices:
+"""Policies that decide when a basis is recomputed.
+
+T is ``update_proj_gap`` and t is the number of the update.  The whole tree has N matrices, numbered j = 0 .. N - 1 in the order
+of the parameters and, within a stack, in the order of its matrices.  A policy refreshes matrix j at these updates:
 
     together     t mod T = 0                         every matrix on the same update
-    staggered    t mod T = ⌊j T / N⌋                 at most ⌈N / T⌉ matrices an update
-    lazy         as staggered, but T_j <- ⌊γ T_j⌋ once the mean of the last K overlaps ‖P_newᵀP_old‖² / r reaches a threshold
+    staggered    t mod T = ⌊j T / N⌋                 at most ⌈N / T⌉ matrices per update
+    lazy         like staggered, but T_j <- ⌊γ T_j⌋ once the mean of the last K overlaps ‖P_newᵀP_old‖² / r reaches a threshold
                  (Zhang et al. 2024, Q-GaLore, arXiv 2407.08296, which compares first singular vectors)
     every_step   T = 1
     manual       never: see :func:`refresh_bases`
 
-Whatever the policy (but manual), a matrix without a basis gets one at its first good gradient, so that update 0 refreshes them
-all.  A basis is made from the gradient that it then projects.
+Under every policy except manual, a matrix without a basis gets one at its first good gradient, so update 0 refreshes all
+matrices.  Each new basis is computed from the same gradient that it then projects.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Gap = int | jax.Array | None
 
 
 class Slots(NamedTuple):
-    """The places of some matrices among all of them."""
+    """The numbers of some matrices among all matrices of the tree."""
 
     numbers: np.ndarray | jax.Array  # [...] int32
     total: int  # matrices in the whole tree
@@ -42,34 +44,38 @@ class Slots(NamedTuple):
         return self.numbers.shape
 
     def offsets(self, gap: Gap) -> np.ndarray | jax.Array:
-        """⌊j T / N⌋, int32 [...]"""
+        """Returns ⌊j T / N⌋, int32 [...]."""
         steps = _as_int32(gap)
         whole, rest = steps // self.total, steps % self.total
-        return self.numbers * whole + self.numbers * rest // self.total  # j T itself may overflow
+        # The product j T itself can overflow.
+        return self.numbers * whole + self.numbers * rest // self.total
 
 
 @dataclasses.dataclass(frozen=True)
 class RefreshPolicy:
-    """When bases are refreshed.  A subclass implements :meth:`due`, and the other methods if it has a state."""
+    """Decides when bases are refreshed.  A subclass implements :meth:`due`, and the other methods if it has state."""
 
     update_proj_gap: Gap = None
-    automatic = True  # whether ``update`` refreshes bases at all
+    automatic = True  # whether ``update`` ever refreshes bases
 
     def init(self, slots: Slots) -> Any:
-        """What the policy remembers of the matrices: an array (..., anything), a tree of them, or () for nothing."""
+        """Returns the policy's state for these matrices: an array (..., anything), a tree of such arrays, or () for none."""
         return ()
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
-        """[...] which matrices the update number ``count`` refreshes."""
+        """Returns a mask [...] of the matrices that update number ``count`` refreshes."""
         raise NotImplementedError
 
     def advance(self, count: jax.Array, slots: Slots, schedule: Any, turned: jax.Array, overlap: jax.Array) -> Any:
-        """What it remembers once the matrices ``turned`` [...] have new bases; ``overlap`` [...] is -1 for a first one."""
+        """Returns the policy's state after a refresh.
+
+        ``turned`` [...] marks the matrices that have new bases.  ``overlap`` [...] is -1 for a matrix's first basis.
+        """
         return schedule
 
 
 class Together(RefreshPolicy):
-    """All bases on the same update."""
+    """Refreshes all bases on the same update."""
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
         return jnp.full(slots.shape, count % _as_int32(self.update_proj_gap) == 0)
@@ -77,23 +83,23 @@ class Together(RefreshPolicy):
 
 @dataclasses.dataclass(frozen=True)
 class Staggered(RefreshPolicy):
-    """The matrices spread evenly over T updates."""
+    """Spreads the refreshes of the matrices evenly over T updates."""
 
     def due(self, count: jax.Array, slots: Slots, schedule: Any) -> jax.Array:
         return count % _as_int32(self.update_proj_gap) == slots.offsets(self.update_proj_gap)
 
 
 class LazySchedule(NamedTuple):
-    """What ``lazy`` remembers of each matrix."""
+    """The state of ``lazy`` for each matrix."""
 
-    gap: jax.Array  # (...), int32; T_j
-    next: jax.Array  # (...), int32; the update at which it is due, -1 before the first: as if staggered
-    overlaps: jax.Array  # (..., K), float32; the last ones, newest last; -K where there were none yet
+    gap: jax.Array  # T_j; (...), int32
+    next: jax.Array  # The next update that is due, or -1 to follow ``staggered`` at first; (...), int32
+    overlaps: jax.Array  # The last K overlaps, newest last, -K where there is none yet; (..., K), float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Lazy(RefreshPolicy):
-    """Staggered, with a gap of its own for each matrix that grows while its subspace stays put."""
+    """Staggers the refreshes, and gives each matrix its own gap, which grows while the matrix's subspace is stable."""
 
     threshold: float = 0.4
     factor: float = 2.0
@@ -101,7 +107,7 @@ class Lazy(RefreshPolicy):
 
     def init(self, slots: Slots) -> LazySchedule:
         gap = jnp.broadcast_to(_as_int32(self.update_proj_gap), slots.shape)
-        # Less than -1 a place: a window that is not full stays below any threshold.
+        # An overlap is at most 1, so one entry of -K makes the mean negative: a partial window stays below any threshold.
         overlaps = jnp.full((*slots.shape, self.window), -self.window, jnp.float32)
         return LazySchedule(gap, jnp.full(slots.shape, -1, jnp.int32), overlaps)
 
@@ -123,7 +129,7 @@ class Lazy(RefreshPolicy):
 
 @dataclasses.dataclass(frozen=True)
 class Manual(RefreshPolicy):
-    """Never in ``update``."""
+    """Never refreshes a basis in ``update``."""
 
     automatic = False
 
@@ -132,23 +138,34 @@ class Manual(RefreshPolicy):
 
 
 def together(update_proj_gap: Gap = None) -> RefreshPolicy:
-    """Every basis at updates 0, T, 2T, ..., as published; T is galore's ``update_proj_gap`` unless given here."""
+    """Refreshes every basis at updates 0, T, 2T, ..., as published.
+
+    Args:
+      update_proj_gap: T.  None uses galore's ``update_proj_gap``.
+    """
     return Together(_checked(update_proj_gap))
 
 
 def staggered(update_proj_gap: Gap = None) -> RefreshPolicy:
-    """Each basis every T updates, spread so that no update after the first refreshes more than its share."""
+    """Refreshes each basis every T updates, and spreads the refreshes evenly over the updates after the first.
+
+    Args:
+      update_proj_gap: T.  None uses galore's ``update_proj_gap``.
+    """
     return Staggered(_checked(update_proj_gap))
 
 
 def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.0, window: int = 5) -> RefreshPolicy:
-    """Staggered, with a gap that grows for matrices whose subspace stays put.
+    """Staggers the refreshes, and increases the gap of each matrix whose subspace is stable.
 
     Args:
-      update_proj_gap: the first gap.
-      threshold: the mean overlap, in [0, 1], from which a gap grows; two unrelated bases have r/m.
-      factor: γ, at least 1.
-      window: K, the number of overlaps that are averaged.
+      update_proj_gap: The initial gap.  None uses galore's ``update_proj_gap``.
+      threshold: The mean overlap, in [0, 1], at which a gap grows.  Two unrelated bases overlap by r/m.
+      factor: The growth factor γ, at least 1.
+      window: The number K of overlaps in the mean.
+
+    Raises:
+      ValueError: An argument is out of range.
     """
     if not (threshold >= 0 and factor >= 1 and isinstance(window, int) and window >= 1):
         raise ValueError(
@@ -158,12 +175,15 @@ def lazy(update_proj_gap: Gap = None, threshold: float = 0.4, factor: float = 2.
 
 
 def every_step() -> RefreshPolicy:
-    """Every basis at every update."""
+    """Refreshes every basis at every update."""
     return Together(1)
 
 
 def manual() -> RefreshPolicy:
-    """Never: ``update`` holds no factorisation, and the projected parameters stand still until :func:`refresh_bases`."""
+    """Never refreshes a basis in ``update``, which then contains no factorization.
+
+    Projected parameters do not change until the first call of :func:`refresh_bases`.
+    """
     return Manual()
 
 
@@ -177,7 +197,14 @@ REFRESHES: dict[str, Callable[[], RefreshPolicy]] = {
 
 
 def get(refresh: str | RefreshPolicy, update_proj_gap: int | jax.Array) -> RefreshPolicy:
-    """A policy by name, or the object itself, with galore's ``update_proj_gap`` where it has none of its own.
+    """Returns a policy by name, or the given policy.  A policy without a gap gets galore's ``update_proj_gap``.
+
+    Args:
+      refresh: The name of a policy in ``REFRESHES``, or a policy.
+      update_proj_gap: The gap T of galore.
+
+    Raises:
+      ValueError: ``refresh`` is not a policy, or ``update_proj_gap`` is not a positive int.
 
     >>> get("staggered", 50).update_proj_gap, get(together(10), 50).update_proj_gap
     (50, 10)
@@ -195,34 +222,34 @@ def get(refresh: str | RefreshPolicy, update_proj_gap: int | jax.Array) -> Refre
 
 
 def check_gap(update_proj_gap: Any) -> None:
-    """Raises unless ``update_proj_gap`` is a positive int or an injected hyperparameter."""
+    """Raises ValueError unless ``update_proj_gap`` is a positive int or an injected hyperparameter."""
     if isinstance(update_proj_gap, jax.Array):
         return
     if isinstance(update_proj_gap, bool) or not isinstance(update_proj_gap, (int, np.integer)) or update_proj_gap < 1:
         raise ValueError(
-            f"update_proj_gap is {update_proj_gap!r}: write a positive int, the updates between two refreshes."
+            f"update_proj_gap is {update_proj_gap!r}: write a positive int, the number of updates between refreshes."
         )
 
 
 def refresh_bases(
     tx: optax.GradientTransformation, grads: optax.Updates, state: Any, params: optax.Params | None = None
 ) -> Any:
-    """New bases from these gradients, and nothing else: a program of its own, to be jitted apart from the training step.
+    """Recomputes the bases from these gradients and changes nothing else.  Jit it separately from the training step.
 
-    With ``galore(..., refresh="manual")`` the training step holds no factorisation at all; call this before the first
-    update, and every few hundred updates from then on.  With another policy it is an extra refresh.
+    With ``galore(..., refresh="manual")`` the training step contains no factorization.  Call this function before the first
+    update and every few hundred updates after that.  With any other policy, it performs an extra refresh.
 
     Args:
-      tx: a transformation with one ``galore`` or several in it, of any wrapping that hands on extra arguments.
-      grads: as for ``tx.update``; what comes before galore in a chain acts on them first.
-      state: of ``tx``.
-      params: for members of the chain that want them.
+      tx: A transformation that contains one or more ``galore``, inside any wrappers that pass on extra arguments.
+      grads: The gradients, as for ``tx.update``.  Transformations before galore in a chain are applied to them first.
+      state: The state of ``tx``.
+      params: The parameters, if another transformation in the chain needs them.
 
     Returns:
-      ``state`` with new bases for all matrices whose gradient is good, and the inner state carried over to them.
+      ``state`` with new bases for all matrices whose gradient is good, and with the inner state carried over to them.
 
     Raises:
-      ValueError: no galore in ``tx`` was reached.
+      ValueError: The call reached no galore in ``tx``.
 
     >>> from galore_jax import galore
     >>> params = {"kernel": jnp.ones((64, 256))}

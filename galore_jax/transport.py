@@ -1,21 +1,21 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the inner optimizer's state when the basis of a matrix turns from P_old to P_new.
+"""How the inner optimizer's state is carried over when the basis of a matrix changes from P_old to P_new.
 
 With Q = P_newᵀ P_old in R^(r x r), and ∘ the elementwise product:
 
-    keep     nothing: the state is read in the new basis as if it had been made there (GaLore as published)
+    keep     no change: the state is read in the new basis as if it had been accumulated there (GaLore as published)
     rotate   linear      m' = Q m                                             exact inside both subspaces (Flora, LDAdam)
              quadratic   v' = (Q∘Q) v + (1 - Σ_j Q_ij²)₊ · mean over j of v_j   never negative
-    reset    the moments and the count of their bias correction are those of a fresh optimizer; schedules go on
+    reset    the moments and their bias-correction count start over as in a fresh optimizer; schedules continue
 
-A second moment is the diagonal of a covariance, of which the rest is not known, so no rule for it is exact.  Q∘Q is that of
-independent coordinates; a direction that the old basis held only in part is given the mean of v for the missing part of its
-mass.  (Q v would let coordinates cancel.)  m is (r, n) for a basis on the left.  On the right m is (m, r) and the same holds
-for its columns, m' = m Qᵀ; with both bases one side turns after the other.
+A second moment is the diagonal of a covariance whose off-diagonal entries are unknown, so no rule for it is exact.  Q∘Q is the
+rule for independent coordinates.  If the old basis covers a new direction only in part, the rule fills the missing share with
+the mean of v.  (Q v would let coordinates cancel.)  For a left basis, m is (r, n).  For a right basis, m is (m, r) and the same
+rule applies to its columns, m' = m Qᵀ.  With both bases, the rule is applied to one side and then to the other.
 
-Which arrays of a state are linear and which quadratic, :mod:`galore_jax._core.state_fields` knows.  An array that is stored by a codec is
-decoded, turned and stored again, rounded to nearest, one matrix at a time.
+:mod:`galore_jax._core.state_fields` knows which arrays of a state are linear and which are quadratic.  If a codec stores an
+array, each matrix is decoded, rotated and encoded again in turn, with rounding to nearest.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ TRANSPORTS = ("keep", "rotate", "reset")
 
 
 class Carrier(NamedTuple):
-    """How one leaf of the inner state goes over to new bases."""
+    """How one leaf of the inner state is carried over to new bases."""
 
-    parameter: int  # in the order of jax.tree.leaves
-    # (one matrix's slice of the leaf, Q of the left basis or None, Q of the right basis or None) -> its new value
+    parameter: int  # index of its parameter in jax.tree.leaves
+    # Maps (one matrix's slice of the leaf, Q of the left basis or None, Q of the right basis or None) to the new slice.
     turn: Callable[[Any, jax.Array | None, jax.Array | None], Any]
 
 
 def check_transport(transport: Any) -> None:
-    """Raises for an unknown ``transport``."""
+    """Raises ValueError if ``transport`` is unknown."""
     if transport not in TRANSPORTS:
         raise ValueError(f"transport is {transport!r}: write one of {', '.join(TRANSPORTS)}.")
 
@@ -58,23 +58,25 @@ def carriers(
     treedef: Any,
     views: list[MatrixView | None],
 ) -> list[Carrier | None]:
-    """How each leaf of an inner state goes over to new bases.
+    """Returns how each leaf of an inner state is carried over to new bases.
 
     Args:
-      transport: ``"keep"``, ``"rotate"`` or ``"reset"``.
-      inner: the transformation whose state this is; for reset that of :func:`galore_jax._core.per_matrix.per_matrix`, because a
-        count that all matrices share cannot start again for one.
-      state: arrays or their ``jax.ShapeDtypeStruct``.
-      treedef: of the low-rank tree that ``inner`` was given.
-      views: of its leaves, None where it is not projected.
+      transport: One of ``"keep"``, ``"rotate"`` and ``"reset"``.
+      inner: The transformation that owns the state.  ``"reset"`` needs the result of
+        :func:`galore_jax._core.per_matrix.per_matrix`, because a count that all matrices share cannot be reset for one of them.
+      state: The inner state, as arrays or as their ``jax.ShapeDtypeStruct``.
+      treedef: The structure of the low-rank tree that ``inner`` receives.
+      views: The view of each leaf of that tree, or None for a leaf that is not projected.
 
     Returns:
-      One entry for each leaf of the state as :func:`galore_jax.codecs.flatten` counts them; None for a leaf that stays as it
-      is.  A leaf with an entry is (*batch, ...), and ``turn`` takes and returns the part behind the batch axes, stored alike.
+      One entry for each leaf of the state, in the order of :func:`galore_jax.codecs.flatten`; None for a leaf that does not
+      change.  A leaf with an entry is (*batch, ...).  Its ``turn`` takes and returns the slice of one matrix, without the batch
+      axes and in the same storage format.
 
     Raises:
-      ValueError: unless ``transport`` is keep, for an array that belongs to a projected parameter and is not known, or that
-        has not the shape its field has in Optax (a quantized moment); for reset without ``per_matrix``.
+      ValueError: ``transport`` is unknown.  With ``"rotate"`` or ``"reset"``: an array of a projected parameter is in an unknown
+        field or does not have the shape that its field has in Optax (a quantized moment, for example).  With ``"rotate"``: a
+        second moment is centered.  With ``"reset"``: ``inner`` does not come from ``per_matrix``.
 
     >>> from galore_jax.matrix_view import select
     >>> params, low_rank = {"kernel": jnp.ones((8, 16))}, {"kernel": jnp.zeros((2, 16))}
@@ -96,20 +98,20 @@ def carriers(
 def mode_carriers(
     inner: optax.GradientTransformation, state: Any, treedef: Any, cores: list[tuple[str, tuple[int, ...]] | None]
 ) -> list[Callable[[int], Carrier] | None]:
-    """How each leaf of an inner state rotates with the basis of one axis of a tensor.
+    """Returns how each leaf of an inner state rotates with the basis of one axis of a tensor.
 
     Args:
-      inner: the transformation whose state this is.
-      state: arrays or their ``jax.ShapeDtypeStruct``.
-      treedef: of the tree that ``inner`` was given.
-      cores: of its leaves the path and the shape, None for a leaf that no basis turns.
+      inner: The transformation that owns the state.
+      state: The inner state, as arrays or as their ``jax.ShapeDtypeStruct``.
+      treedef: The structure of the tree that ``inner`` receives.
+      cores: The path and shape of each leaf of that tree, or None for a leaf that has no basis.
 
     Returns:
-      As :func:`carriers`, with a function of the axis in the place of each entry; the leaf has no batch axes, and ``turn`` takes
-      the overlap along that axis for the Q of the left basis.
+      A list like that of :func:`carriers`, but each entry is a function from the axis to the carrier.  The leaf has no batch
+      axes, and ``turn`` takes the Q of that axis as the Q of the left basis.
 
     Raises:
-      ValueError: for an array of a parameter that is neither a first nor a second moment of its shape.
+      ValueError: An array of a parameter that has a basis is not a first or second moment with the shape of its core.
     """
     pairs = zip(labelled(state), parameter_index(inner, state, treedef), strict=True)
     return [_mode_carrier(label, parameter, cores[parameter] if parameter >= 0 else None) for label, parameter in pairs]
@@ -124,7 +126,7 @@ def _mode_carrier(
     if label.kind not in (Kind.LINEAR, Kind.QUADRATIC) or label.shape != shape:
         raise ValueError(
             f'transport="rotate" does not know how {label.name} of {path!r} (inner state{label.path}, shape {label.shape}) '
-            f'turns with the bases of a core of shape {shape}: write transport="keep".'
+            f'changes with the bases of a core of shape {shape}: write transport="keep".'
         )
     return lambda axis: Carrier(parameter, _Rotation(label.kind, _Place(axis, None)))
 
@@ -133,18 +135,23 @@ class _Leaf(NamedTuple):
     """One leaf of an inner state."""
 
     shape: tuple[int, ...]
-    kind: Kind | None  # None: in no known field
-    name: str  # the class and the field that hold it
+    # None for a leaf in an unknown field.
+    kind: Kind | None
+    # The class and the field that hold the leaf.
+    name: str
     path: str
-    place: int  # among the leaves of the inner state of its matrix, in a PerMatrixState
-    parameter: int  # that it belongs to, or -1
-    is_copy: bool  # of the parameter; a count is none, and in a PerMatrixState belongs to one all the same
+    # In a PerMatrixState, the index of the leaf in its matrix's own inner state.
+    place: int
+    # The index of the parameter that the leaf belongs to, or -1.
+    parameter: int
+    # Whether the leaf mirrors its parameter.  A count does not, even in a PerMatrixState, where it does belong to a parameter.
+    is_copy: bool
 
 
 def _leaves(
     inner: optax.GradientTransformation, state: Any, treedef: Any, views: list[MatrixView | None]
 ) -> list[tuple[_Leaf, MatrixView | None]]:
-    """Each leaf of the state with the view of its parameter."""
+    """Returns each leaf of the state with the view of its parameter."""
     each = isinstance(inner, PerMatrix)
     states = [state]
     if each:
@@ -169,23 +176,23 @@ def _carrier(
         return Carrier(leaf.parameter, _Rotation(leaf.kind, place))
     if not each:
         raise ValueError(
-            f'transport="reset" cannot start {_described(leaf, view)} again, because all matrices share the counts of this '
+            f'transport="reset" cannot reset {_described(leaf, view)}, because all matrices share the counts of this '
             "state: write per_matrix(inner, views_of), which gives each matrix its own."
         )
     return Carrier(leaf.parameter, _fresh_start(inner.inner, leaf, view, treedef))
 
 
 class _Place(NamedTuple):
-    """Where the axes of the matrix stand in a slice of a leaf; None for one that is not there."""
+    """The positions of the matrix axes in a slice of a leaf; None for an axis that the slice lacks."""
 
     left: int | None
     right: int | None
 
 
 def _placed(transport: str, leaf: _Leaf, view: MatrixView, each: bool) -> _Place | None:
-    """The axes of a leaf that ``transport`` changes, None when it leaves the leaf alone.  Raises for an unknown one.
+    """Returns the axes of a leaf that ``transport`` changes, or None if the leaf stays the same.
 
-    ``each`` says that the inner transformation runs on each matrix alone.
+    Raises ValueError for an unknown leaf.  ``each`` is True if the inner transformation runs on each matrix separately.
     """
     if leaf.kind is Kind.KEPT or not (leaf.is_copy or leaf.kind is Kind.COUNT):
         return None
@@ -193,24 +200,27 @@ def _placed(transport: str, leaf: _Leaf, view: MatrixView, each: bool) -> _Place
         return _Place(None, None) if transport == "reset" else None
     if leaf.kind is Kind.CENTERED and transport == "rotate":
         raise ValueError(
-            f'transport="rotate" cannot turn {_described(leaf, view)}, because the variance that a mean and a mean square '
-            'make up turns negative when they turn apart: write transport="reset" or transport="keep".'
+            f'transport="rotate" cannot rotate {_described(leaf, view)}, because the variance can become negative when the '
+            'mean and the mean square rotate separately: write transport="reset" or transport="keep".'
         )
     batch = len(view.batch_shape)
-    seen = view.low_rank_shape[batch:] if each else view.low_rank_shape  # by the inner transformation
+    # The shape that the inner transformation sees.
+    seen = view.low_rank_shape[batch:] if each else view.low_rank_shape
     lead = view.batch_shape if each else ()
     axes = _axes_of(leaf.kind, seen)
     factored = leaf.kind in (Kind.ROW, Kind.COLUMN, Kind.UNFACTORED)
     if factored and leaf.shape == (*lead, 1) and [seen[axis] for axis in axes] != [1]:
-        return None  # not in use
+        # Optax leaves a placeholder of shape (1,) in a statistic that it does not use.
+        return None
     if leaf.kind is None or leaf.shape != (*lead, *(seen[axis] for axis in axes)):
         raise ValueError(
-            f'transport="{transport}" does not know how {_described(leaf, view)} turns with a basis: write '
+            f'transport="{transport}" does not know how {_described(leaf, view)} changes with a basis: write '
             'transport="keep".'
         )
     first = len(seen) - 2
     if not set(range(first)) <= set(axes):
-        return None  # shared by the matrices of a stack
+        # All matrices of the stack share this statistic.
+        return None
     inside = [axis - first for axis in axes if axis >= first]
     return _Place(*(inside.index(side) if side in inside else None for side in (0, 1)))
 
@@ -220,10 +230,10 @@ def _described(leaf: _Leaf, view: MatrixView) -> str:
 
 
 def _axes_of(kind: Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of the gradient that a field keeps.
+    """Returns the axes of the gradient that a field keeps.
 
-    Optax factors over the two largest axes, the later one of equals being the larger: a row statistic lacks the largest, a
-    column statistic the second.
+    Optax factors over the two largest axes; if two axes have the same size, the later one counts as larger.  A row statistic
+    lacks the largest axis, and a column statistic lacks the second largest.
     """
     if kind is Kind.NORM:
         return ()
@@ -233,7 +243,7 @@ def _axes_of(kind: Kind | None, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class _Rotation(NamedTuple):
-    """Rotates a slice of one leaf; equal for leaves that turn alike, so that these can share one compiled refresh."""
+    """Rotates a slice of one leaf.  Leaves that rotate the same way compare equal, so they can share one compiled refresh."""
 
     kind: Kind | None
     place: _Place
@@ -249,14 +259,15 @@ class _Rotation(NamedTuple):
 
 
 def _linear(q: jax.Array, moment: jax.Array) -> jax.Array:
-    """(r, ...) -> the same"""
+    """Rotates a first moment: (r, ...) -> (r, ...)."""
     return jnp.tensordot(q, moment, 1, precision=jax.lax.Precision.HIGHEST)
 
 
 def _quadratic(q: jax.Array, moment: jax.Array) -> jax.Array:
-    """(r, ...) -> the same"""
+    """Rotates a second moment: (r, ...) -> (r, ...)."""
     shares = jnp.square(q)
-    missing = jnp.maximum(1 - jnp.sum(shares, axis=1), 0)  # rounding of a full row leaves less than nothing
+    # The shares of a fully covered direction can round to more than 1.
+    missing = jnp.maximum(1 - jnp.sum(shares, axis=1), 0)
     missing = missing.reshape(-1, *(1,) * (moment.ndim - 1))
     return _linear(shares, moment) + missing * jnp.mean(moment, axis=0, keepdims=True)
 

@@ -1,22 +1,23 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels with more than two axes, such as those of convolutions, in Tucker coordinates.
+"""Optimizes kernels with more than two axes, such as convolution kernels, in Tucker coordinates.
 
-For a gradient G of size d_1 x ... x d_N, a mode k in the chosen modes, G_(k) in R^(d_k x Π_(j≠k) d_j) the unfolding of G along
-axis k, and X ×_k A the tensor whose unfolding along k is A X_(k):
+Let G be a gradient of size d_1 x ... x d_N and k one of the chosen modes.  G_(k) in R^(d_k x Π_(j≠k) d_j) is the unfolding of G
+along axis k, and X ×_k A is the tensor whose unfolding along k is A X_(k):
 
     every T updates   P_k   <- a basis of the leading left singular directions of G_(k), of size d_k x r_k, for each mode (HOSVD)
-                      state <- the inner state, carried from the old bases to these
+                      state <- the inner state, carried over from the old bases
     project           R     =  G ×_k P_kᵀ over the modes         the core, of size r_k along the modes
     inner             N     =  inner(R)
     lift              ΔW    =  α N ×_k P_k over the modes
 
-By default the modes are the last two axes, the input and output channels of a Flax kernel (*window, in, out).  So it is Tucker-2:
-the core is (*window, r_in, r_out), and the window, whose axes are too short to be worth a basis, stays as it is.
+By default, the modes are the last two axes, the input and output channels of a Flax kernel (*window, in, out).  This is Tucker-2:
+the core is (*window, r_in, r_out).  The window keeps its size, because its axes are too short to benefit from a basis.
 
-With Adam inside a kernel has Σ_k d_k r_k + 2 Π_k r_k Π_(j not a mode) d_j numbers of state.  HOSVD and Tucker: De Lathauwer, De
-Moor and Vandewalle 2000, SIAM J. Matrix Anal. Appl. 21(4).  GaLore on all modes: George et al. 2025 (Tensor-GaLore, arXiv
-2501.02379); on the channels of convolutions: Xiao et al. 2024 (COAP, arXiv 2412.00071).
+With Adam as the inner optimizer, the state of a kernel has Σ_k d_k r_k + 2 Π_k r_k Π_(j not a mode) d_j numbers.
+
+HOSVD and Tucker: De Lathauwer, De Moor and Vandewalle 2000, SIAM J. Matrix Anal. Appl. 21(4).  GaLore on all modes: George et
+al. 2025 (Tensor-GaLore, arXiv 2501.02379).  GaLore on the channels of convolutions: Xiao et al. 2024 (COAP, arXiv 2412.00071).
 """
 
 from __future__ import annotations
@@ -44,31 +45,32 @@ from galore_jax._core.state_fields import Kind, parameter_index
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, is_part, resolve_rank, taking_part
 from galore_jax.transport import Carrier, mode_carriers
 
-_CHANNELS = (-2, -1)  # of a Flax kernel: input, output
+# The input and output channels of a Flax kernel.
+_CHANNELS = (-2, -1)
 
 
 class TuckerState(NamedTuple):
-    """State of :func:`tucker`: plain arrays only."""
+    """State of :func:`tucker`.  It contains only plain arrays."""
 
     FIELD_KINDS = dict.fromkeys(("step", "skipped", "kept", "rejected", "basis"), Kind.KEPT) | {
         "inner_state": Kind.NESTED
     }
 
-    # Updates done, without those in which no gradient was good; shape=(), dtype=jnp.int32.
+    # Number of updates in which at least one gradient was good; shape=(), dtype=jnp.int32.
     step: jax.Array
-    # Updates in which some gradient, or the inner transformation's answer to it, was not finite; shape=(), dtype=jnp.int32.
+    # Number of updates with a gradient or an inner update that was not finite; shape=(), dtype=jnp.int32.
     skipped: jax.Array
-    # Bases that were due but kept, because their gradient was zero or not finite; shape=(), dtype=jnp.int32.
+    # Number of bases that were due but kept, because the gradient was zero or not finite; shape=(), dtype=jnp.int32.
     kept: jax.Array
-    # New bases that were not orthonormal, so that the old one was kept; shape=(), dtype=jnp.int32.
+    # Number of new bases that were rejected because they were not orthonormal; shape=(), dtype=jnp.int32.
     rejected: jax.Array
-    # A tree for each of the modes, of (d, r), at least float32; MaskedNode where a parameter has no basis there.
+    # One tree of bases (d, r) for each mode, in at least float32; MaskedNode for a parameter without a basis along that mode.
     basis: Any
     inner_state: Any
 
     @property
     def count(self) -> jax.Array:  # pyrefly: ignore[bad-override]
-        """``step``, which is no field of this name so that ``optax.tree.get`` finds the inner optimizer's count alone."""
+        """The value of ``step``.  It is not a field, so ``optax.tree.get`` finds only the inner optimizer's ``count``."""
         return self.step
 
 
@@ -84,38 +86,40 @@ def tucker(
     mask: Any = None,
     seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs ``inner`` on the Tucker core of the gradients of kernels with more than two axes, so that its state is small too.
+    r"""Runs ``inner`` on the Tucker cores of the gradients of kernels with more than two axes, which makes its state small.
 
-    Leaves with at most two axes, embeddings, heads and norms go to ``inner`` whole.  So do the kernels none of whose modes has a
-    basis: a mode has one when its rank is smaller than its size d and than the product of the other sizes, beyond which its
-    unfolding has no further directions.  To have matrices in GaLore's subspaces too, write
+    ``inner`` receives all other leaves whole: leaves with at most two axes, embeddings, heads and norms.  It also receives a
+    kernel whole if no mode of the kernel has a basis.  A mode has a basis if its rank is smaller than both its size d and the
+    product of the other sizes, because its unfolding has no more directions than that.  To project matrices with GaLore as well,
+    write
 
         galore(tucker(inner), rank=lambda path, shape: 0.25 if len(shape) == 2 else None)
 
-    Everything reaches ``inner`` in at least float32, whatever the dtype of the parameters.  A gradient of a kernel that is all
-    zeros or not finite reaches no basis and no moment: its update is zero.  All bases are refreshed on the same update, and one
-    that is missing at the first good gradient.
+    Gradients are cast to at least float32 before they reach ``inner``.  If the gradient of a kernel is all zeros or not finite,
+    its update is zero, and its bases and moments do not change.  All bases are refreshed on the same update.  A missing basis is
+    computed at the first good gradient.
 
     Args:
-      inner: any Optax transformation.  If it asks for parameters, it sees their cores.
-      rank: r of each mode.  An int, a fraction of the mode's size in (0, 1], or ``callable(path, shape)`` that returns either,
-        or None to leave a parameter alone.
-      update_proj_gap: T, updates between two refreshes of the bases.
-      scale: α, or ``"rms"``: the update keeps the root mean square of the inner update.
-      modes: the axes that get a basis, for instance ``(0, 1, 2, 3)``.  None is the last two.  The others are a part of every
-        unfolding, not a batch: a stack of kernels shares its bases.
-      projector: how a basis is made from an unfolding: a name or an object of :mod:`galore_jax.projectors`.
-      transport: what becomes of the inner state when the bases turn: ``"keep"``, or ``"rotate"``, mode by mode as
-        :mod:`galore_jax.transport` says, for moments of the core's shape.  There is no ``"reset"``.
-      mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
-      seed: of the random projectors.
+      inner: Any Optax transformation.  If it uses the parameters, it receives their cores.
+      rank: The rank r of each mode: an int, a fraction of the mode's size in (0, 1], None to leave a parameter unprojected, or
+        ``callable(path, shape)`` that returns any of these.
+      update_proj_gap: The number T of updates between two refreshes of the bases.
+      scale: The factor α, or ``"rms"`` to give the update the root mean square of the inner update.
+      modes: The axes that get a basis, for example ``(0, 1, 2, 3)``.  None means the last two.  All other axes are part of each
+        unfolding and are not batch axes, so a stack of kernels shares its bases.
+      projector: The projector that computes a basis from an unfolding: a name or an object of :mod:`galore_jax.projectors`.
+      transport: How the inner state is carried over at a refresh: ``"keep"`` or ``"rotate"``.  ``"rotate"`` applies the rule of
+        :mod:`galore_jax.transport` to one mode after the other, and needs moments of the core's shape.  ``"reset"`` is not
+        available.
+      mask: A tree of bools, a prefix of one, or a callable of the parameters that returns one: which parameters are projected.
+      seed: Seed for the random projectors.
 
     Returns:
       A transformation whose state is a :class:`TuckerState`.
 
     Raises:
-      TypeError, ValueError: at construction for a bad argument; at ``init`` for a mask that selects nothing, for a mode that a
-        kernel has not, and for an inner state that ``"rotate"`` does not know; at ``update`` under low-rank accumulation.
+      TypeError, ValueError: At construction, an argument is invalid.  At ``init``, the mask selects nothing, a kernel lacks one
+        of the modes, or ``"rotate"`` does not support the inner state.  At ``update``, low-rank accumulation is in use.
 
     >>> params = {"conv": jnp.ones((3, 3, 16, 32)), "bias": jnp.ones((32,))}
     >>> tx = tucker(optax.adam(1e-3), rank=0.25)
@@ -132,7 +136,7 @@ def tucker(
     residuals.check_scale(scale)
     check_seed(seed)
     if transport not in ("keep", "rotate"):
-        raise ValueError(f'transport is {transport!r}: tucker() knows "keep" and "rotate".')
+        raise ValueError(f'transport is {transport!r}: tucker() supports "keep" and "rotate".')
     modes = _checked_modes(modes)
 
     def kernels_of(tree: Any) -> list[Kernel | None]:
@@ -153,10 +157,10 @@ def tucker(
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One parameter with the modes of it that have a basis, at least one; a basis on the left of an unfolding each."""
+    """One parameter with its modes that have a basis, at least one.  Each basis acts on the left of the mode's unfolding."""
 
     modes: tuple[MatrixView, ...]
-    places: tuple[int, ...]  # of these modes among all that tucker() was given
+    places: tuple[int, ...]  # indices of these modes among the modes of tucker()
 
     @property
     def core_shape(self) -> tuple[int, ...]:
@@ -164,13 +168,13 @@ class Kernel:
         return tuple(ranks.get(axis, size) for axis, size in enumerate(self.modes[0].shape))
 
     def core(self, storage: Storage, x: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
-        """x ×_k P_kᵀ over the modes."""
+        """Returns x ×_k P_kᵀ over the modes."""
         for mode, basis in zip(self.modes, bases, strict=True):
             x = _mode_product(mode, x, functools.partial(storage.project, basis, rank=mode.rank))
         return x
 
     def lift(self, storage: Storage, core: jax.Array, bases: tuple[Basis, ...]) -> jax.Array:
-        """core ×_k P_k over the modes, the adjoint of :meth:`core`."""
+        """Returns core ×_k P_k over the modes, the adjoint of :meth:`core`."""
         for mode, basis in zip(self.modes, bases, strict=True):
             core = _mode_product(mode, core, functools.partial(storage.lift, basis, m=mode.matrix_shape[0]))
         return core
@@ -182,7 +186,7 @@ class _Tucker:
 
     inner: optax.GradientTransformationExtraArgs
     kernels_of: Callable[[Any], list[Kernel | None]]
-    number: int  # of modes
+    number: int  # number of modes
     projector: projectors.Projector
     refresh: policies.RefreshPolicy
     rotate: bool
@@ -201,7 +205,8 @@ class _Tucker:
         cores = treedef.unflatten(map(trees.boxed_like, map(_zero_core, kernels, arrays), leaves))
         probe.check_init_ignores_values(self.inner, cores, [kernel is not None for kernel in kernels])
         inner_state = self.inner.init(cores)
-        self._carriers(inner_state, treedef, kernels)  # raises for a state it cannot carry
+        # Raises for a state that cannot be carried over.
+        self._carriers(inner_state, treedef, kernels)
         counters = (jnp.zeros([], jnp.int32) for _ in range(4))
         return TuckerState(*counters, basis=self._trees(kernels, bases, treedef), inner_state=inner_state)
 
@@ -245,14 +250,14 @@ class _Tucker:
         )
 
     def _bases(self, kernels: list[Kernel | None], trees: tuple[Any, ...], treedef: Any) -> list[tuple[Basis, ...]]:
-        """Those of each parameter, in the order of its modes."""
+        """Returns the bases of each parameter, in the order of its modes."""
         columns = list(map(treedef.flatten_up_to, trees))
         return [
             () if kernel is None else tuple(columns[k][i] for k in kernel.places) for i, kernel in enumerate(kernels)
         ]
 
     def _trees(self, kernels: list[Kernel | None], bases: list[tuple[Basis, ...]], treedef: Any) -> tuple[Any, ...]:
-        """The inverse of :meth:`_bases`."""
+        """Returns the trees of bases.  Inverse of :meth:`_bases`."""
         pairs = zip(kernels, bases, strict=True)
         rows = [{} if kernel is None else dict(zip(kernel.places, own, strict=True)) for kernel, own in pairs]
         return tuple(treedef.unflatten(row.get(k, optax.MaskedNode()) for row in rows) for k in range(self.number))
@@ -272,7 +277,7 @@ class _Tucker:
         treedef: Any,
         state: TuckerState,
     ) -> TuckerState:
-        """The state with the bases refreshed that are due or missing, and the inner state carried into them."""
+        """Refreshes the bases that are due or missing, and carries the inner state over to them."""
         projected = {i: kernel for i, kernel in enumerate(kernels) if kernel is not None}
         if not projected:
             return state
@@ -290,10 +295,10 @@ class _Tucker:
         current = bases, moments, state.kept, state.rejected
 
         def refreshed() -> tuple[list[tuple[Basis, ...]], list[Any], jax.Array, jax.Array]:
-            """New bases, one mode after the other, each from the whole gradient."""
+            """Recomputes the bases of one mode after the other, each from the whole gradient."""
             rows, moments, kept, rejected = [list(own) for own in bases], list(current[1]), state.kept, state.rejected
             for place in range(self.number):
-                # The parameters with this mode, and its number among their own.
+                # Maps each parameter that has this mode to the index of the mode among its own.
                 here = {i: kernel.places.index(place) for i, kernel in projected.items() if place in kernel.places}
                 members = []
                 for i, number in here.items():
@@ -331,7 +336,7 @@ class _Tucker:
         return array if kernel is None else kernel.core(self.projector.storage, array, bases)
 
     def _lift(self, kernel: Kernel | None, reply: jax.Array, bases: tuple[Basis, ...], like: jax.Array) -> jax.Array:
-        """The update of a parameter."""
+        """Returns the update of a parameter."""
         if kernel is None:
             return reply.astype(like.dtype)
         if isinstance(self.scale, str):
@@ -343,10 +348,11 @@ class _Tucker:
 
 
 def _kernels(tree: Any, rank: Rank, modes: tuple[int, ...], mask: Any) -> list[Kernel | None]:
-    """Each leaf with its modes, None for one that goes to the inner transformation whole."""
+    """Returns each leaf with its modes, or None for a leaf that the inner transformation receives whole."""
     leaves = jax.tree.leaves(tree)
     if not leaves:
-        return []  # optax.tree.map_params calls init on an empty tree
+        # optax.tree.map_params calls init on an empty tree.
+        return []
     chosen = taking_part(tree, mask)
     kernels = [
         _kernel(path, tuple(jnp.shape(leaf)), rank, modes) if part else None
@@ -355,7 +361,7 @@ def _kernels(tree: Any, rank: Rank, modes: tuple[int, ...], mask: Any) -> list[K
     if mask is not None and not any(kernels) and not is_part(tree):
         names = ", ".join(path for path, _ in chosen[:8])
         raise ValueError(
-            f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with more than two axes "
+            f"mask selects none of the {len(leaves)} parameters ({names}): set True for a parameter with more than two axes "
             f"that rank={rank} makes smaller."
         )
     return kernels
@@ -367,8 +373,8 @@ def _kernel(path: str, shape: tuple[int, ...], rank: Rank, modes: tuple[int, ...
     axes = [axis % len(shape) for axis in modes]
     if not all(-len(shape) <= axis < len(shape) for axis in modes) or len(set(axes)) < len(axes):
         raise ValueError(
-            f"modes is {modes}, and {path!r} has the shape {shape}: name axes that it has, none of them twice, or leave the "
-            "parameter out with mask."
+            f"modes is {modes}, and {path!r} has the shape {shape}: write distinct axes that it has, or exclude the "
+            "parameter with mask."
         )
     views, places = [], []
     for place, axis in enumerate(axes):
@@ -388,12 +394,15 @@ def _checked_modes(modes: Sequence[int] | None) -> tuple[int, ...]:
         isinstance(m, (int, np.integer)) and not isinstance(m, bool) for m in modes
     )
     if not valid or not modes:
-        raise ValueError(f"modes is {modes!r}: write a tuple of axes, such as (-2, -1), or None for these.")
+        raise ValueError(f"modes is {modes!r}: write a tuple of axes, such as (-2, -1), or None for the last two.")
     return tuple(map(int, modes))
 
 
 def _mode_product(mode: MatrixView, x: jax.Array, multiply: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """x with its unfolding along the axis of ``mode`` multiplied; other axes may have other sizes than the parameter's."""
+    """Applies ``multiply`` to the unfolding of x along the axis of ``mode``.
+
+    The sizes of x along the other axes can differ from those of the parameter.
+    """
     axis = _axis(mode)
     matrix = multiply(dataclasses.replace(mode, shape=x.shape).to_matrices(x))
     shape = (*x.shape[:axis], matrix.shape[0], *x.shape[axis + 1 :])
@@ -405,7 +414,7 @@ def _axis(mode: MatrixView) -> int:
 
 
 def _zero_core(kernel: Kernel | None, leaf: Any) -> Any:
-    """What the inner transformation's ``init`` sees of a leaf."""
+    """Returns the zeros that the inner transformation's ``init`` receives for a leaf."""
     if kernel is None:
         return coordinates.zero_coordinates(None, leaf)
     spec = sharding.spec_of(leaf) and (None,) * len(kernel.core_shape)

@@ -1,15 +1,15 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gives every projected matrix an inner state of its own, and so a bias-correction count that can start again alone.
+"""Gives every projected matrix its own inner state, and so a bias-correction count that can be reset separately.
 
 An Optax state has one count for all parameters.  Here the inner transformation runs once for each projected matrix,
 
     s_k, N_k  =  inner(R_k; s_k)        k over the parameters and over the batch axes of each
 
-with ``vmap`` over the batch axes, and once for all parameters that are not projected.  Elsewhere in the tree it is given
-stands ``optax.MaskedNode()``, as in ``optax.partition``, so that masks and labels keep their structure.  What the inner
-transformation takes over its whole tree, a global norm say, it takes over one matrix; a schedule and an injected
-hyperparameter have one value for each matrix, and noise is the same for every matrix of one shape.
+with ``vmap`` over the batch axes, and once for all parameters that are not projected.  Each call receives the whole tree, with
+``optax.MaskedNode()`` in place of all other leaves, as in ``optax.partition``, so masks and labels keep their structure.  If the
+inner transformation reduces over its whole tree, as a global norm does, it now reduces over one matrix.  A schedule and an
+injected hyperparameter have one value for each matrix.  Noise is the same for all matrices of one shape.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from galore_jax.matrix_view import MatrixView
 class PerMatrixState(NamedTuple):
     """State of :func:`per_matrix`.
 
-    Of an empty tree, such as the placeholder of ``optax.tree.map_params``, ``matrices`` is that tree; so ``map_params`` takes
-    every leaf of ``matrices``, counts as well, for one of a parameter.
+    For an empty tree, such as the placeholder of ``optax.tree.map_params``, ``matrices`` is that tree.  ``map_params`` therefore
+    treats every leaf of ``matrices``, including the counts, as a leaf of a parameter.
     """
 
-    matrices: Any  # for each parameter its inner state, arrays of (*batch, ...); MaskedNode where it is not projected
-    rest: Any  # the inner state of the parameters that are not projected
+    matrices: Any  # Inner state of each parameter, arrays (*batch, ...); MaskedNode if it is not projected
+    rest: Any  # Inner state of the parameters that are not projected
 
 
 class PerMatrix(optax.GradientTransformationExtraArgs):
-    """What :func:`per_matrix` returns; ``inner`` is the transformation that runs on each matrix."""
+    """The result of :func:`per_matrix`.  ``inner`` is the transformation that runs on each matrix."""
 
     inner: optax.GradientTransformationExtraArgs
 
@@ -50,15 +50,16 @@ class PerMatrix(optax.GradientTransformationExtraArgs):
 def per_matrix(
     inner: optax.GradientTransformation, views_of: Callable[[Any], list[MatrixView | None]]
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs ``inner`` on each projected matrix alone, and on everything else together.
+    """Runs ``inner`` on each projected matrix separately, and on all other parameters together.
 
     Args:
-      inner: any Optax transformation.
-      views_of: the view of each leaf of the low-rank tree that ``init`` and ``update`` are given, None where it is not
-        projected.  Extra arguments reach ``inner`` as they are, the same for every matrix.
+      inner: Any Optax transformation.
+      views_of: A function from the low-rank tree that ``init`` or ``update`` receives to the view of each leaf, None for a leaf
+        that is not projected.
 
     Returns:
-      A transformation whose state is a :class:`PerMatrixState`.
+      A transformation whose state is a :class:`PerMatrixState`.  It passes extra arguments to ``inner`` unchanged, the same for
+      every matrix.
 
     >>> import jax.numpy as jnp
     >>> from galore_jax.matrix_view import select
@@ -111,15 +112,16 @@ def per_matrix(
 
 
 def owners(inner: optax.GradientTransformation, state: Any, treedef: Any) -> list[int]:
-    """The index of the parameter that each leaf of an inner state belongs to, or -1.
+    """Returns the index of the parameter that each leaf of an inner state belongs to.
 
     Args:
-      inner: the transformation whose state this is.
-      state: of ``inner``; of :func:`per_matrix` too, where a matrix's count belongs to its parameter.
-      treedef: of the tree that ``inner`` was given.
+      inner: The transformation that owns the state.
+      state: The state of ``inner``.  In a :class:`PerMatrixState`, the count of a matrix belongs to its parameter.
+      treedef: The structure of the tree that ``inner`` receives.
 
     Returns:
-      One index for each leaf of the state as :func:`galore_jax.codecs.flatten` counts them.
+      One index for each leaf of the state, in the order of :func:`galore_jax.codecs.flatten`; -1 for a leaf that belongs to no
+      parameter.
 
     >>> import jax.numpy as jnp
     >>> params = {"bias": jnp.ones((16,)), "kernel": jnp.ones((8, 16))}
@@ -134,12 +136,12 @@ def owners(inner: optax.GradientTransformation, state: Any, treedef: Any) -> lis
 
 
 def alone(treedef: Any, index: int, leaf: Any) -> Any:
-    """A tree that holds one leaf, and ``optax.MaskedNode()`` in place of the others."""
+    """Returns a tree that holds one leaf, with ``optax.MaskedNode()`` in place of the others."""
     return treedef.unflatten(leaf if i == index else optax.MaskedNode() for i in range(treedef.num_leaves))
 
 
 def _rest(treedef: Any, views: list[MatrixView | None], leaves: list[Any]) -> Any:
-    """The tree without its projected leaves."""
+    """Returns the tree with ``optax.MaskedNode()`` in place of its projected leaves."""
     return treedef.unflatten(
         leaf if view is None else optax.MaskedNode() for view, leaf in zip(views, leaves, strict=True)
     )
@@ -152,7 +154,7 @@ def _over_batch(function: Callable, view: MatrixView) -> Callable:
 
 
 def _spread_like(array: jax.Array, leaf: jax.Array, batch: int) -> jax.Array:
-    """``array`` with its first axes sharded as those of ``leaf``: what ``init`` makes anew has no sharding along them."""
+    """Shards the batch axes of ``array`` like those of ``leaf``, because arrays that ``init`` creates are not sharded there."""
     spec = sharding.spec_of(leaf)
     if spec is None:
         return array

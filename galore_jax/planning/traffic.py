@@ -1,14 +1,15 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a compiled program sends between its devices, read off its text.
+"""Computes the bytes that a compiled program sends between its devices, from the program's text.
 
-A collective over a group of g devices with S bytes of result on each of them sends, from every device, by ring algorithms,
+A ring algorithm for a collective over a group of g devices, with S bytes of result on each device, sends from every device
 
     all-reduce  2 S (g-1)/g      all-gather, all-to-all  S (g-1)/g      reduce-scatter  S (g-1)      collective-permute  S
 
-An instruction in a loop counts as often as the loop runs, once where that is not known before it does.  What is in a branch of a
-conditional counts apart: a training step of galore has its refreshes there, and goes through no more than some of them.
-Compilers for TPUs spread one collective over the fusions that run beside it, all with the number of one chain; it counts once.
+An instruction in a loop counts once per iteration, or once if the number of iterations is not known at compile time.
+Collectives in the branches of a conditional count separately, because galore places its refreshes there and a training step
+runs at most some of them.  TPU compilers split one collective across the fusions that run alongside it, and give all parts the
+same chain ID.  Such a collective counts once.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
 class Traffic(NamedTuple):
-    """Bytes that each device sends, by the kind of collective; 0 where there is none."""
+    """Bytes that each device sends, for each kind of collective; 0 for a kind that does not occur."""
 
-    always: dict[str, int]
-    in_branches: dict[str, int]  # of all branches together
+    always: dict[str, int]  # Bytes outside conditionals
+    in_branches: dict[str, int]  # Bytes in the branches of conditionals, summed over all branches
 
 
 def traffic(text: str, devices: int) -> Traffic:
-    """The traffic of one execution.
+    """Returns the traffic of one execution.
 
     Args:
-      text: of a compiled program, from ``jax.stages.Compiled.as_text``.
-      devices: that it runs on.
+      text: The text of a compiled program, from ``jax.stages.Compiled.as_text``.
+      devices: The number of devices that the program runs on.
 
     >>> text = '''
     ... %body (x: f32[8]) -> f32[8] {
@@ -65,7 +66,8 @@ def traffic(text: str, devices: int) -> Traffic:
                     into[found[2]] += times * _sent(found, line, devices)
                 if chain is not None:
                     counted.add(chain[1])
-                continue  # what it applies is arithmetic
+                # A collective calls only its reduction, which sends nothing.
+                continue
             is_branch = " conditional(" in line
             turns = times * _trips(line, computations)
             for one, several in _CALLED.findall(line):
@@ -77,7 +79,7 @@ def traffic(text: str, devices: int) -> Traffic:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by its name, and the name of the one that is run."""
+    """Returns the lines of each computation, by name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
     for line in text.splitlines():
@@ -92,11 +94,15 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often an instruction runs what it calls: a loop whose condition is i < N, N times, as JAX's loops count from 0."""
+    """Returns how many times an instruction runs the computations that it calls.
+
+    A loop with the condition i < N runs N times, because JAX's loops count from 0.
+    """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
     if known is not None:
         return int(known[1])
-    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)  # compilers for TPUs write no count
+    # TPU compilers do not record a trip count.
+    condition = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
     lines = computations.get(condition[1], ()) if condition is not None else ()
     for text in lines:
         bound = re.search(r"ROOT .* compare\(.*?%?([\w.\-]+)\), direction=LT", text)
@@ -109,7 +115,8 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 def _sent(found: re.Match, line: str, devices: int) -> int:
     kind, group = found[2], _group_size(line, devices)
     arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(found[1])]
-    if found[3] and kind != "all-reduce":  # begun here and done later: operands stand before results
+    # The start of an asynchronous collective lists its operands before its results.
+    if found[3] and kind != "all-reduce":
         arrays = [array for array in arrays if array[1] or kind != "collective-permute"]
         arrays = arrays[len(arrays) // 2 :]
     size = sum(math.prod(int(n) for n in shape.split(",") if n) * bits // 8 for bits, shape in arrays)
