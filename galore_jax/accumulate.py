@@ -1,21 +1,22 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of micro-batches, and of the devices of a data-parallel step, summed in the subspaces.
+"""Gradient accumulation in the subspaces, over micro-batches and over data-parallel devices.
 
-Projection is linear, so between refreshes the mean over K micro-batches needs buffers of r x n only:
+Projection is linear, so between refreshes the mean over K micro-batches needs only r x n buffers:
 
     R  =  1/K Σ_i PᵀG_i  =  Pᵀ (1/K Σ_i G_i)                 exactly, up to rounding
 
-At a refresh P must be known before the second micro-batch is seen: it comes from the first one's gradient, not from the mean
-of all.  Parameters that are not projected are summed whole.  Sums are float32.
+A refresh needs P before the second micro-batch, so it computes P from the gradient of the first micro-batch, not from the mean.
+Gradients of parameters that are not projected are accumulated at full size.  Sums are in at least float32.
 
-The same holds for the mean over D devices that have a part of the batch each: they send each other the r x n numbers of PᵀG_d
-where data parallelism sends the m x n of G_d.  Only a refresh sends a gradient, that of the matrix whose basis it makes, so that
-the basis is that of the mean over the devices, as it would be on one.
+The same identity holds for the mean over D devices that each process part of the batch.  The devices exchange the r x n numbers
+of PᵀG_d, while plain data parallelism exchanges the m x n numbers of G_d.  Only a refresh exchanges a full gradient, and only for
+the matrices that it refreshes.  The basis therefore comes from the mean gradient over the devices, as it would on one device.
 
-What stands before ``galore`` in a chain acts on each micro-batch's gradient and then on R in the place of a gradient: a bound
-on the global norm there would see the norm inside the subspaces only.  A matrix whose gradient is not finite in any
-micro-batch is left alone in that update, as ``galore`` does with a bad gradient.
+A transformation before ``galore`` in a chain acts on the gradient of each micro-batch, and then again on R.  There, clipping by
+global norm would see only the norm inside the subspaces.
+
+A matrix whose gradient is not finite in any micro-batch, or whose projected mean is zero, is left alone in that update.
 """
 
 from __future__ import annotations
@@ -42,23 +43,24 @@ def low_rank_mean(
     params: optax.Params,
     axis_name: AxisName = None,
 ) -> tuple[Any, Any, Any]:
-    """The mean gradient of micro-batches in the subspaces of ``tx``, for :func:`update_from_low_rank`.
+    """Computes the projected mean gradient over micro-batches, for :func:`update_from_low_rank`.
 
     Args:
-      tx: a transformation with one ``galore`` in it, of any wrapping that hands on extra arguments.
-      gradient: micro-batch -> (anything to keep of it, gradient).
-      micro_batches: arrays (K, ...), one micro-batch after the other.
-      state: of ``tx``.
-      params: the parameters.
-      axis_name: of ``jax.shard_map``, along which devices have other parts of the batch and equal ``state`` and ``params``.  The
-        mean is over them too; ``shard_map`` needs ``check_vma=False``, and can give what is returned as equal on all devices.
+      tx: A transformation that contains exactly one ``galore``.  Any wrapper around it must pass extra arguments on.
+      gradient: A function that maps a micro-batch to (auxiliary output, gradient).
+      micro_batches: A tree of arrays (K, ...), where K is the number of micro-batches.
+      state: The state of ``tx``.
+      params: The parameters.
+      axis_name: The ``jax.shard_map`` axis along which devices hold different parts of the batch, with the same ``state`` and
+        ``params``.  The mean then includes these devices.  ``shard_map`` needs ``check_vma=False``, and its ``out_specs`` can
+        declare the mean and the state as replicated.  None means a single device.
 
     Returns:
-      What ``gradient`` returned first, leaves (K, ...), of this device; the mean, float32, (*batch, r, n) where a parameter is
-      projected from the left; and the state, with the bases refreshed that were due.
+      A tuple of three values: the auxiliary outputs on this device, with leaves (K, ...); the mean in at least float32, of shape
+      (*batch, r, n) for a parameter with a basis on the left; and the state, in which the bases that were due are refreshed.
 
     Raises:
-      ValueError: there is no galore in ``tx``, or more than one.
+      ValueError: ``tx`` contains no galore, or more than one.
 
     >>> from galore_jax import galore
     >>> params, batches = {"kernel": jnp.ones((64, 256))}, jnp.arange(1.0, 4.0)
@@ -96,7 +98,7 @@ def low_rank_of(
     axis_name: AxisName = None,
     layer: int | jax.Array | None = None,
 ) -> tuple[Any, Any]:
-    """One gradient in the subspaces of ``tx``, its mean over ``axis_name``, and the state: see :func:`low_rank_mean`."""
+    """Projects one gradient and returns its mean over ``axis_name`` with the new state; see :func:`low_rank_mean`."""
     low_rank, state = _collected(tx, grads, state, params, True, axis_name, layer)
     return mean_over_devices(low_rank, axis_name), state
 
@@ -109,13 +111,13 @@ def update_from_low_rank(
     layer: int | jax.Array | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Updates, Any]:
-    """``tx.update`` for a gradient in its subspaces, which it does not refresh: see :func:`low_rank_mean`.
+    """Runs ``tx.update`` on a projected gradient, without refreshing any basis; see :func:`low_rank_mean`.
 
     Returns:
-      Updates like ``params``, and the new state.
+      Updates with the structure of ``params``, and the new state.
 
     Raises:
-      ValueError: there is no galore in ``tx``, or its output needs the gradient itself.
+      ValueError: ``tx`` contains no galore, or its update needs the whole gradient.
     """
     call = Call(Action.APPLY, layer=layer)
     updates, new_state = optax.with_extra_args_support(tx).update(
@@ -134,7 +136,7 @@ def _collected(
     axis_name: AxisName = None,
     layer: int | jax.Array | None = None,
 ) -> tuple[Any, Any]:
-    """The gradient of one micro-batch on one device in the subspaces, at least float32, and the state with new bases."""
+    """Projects the gradient of one micro-batch on one device, in at least float32, and returns it with the new state."""
     call = Call(Action.PROJECT, layer=layer, may_refresh=refresh, axis_name=axis_name)
     updated = optax.with_extra_args_support(tx).update(grads, state, params, **{ARGUMENT: call})[1]
     call.check_reached(_WHO)
@@ -145,16 +147,16 @@ def _collected(
 
 @contextlib.contextmanager
 def _in_reach() -> Iterator[None]:
-    """Says in one sentence that a reply is of a branch or a loop which is not there any more."""
+    """Raises a clear error if a reply escaped from a branch or a loop that has already been traced."""
     try:
         yield
     except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
-            f"{_WHO} reached the galore in tx inside a branch or a loop, from which its reply does not come back: give it a tx "
-            "without wrappers such as optax.apply_if_finite that update under a condition."
+            f"{_WHO} reached the galore in tx inside a branch or a loop, which cannot return the projected gradients: pass a tx "
+            "without wrappers that update under a condition, such as optax.apply_if_finite."
         ) from error
 
 
 def mean_over_devices(tree: Any, axis_name: AxisName) -> Any:
-    """The mean of a tree of arrays along an axis of ``jax.shard_map``; the tree itself without one."""
+    """Averages a tree of arrays along an axis of ``jax.shard_map``.  If ``axis_name`` is None, returns the tree unchanged."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)

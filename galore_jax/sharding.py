@@ -1,19 +1,22 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How optimizer state is sharded, and what keeps it so.
+"""Sharding of the optimizer state, and the helpers that preserve it.
 
     parameter         (*batch, m, n)            (*b, x, y)       the mesh axes of each dimension
     basis             (*batch, m, r)            (*b, x, -)       on the left; (*batch, n, r), (*b, y, -) on the right
     moments           (*batch, r, n)            (*b, -, y)       on the left; (*batch, m, r), (*b, x, -) on the right
-    codes in 8 bits   as the moment             as the moment
-    their scales      one for 256 of the last   as the moment    where no block is cut by that; else the last axis is replicated
+    8-bit codes       as the moment             as the moment
+    their scales      one per 256 of the last   as the moment    if that splits no block; otherwise the last axis is replicated
 
-Whole parameters' moments are sharded as the parameter; numbers of which there is one a matrix, or one in all, are replicated.
+The moments of a parameter that is not projected are sharded like the parameter.  Scalars, and arrays with one number per matrix,
+are replicated.
 
-On a mesh with explicit axes the sharding is part of an array's type, ``update`` hands back the types it was given, and the
-helpers of this module do nothing elsewhere.  On automatic axes the compiler decides, and :func:`state_sharding` tells it.
-Factorisations accept no sharded matrix dimension, so a refresh has automatic axes inside, and there the partitioner sums small
-matrices over devices; it gathers no gradient.
+On a mesh with explicit axes, sharding is part of an array's type, and ``update`` returns the types that it receives.  On
+automatic axes, the compiler chooses the sharding, and :func:`state_sharding` provides the constraints.  The resharding
+helpers do nothing there.
+
+Factorizations do not accept a sharded matrix dimension, so a refresh uses automatic axes internally.  There the partitioner sums
+small matrices over devices and gathers no gradient.
 """
 
 from __future__ import annotations
@@ -30,21 +33,23 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any, param_shardings: Any) -> Any:
-    """The sharding of every array of an optimizer state, for ``jax.jit(tx.init, out_shardings=...)``.
+    """Returns the sharding of every array in an optimizer state, for ``jax.jit(tx.init, out_shardings=...)``.
 
-    ``tx.init`` is traced, and nothing is computed, on the mesh with all of its axes explicit: so every array is sharded as the
-    code that makes it says, and none by its name or its shape.
+    This function traces ``tx.init`` on the mesh with all axes explicit, and computes nothing.  The code that creates each array
+    therefore determines its sharding.  No sharding is inferred from a name or a shape.
 
     Args:
-      tx: any transformation, a preset for one, or a :class:`galore_jax.layerwise.Layerwise`.
-      params: arrays or ``jax.ShapeDtypeStruct``, which have to have no sharding.
-      param_shardings: a ``NamedSharding`` for each, all on one mesh, whose axes may be explicit or automatic.
+      tx: Any transformation, such as a preset, or a :class:`galore_jax.layerwise.Layerwise`.
+      params: A tree of arrays or ``jax.ShapeDtypeStruct``.  They do not need a sharding.
+      param_shardings: A tree with a ``NamedSharding`` for each parameter, all on one mesh.  The mesh axes may be explicit or
+        automatic.
 
     Returns:
-      A tree like the state, of ``NamedSharding`` on that mesh.
+      A tree with the structure of the state, whose leaves are ``NamedSharding`` on that mesh.
 
     Raises:
-      TypeError, ValueError: a sharding is of another class, on another mesh, or does not divide its parameter.
+      TypeError: A sharding is not a ``NamedSharding``.
+      ValueError: The shardings are on different meshes, or a sharding does not divide its parameter.
 
     >>> from galore_jax import galore_adamw
     >>> mesh = jax.make_mesh((1, 1), ("fsdp", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -69,7 +74,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any, param_sharding
 
 
 def _checked_mesh(params: Any, shardings: Any) -> Mesh | AbstractMesh:
-    """The mesh of all shardings."""
+    """Checks every sharding and returns the mesh that they share."""
     meshes = []
 
     def check(path: tuple, leaf: Any, sharding: Any) -> None:
@@ -90,12 +95,12 @@ def _checked_mesh(params: Any, shardings: Any) -> Mesh | AbstractMesh:
 
     jax.tree_util.tree_map_with_path(check, params, shardings)
     if not meshes:
-        raise ValueError("params has no array, so there is no mesh to shard a state on.")
+        raise ValueError("params contains no arrays, so there is no mesh to shard the state on.")
     return meshes[0]
 
 
 def spec_of(array: Any) -> tuple | None:
-    """The partition spec in the array's type, one entry a dimension; None when it has no explicitly sharded mesh."""
+    """Returns the partition spec in the array's type, one entry per dimension, or None if its mesh has no explicit axes."""
     sharding = jax.typeof(array).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
@@ -103,18 +108,18 @@ def spec_of(array: Any) -> tuple | None:
 
 
 def named(spec: tuple | None, array: Any) -> NamedSharding | None:
-    """``spec`` on the mesh of ``array``; None stays None."""
+    """Returns ``spec`` as a sharding on the mesh of ``array``, or None if ``spec`` is None."""
     return None if spec is None else NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec(*spec))
 
 
 def like(array: jax.Array, reference: jax.Array) -> jax.Array:
-    """``array`` with the sharding type of ``reference``."""
+    """Reshards ``array`` like ``reference``."""
     spec = spec_of(reference)
     return array if spec is None else jax.sharding.reshard(array, named(spec, reference))
 
 
 def gather(array: jax.Array, dimensions: Collection[int] | None = None) -> jax.Array:
-    """``array`` replicated over the explicit axes of its mesh, along ``dimensions`` (all of them when None)."""
+    """Replicates ``array`` over the explicit axes of its mesh along ``dimensions``.  None means all dimensions."""
     spec = spec_of(array)
     if spec is None:
         return array
@@ -123,11 +128,11 @@ def gather(array: jax.Array, dimensions: Collection[int] | None = None) -> jax.A
 
 
 def by_partitioner(function: Callable[..., Any], results: Any) -> Callable[..., Any]:
-    """``function``, whose arrays inside have no sharding types: XLA's partitioner places them, as on automatic axes.
+    """Wraps ``function`` so that its mesh axes are automatic inside, and XLA's partitioner places its arrays.
 
     Args:
-      function: of arrays alone; it closes over none.
-      results: arrays with the shapes and the sharding types of what it returns.
+      function: A function of arrays.  It must not close over any arrays.
+      results: Arrays with the shapes and sharding types of the values that ``function`` returns.
     """
     leaves, treedef = jax.tree.flatten(results)
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves if spec_of(leaf) is not None]
@@ -141,20 +146,20 @@ def by_partitioner(function: Callable[..., Any], results: Any) -> Callable[..., 
 
 
 def cut_by_stack(matrices: jax.Array, batch: int) -> bool:
-    """Whether explicit axes cut an array (*batch, m, n), with as many batch axes, along batch axes alone."""
+    """Returns True if explicit axes shard an array (*batch, m, n), with ``batch`` batch axes, along batch axes only."""
     spec = spec_of(matrices)
     return spec is not None and any(spec[:batch]) and not any(spec[batch:])
 
 
 def by_stack(function: Callable[..., Any], common: tuple, stacks: tuple, results: Any, batch: int) -> Any:
-    """``function(*common, *stacks)`` on each device's part of the stacks.
+    """Runs ``function(*common, *stacks)`` on each device's part of the stacks.
 
     Args:
-      function: what it makes of a part of the stacks is that part of what it makes of all of them.
-      common: arguments that all devices have whole.
-      stacks: arguments of arrays (*batch, ...); the first of them is :func:`cut_by_stack`.
-      results: arrays with the shapes and the sharding types of what it returns.
-      batch: how many batch axes there are.
+      function: A function that treats each matrix of a stack independently.
+      common: Arguments that are replicated on all devices.
+      stacks: Arguments whose arrays have the shape (*batch, ...).  :func:`cut_by_stack` is True for the first of these arrays.
+      results: Arrays with the shapes and sharding types of the values that ``function`` returns.
+      batch: The number of batch axes.
     """
     first = jax.tree.leaves(stacks)[0]
     parts = PartitionSpec(*(spec_of(first) or ())[:batch])
@@ -171,14 +176,14 @@ def by_stack(function: Callable[..., Any], common: tuple, stacks: tuple, results
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, spec: tuple | None, array: Any) -> jax.Array:
-    """Zeros sharded by ``spec`` on the mesh of ``array``."""
+    """Returns zeros sharded by ``spec`` on the mesh of ``array``."""
     return jnp.zeros(shape, dtype, device=named(spec, array))
 
 
 def blocked(array: jax.Array, width: int) -> jax.Array:
-    """(*lead, n) -> (*lead, ⌈n / w⌉, w) with zeros at the end, w = ``width`` but no more than n.
+    """Reshapes (*lead, n) to (*lead, ⌈n / w⌉, w) with zero padding at the end, where w = min(``width``, n).
 
-    The blocks are sharded as the last axis was; it is gathered first where that would cut one.
+    The block axis keeps the sharding of the last axis.  If that sharding would split a block, the last axis is gathered first.
     """
     *lead, n = array.shape
     width = max(min(n, width), 1)
@@ -192,15 +197,16 @@ def blocked(array: jax.Array, width: int) -> jax.Array:
 
 
 def merged(blocks: jax.Array) -> jax.Array:
-    """(*lead, blocks, w) -> (*lead, blocks w), sharded as the blocks were."""
+    """Reshapes (*lead, blocks, w) to (*lead, blocks w), which keeps the sharding of the blocks."""
     *lead, count, width = blocks.shape
     spec = spec_of(blocks)
     return jax.lax.reshape(blocks, (*lead, count * width), out_sharding=named(spec and spec[:-1], blocks))
 
 
 def spread(values: jax.Array, array: jax.Array, width: int) -> jax.Array:
-    """(*lead, blocks) -> (*lead, n) in float32, each value, float32 or bfloat16, all over its block of ``array``, and sharded
-    like it.
+    """Repeats the values (*lead, blocks) of each block of ``array`` over that block, to (*lead, n).
+
+    The values are float32 or bfloat16.  The result is float32 and sharded like ``array``.
     """
     n = array.shape[-1]
 
@@ -213,9 +219,10 @@ def spread(values: jax.Array, array: jax.Array, width: int) -> jax.Array:
 
 
 def spread_by_products(values: jax.Array, n: int, width: int) -> jax.Array:
-    """(*lead, blocks) -> (*lead, n) in float32, by exact products with a matrix of zeros, ones and 256, whatever the values are.
+    """Repeats (*lead, blocks) to (*lead, n) in float32, by products with a matrix of zeros, ones and 256.
 
-    Sixteen bits at a time: a byte, and a byte times 256, are exact in bfloat16, and their sum is in float32.
+    The result is exact for all values, including subnormal and non-finite ones.  Each product handles sixteen bits.  A byte,
+    and a byte times 256, are exact in bfloat16, and their sum is exact in float32.
 
     >>> spread_by_products(jnp.array([[1e-40, jnp.nan, -3.3]]), n=5, width=2)
     Array([[ 1.0e-40,  1.0e-40,      nan,      nan, -3.3e+00]], dtype=float32)
@@ -227,7 +234,8 @@ def spread_by_products(values: jax.Array, n: int, width: int) -> jax.Array:
         bytes_ = jnp.concatenate([word & 0xFF, word >> 8], axis=-1).astype(jnp.bfloat16)
         return jnp.matmul(bytes_, both, preferred_element_type=jnp.float32).astype(jnp.uint32)
 
-    if values.dtype == jnp.bfloat16:  # the upper half of a float32
+    # A bfloat16 is the upper half of a float32.
+    if values.dtype == jnp.bfloat16:
         whole = of_sixteen_bits(jax.lax.bitcast_convert_type(values, jnp.uint16)) << 16
     else:
         bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
@@ -236,7 +244,7 @@ def spread_by_products(values: jax.Array, n: int, width: int) -> jax.Array:
 
 
 def maxima(array: jax.Array, width: int) -> jax.Array:
-    """(*lead, n) -> (*lead, ⌈n / w⌉), the largest of each block of numbers none of which is negative."""
+    """Returns the maximum of each block of ``width``: (*lead, n) -> (*lead, ⌈n / w⌉).  All values must be nonnegative."""
 
     def by_reshape(array: jax.Array) -> jax.Array:
         return jnp.max(blocked(array, width), axis=-1)
@@ -247,7 +255,8 @@ def maxima(array: jax.Array, width: int) -> jax.Array:
         return jax.lax.reduce_window(array, jnp.zeros([], array.dtype), jax.lax.max, sizes, sizes, padding)
 
     def by_windows(array: jax.Array) -> jax.Array:
-        # In two passes: one wide window of a long, low array needs more scratch memory than a TPU's compiler allows.
+        # Use two passes, because one wide window over an array with few, long rows needs more scratch memory than the TPU
+        # compiler allows.
         low = math.gcd(width, 8)
         return window(window(array, width // low), low)
 
@@ -261,23 +270,26 @@ def _on_tiles(
     array: jax.Array,
     width: int,
 ) -> jax.Array:
-    """``tiled`` on a TPU, where arrays lie in tiles of their last two axes, and to cut or merge the last would copy the array."""
+    """Runs ``tiled`` on a TPU and ``default`` elsewhere.
+
+    A TPU stores arrays in tiles of the last two axes, so splitting or merging the last axis would copy the array.
+    """
     if spec_of(array) is not None or array.ndim < 2 or array.shape[-1] <= width:
         return default(operand)
     return jax.lax.platform_dependent(operand, tpu=tiled, default=default)
 
 
 def _parts(array: Any, entry: Any) -> int:
-    """Into how many parts an entry of a partition spec cuts its dimension."""
+    """Returns the number of shards into which an entry of a partition spec splits its dimension."""
     names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
     return math.prod(jax.typeof(array).sharding.mesh.shape[name] for name in names)
 
 
 def varying_zero(tree: Any) -> jax.Array:
-    """Returns a zero that varies over every mesh axis of ``jax.shard_map`` that an array of the tree varies over.
+    """Returns a zero that varies over every ``jax.shard_map`` mesh axis over which an array of the tree varies.
 
-    A loop keeps the types of its carry, so the initial carry has to vary as its inputs do.  Adding this zero makes it so, and
-    compiles to nothing.
+    A loop keeps the types of its carry, so the initial carry must vary over the same axes as the inputs.  Adding this zero
+    ensures that, and the addition compiles to nothing.
     """
     zero = jnp.zeros([], jnp.float32)
     for leaf in jax.tree.leaves(tree):

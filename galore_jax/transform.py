@@ -51,43 +51,48 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Runs ``inner`` on gradients projected to rank r, so that its state is low-rank too.
 
-    Leaves that are not projected (see :func:`galore_jax.matrix_view.select`) go to ``inner`` whole; where nothing is
-    projected at all, this is ``inner`` itself, bit for bit.  Everything reaches ``inner`` in at least float32, whatever the
-    dtype of the parameters.  A gradient matrix that is all zeros or not finite reaches no basis and no moment: its update is
-    zero.  Decoupled weight decay belongs outside, after this transformation.  A stack of matrices is one leaf to ``inner``:
-    what is elementwise (Adam, Lion, momentum) treats each matrix as if it stood alone, but a norm over a leaf (LAMB's trust
-    ratio, Adafactor's clipping) is taken over the stack.
+    Leaves that are not projected (see :func:`galore_jax.matrix_view.select`) go to ``inner`` whole.  If nothing is projected,
+    the result is bit-identical to ``inner``.  Gradients are cast to at least float32 before they reach ``inner``.  A gradient
+    matrix that is not finite, or that is zero in its subspace, reaches no moment: its update is zero.
+
+    Put decoupled weight decay outside, after this transformation.
+
+    A stack of matrices is one leaf to ``inner``.  Elementwise transformations (Adam, Lion, momentum) treat each matrix
+    independently.  A norm over a leaf (LAMB's trust ratio, Adafactor's clipping) covers the whole stack.
 
     Args:
-      inner: any Optax transformation.  Without it the transformation only projects the gradient onto its subspace and back
-        (α P Pᵀ G), which saves no memory; :func:`galore_jax.chain` makes what follows the inner transformation.
-      rank: r.  An int, a fraction of each matrix's smaller side in (0, 1], or ``callable(path, shape)`` that returns either,
-        or None to leave a parameter alone.
-      update_proj_gap: T, updates between two refreshes of the bases.
-      scale: α, or ``"rms"``: the update keeps the root mean square of the inner update, √(m/r) for a basis on the left, so
-        that a learning rate carries over between ranks and sides.
-      proj_type: ``"std"`` (basis on the smaller side), ``"reverse_std"``, ``"left"``, ``"right"`` or ``"full"``.
-      projector: how a basis is made: ``"power"``, ``"randomized"``, ``"svd"``, ``"eigh"``, ``"random"``, ``"gaussian"``,
-        ``"rows"``, ``"sampled"`` or an object of :mod:`galore_jax.projectors`.
-      refresh: when: ``"staggered"``, ``"together"``, ``"lazy"``, ``"every_step"``, ``"manual"`` or an object of
-        :mod:`galore_jax.refresh`.  None is staggered, but together for the projector ``"svd"``, which stands for GaLore as
-        published.
-      transport: what becomes of the inner state when a basis turns: ``"keep"``, ``"rotate"`` or ``"reset"``; see
-        :mod:`galore_jax.transport`.  None is keep.
-      basis_codec: how dense bases are stored: ``"float32"``, ``"bfloat16"`` or ``"int4"``; .
-      residual: what the update does with the gradient outside the subspace: None leaves it out, as GaLore does; ``"fira"``,
-        ``"sgd"``, ``"sign"``, ``"channel"``, ``"tensor"``, ``"orthogonal"`` or an object of :mod:`galore_jax.residual`.
-      diagnostics: whether the state has :class:`galore_jax.diagnostics.Diagnostics`.
-      mask: tree of bools (or a prefix of one, or a callable of the parameters): which parameters are projected.
-      weight_dimension_numbers: tree of :class:`GaLoreDimensionNumbers` or None (or a prefix, or a callable): which axes are
-        the matrix; every other axis is a batch axis.
-      seed: of the random projectors.
+      inner: Any Optax transformation.  If None, the transformation only projects the gradient onto its subspace and back
+        (α P Pᵀ G), which saves no memory.  :func:`galore_jax.chain` uses the transformations that follow as ``inner``.
+      rank: Rank r: an int, a fraction in (0, 1] of each matrix's smaller side, or a ``callable(path, shape)`` that returns
+        either, or None to leave a parameter unprojected.
+      update_proj_gap: Number T of updates between two refreshes of a basis.
+      scale: Factor α on the lifted update.  ``"rms"`` sets it so that the update keeps the root mean square of the inner
+        update: √(m/r) for a basis on the left.  A learning rate then carries over between ranks and sides.
+      proj_type: Side of the basis: ``"std"`` (the smaller side), ``"reverse_std"``, ``"left"``, ``"right"`` or ``"full"``
+        (both sides).
+      projector: Method that computes a basis: ``"power"``, ``"randomized"``, ``"svd"``, ``"eigh"``, ``"random"``,
+        ``"gaussian"``, ``"rows"``, ``"sampled"`` or an object from :mod:`galore_jax.projectors`.
+      refresh: Policy that decides when to refresh a basis: ``"staggered"``, ``"together"``, ``"lazy"``, ``"every_step"``,
+        ``"manual"`` or an object from :mod:`galore_jax.refresh`.  None means ``"staggered"``, except that it means
+        ``"together"`` for the projector ``"svd"``, as in the published GaLore.
+      transport: Method that carries over the moments into the new basis at a refresh: ``"keep"``, ``"rotate"`` or
+        ``"reset"``; see :mod:`galore_jax.transport`.  None means ``"keep"``.
+      basis_codec: Storage format of dense bases: ``"float32"``, ``"bfloat16"`` or ``"int4"``.
+      residual: Rule for the gradient outside the subspace: ``"fira"``, ``"sgd"``, ``"sign"``, ``"channel"``, ``"tensor"``,
+        ``"orthogonal"`` or an object from :mod:`galore_jax.residual`.  None drops it, as GaLore does.
+      diagnostics: If True, record :class:`galore_jax.diagnostics.Diagnostics` in the state.
+      mask: Tree of bools, a prefix of one, or a callable of the parameters that returns one.  Only parameters with True are
+        projected.
+      weight_dimension_numbers: Tree of :class:`GaLoreDimensionNumbers` or None, a prefix of one, or a callable of the
+        parameters that returns one.  It names the axes that form the matrix; every other axis is a batch axis.
+      seed: Seed for the random projectors.
 
     Returns:
       A transformation whose state is a :class:`GaLoreState`.
 
     Raises:
-      TypeError, ValueError: at construction for a bad argument, at ``init`` for a bad mask or bad dimension numbers.
+      TypeError, ValueError: An argument is invalid (at construction), or the mask or the dimension numbers do not match the
+        parameters (at ``init``).
 
     >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.ones((256,))}
     >>> tx = galore(optax.adam(1e-3), rank=8)
@@ -178,17 +183,24 @@ def _warned_once(init_fn: Callable) -> Callable:
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Like ``optax.chain``, but what follows a bare ``galore(rank=...)`` becomes its inner transformation.
+    """Chains transformations, and runs those that follow a bare ``galore(rank=...)`` inside it.
 
-    ``optax.chain`` hands full-size parameters to the ``init`` of every member, so the optimizer after a projection cannot have
-    small moments there.
+    ``optax.chain`` passes full-size parameters to the ``init`` of every member, so an optimizer after a projection keeps
+    full-size moments there.
 
-    ``chain(a, galore(rank=8), b, c)`` is ``optax.chain(a, galore(optax.chain(b, c), rank=8))``: b and c see the low-rank
-    gradient and, for their ``params``, PᵀW.  Decoupled weight decay in b or c decays only the part of the weight inside the
-    subspace, times α; to decay the whole weight, put ``optax.add_decayed_weights`` around the primitive.
+    ``chain(a, galore(rank=8), b, c)`` is equivalent to ``optax.chain(a, galore(optax.chain(b, c), rank=8))``: b and c receive
+    the low-rank gradient, and PᵀW as their ``params``.  Decoupled weight decay in b or c therefore decays only the part of the
+    weight inside the subspace, scaled by α.  To decay the whole weight, use ``optax.chain`` to put
+    ``optax.add_decayed_weights`` after ``galore(inner, rank=...)``.
+
+    Args:
+      *transforms: Optax transformations, with at most one bare galore.
+
+    Returns:
+      The chained transformation.
 
     Raises:
-      ValueError: for more than one bare galore, or one with nothing behind it.
+      ValueError: There is more than one bare galore, or no transformation follows it.
 
     >>> import jax.numpy as jnp
     >>> tx = chain(galore(rank=8), optax.adam(1e-3))

@@ -1,18 +1,18 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""How a basis P in R^(m x r) is stored, and what is done with it.
+"""Storage formats for a basis P in R^(m x r), and the operations on it.
 
-    Dense     P itself, m r numbers in float32
+    Dense     P itself: m r numbers in float32
     Coded     P in bfloat16, or in 4 bits (galore_jax._core.basis_codecs)
-    Rows      P = E D: r of the m rows with a factor each; project and lift are a gather and a scatter (Grass, 2406.17660)
-    Seeded    the seed of a random P, 4 bytes; P is drawn anew wherever it is used
+    Rows      P = E D: r of the m rows, each with a factor; project is a gather and lift is a scatter (Grass, 2406.17660)
+    Seeded    the 4-byte seed of a random P; each use draws P again
 
     project   R = PᵀX                                 X in (*batch, m, n), R in (*batch, r, n)
     lift      X = P R, the adjoint of project
-    overlap   Q in R^(r x r), of one matrix, P_newᵀ P_old where columns are orthonormal: R in the old basis is Q R in the new
+    overlap   Q in R^(r x r) of one matrix: maps R in the old basis to Q R in the new one.  Q = P_newᵀ P_old for orthonormal P
 
-A basis that no gradient has reached yet is all zeros.  The first entry of any other dense basis is not zero, so that this
-entry tells the two apart.
+A basis is all zeros until its first refresh.  Every other dense basis has a nonzero first entry, so this one entry shows whether
+a basis exists.
 """
 
 from __future__ import annotations
@@ -27,57 +27,59 @@ import jax.numpy as jnp
 from galore_jax import sharding
 from galore_jax._core.dtypes import state_dtype
 
-_TINY = 1e-30  # a normal number in float32 and in bfloat16
+# A normal (not subnormal) number in both float32 and bfloat16.
+_TINY = 1e-30
 
-Basis = Any  # a pytree of arrays, each with the batch axes in front
+# A pytree of arrays, each with leading batch axes.
+Basis = Any
 
 
 class Storage(Protocol):
-    """One way to store a basis."""
+    """The interface of a storage format for bases."""
 
     @property
     def orthonormal(self) -> bool:
-        """Whether PᵀP = I, up to rounding."""
+        """True if PᵀP = I, up to rounding."""
         ...
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, spec: tuple | None, leaf: Any) -> Basis:
-        """The basis before the first refresh.
+        """Returns the basis that state starts with, before the first refresh.
 
         Args:
-          shape: (*batch, m, r).
-          dtype: of P.
-          spec: the explicit sharding of (*batch, m, r) on the mesh of ``leaf``, or None.
-          leaf: the parameter.
+          shape: Shape (*batch, m, r) of P.
+          dtype: Dtype of P.
+          spec: Explicit sharding of (*batch, m, r) on the mesh of ``leaf``, or None.
+          leaf: The parameter.
         """
         ...
 
     def exists(self, basis: Basis) -> jax.Array:
-        """[*batch] whether there is a basis yet."""
+        """Returns a bool array [*batch]: True where a basis has been made."""
         ...
 
     def project(self, basis: Basis, matrices: jax.Array, rank: int) -> jax.Array:
-        """(*batch, m, n) -> (*batch, r, n), at least float32; the products are in the dtype of the matrices."""
+        """Projects (*batch, m, n) to (*batch, r, n), in at least float32.  Products use the dtype of ``matrices``."""
         ...
 
     def lift(self, basis: Basis, low_rank: jax.Array, m: int) -> jax.Array:
-        """(*batch, r, n) -> (*batch, m, n), in the dtype of ``low_rank``."""
+        """Lifts (*batch, r, n) to (*batch, m, n), in the dtype of ``low_rank``."""
         ...
 
     def overlap(self, new: Basis, old: Basis, m: int, rank: int) -> jax.Array:
-        """(r, r)"""
+        """Returns Q (r, r), which maps coordinates in ``old`` to coordinates in ``new``."""
         ...
 
     def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
-        """The basis as projectors see it."""
+        """Returns the basis in the form that projectors read."""
         ...
 
     def encode(self, basis: Basis) -> Basis:
-        """The inverse of decode, up to rounding; (m, r), without batch axes."""
+        """Inverts ``decode``, up to rounding.  The input (m, r) has no batch axes."""
         ...
 
 
 class _AsItIs:
-    """A storage whose bases projectors make as they are stored."""
+    """A storage format that projectors read and write directly, without decoding."""
 
     def decode(self, basis: Basis, rank: int, dtype: Any) -> Basis:
         return basis
@@ -87,13 +89,13 @@ class _AsItIs:
 
 
 def with_first_entry(basis: jax.Array) -> jax.Array:
-    """(m, r) with a tiny number in place of a first entry that is zero."""
+    """Returns ``basis`` (m, r), with a tiny number in place of a zero first entry."""
     return basis.at[0, 0].set(jnp.where(basis[0, 0] == 0, _TINY, basis[0, 0]))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense(_AsItIs):
-    """P itself."""
+    """Stores P itself."""
 
     orthonormal: bool = True
 
@@ -101,7 +103,8 @@ class Dense(_AsItIs):
         return sharding.zeros(shape, dtype, spec, leaf)
 
     def exists(self, basis: jax.Array) -> jax.Array:
-        if sharding.spec_of(basis) is not None:  # an explicitly sharded axis has no first entry
+        # Indexing one entry of an explicitly sharded axis is not possible, so test the whole first column.
+        if sharding.spec_of(basis) is not None:
             return jnp.any(basis[..., 0] != 0, axis=-1)
         return basis[..., 0, 0] != 0
 
@@ -121,14 +124,14 @@ class Dense(_AsItIs):
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int, dtype: Any, out: Any = None) -> jax.Array:
-    """Matrix products over the axis ``axis`` of ``a`` and the rows of ``b``, accumulated in at least float32."""
+    """Contracts axis ``axis`` of ``a`` with the rows of ``b``, accumulating in at least float32."""
     batch = tuple(range(a.ndim - 2))
     dimensions = (((a.ndim + axis,), (b.ndim - 2,)), (batch, batch))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype, out_sharding=out)
 
 
 class RowBasis(NamedTuple):
-    """P = E D: column j has its one entry, ``factor[j]``, in row ``index[j]``."""
+    """P = E D: the only nonzero entry of column j is ``factor[j]``, in row ``index[j]``."""
 
     index: jax.Array  # (*batch, r), int32
     factor: jax.Array  # (*batch, r), dtype of P
@@ -136,7 +139,7 @@ class RowBasis(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rows(_AsItIs):
-    """A :class:`RowBasis`; a row may be there more than once."""
+    """Stores a :class:`RowBasis`, which may contain a row more than once."""
 
     orthonormal: bool = False
 
@@ -170,7 +173,7 @@ class Rows(_AsItIs):
 
 @dataclasses.dataclass(frozen=True)
 class Seeded(_AsItIs):
-    """The seed, uint32 [*batch], of ``draw(key, (m, r), dtype)``; 0 stands for no basis, which is all zeros."""
+    """Stores the uint32 seeds [*batch] of ``draw(key, (m, r), dtype)``.  Seed 0 means no basis: P is all zeros."""
 
     draw: Callable[[jax.Array, tuple[int, int], Any], jax.Array]
     orthonormal: bool

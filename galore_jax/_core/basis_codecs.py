@@ -3,17 +3,17 @@
 """Dense bases in bfloat16 or in 4 bits; Q-GaLore keeps its bases in 4 bits (Zhang et al. 2024, arXiv 2407.08296, section 3.3).
 
     bfloat16   P rounded to nearest
-    int4       P_ij = s_ib q_ij c_j      q_ij = round(p_ij / s_ib) in -8 .. 7,  b the block of up to 256 columns that j is in,
-                                         s_ib = -(the entry of row i in block b of largest magnitude) / 8,
-                                         c_j so that the columns are as long as those of P
+    int4       P_ij = s_ib q_ij c_j      q_ij = round(p_ij / s_ib) in -8 .. 7,  b the block of up to 256 columns that holds j,
+                                         s_ib = -(the largest-magnitude entry of row i in block b) / 8,
+                                         c_j restores the norm of column j of P
 
-A row has scales of its own because the rows of a basis differ in size, and because the rank axis is never sharded, so that a
-shard of P is coded alone.  Two columns share a byte: j in its low and j + ⌈r / 2⌉ in its high half.
+Each row has its own scales, because the rows of a basis differ in magnitude.  The rank axis is never sharded, so each device can
+encode its shard of P independently.  Two columns share a byte: column j uses the low half and column j + ⌈r / 2⌉ the high half.
 
-Projection and lift use the decoded basis, and so do the coordinates of the gradient that a new basis is made from.  It is near
-to orthonormal, not quite: of a random basis with r/m = 1/4 the singular values in 4 bits lie in 0.92 .. 1.08, with r/m = 1/16 in
-0.96 .. 1.04, and the distance of the subspaces, (1 - ‖P_decodedᵀP‖² / r)^½, is 0.1.  (The lengths c_j take the bias from them,
-not the spread, which is that of the rounding errors' own singular values.)
+Project and lift use the decoded basis.  The gradient that produces a new basis is projected with the decoded basis too.  The
+decoded basis is only nearly orthonormal.  For a random basis with r/m = 1/4, the singular values in 4 bits lie in 0.92 .. 1.08;
+with r/m = 1/16, they lie in 0.96 .. 1.04.  The distance between the subspaces, (1 - ‖P_decodedᵀP‖² / r)^½, is 0.1.  (The column
+norms c_j remove the bias of the singular values but not their spread, which comes from the rounding error's singular values.)
 """
 
 from __future__ import annotations
@@ -32,27 +32,29 @@ _BLOCK = 256
 
 
 class Int4Basis(NamedTuple):
-    """P in 4 bits: two numbers a byte."""
+    """P in 4 bits, with two numbers per byte."""
 
-    packed: jax.Array  # (*batch, m, ⌈r / 2⌉), uint8; each half a byte is q + 8
+    packed: jax.Array  # (*batch, m, ⌈r / 2⌉), uint8; each half-byte is q + 8
     scales: jax.Array  # (*batch, m, ⌈r / 256⌉), float32
-    columns: jax.Array  # (*batch, r), float32; 0 where there is no basis
+    columns: jax.Array  # (*batch, r), float32; 0 if there is no basis
 
 
 class BasisCodec(NamedTuple):
-    """How a dense basis is coded."""
+    """Functions that encode and decode a dense basis."""
 
-    zeros: Callable[
-        [tuple[int, ...], tuple | None, Any], Basis
-    ]  # shape (*batch, m, r), its explicit sharding, a parameter
-    exists: Callable[[Basis], jax.Array]  # -> [*batch]
-    encode: Callable[[jax.Array], Basis]  # (m, r) ->
-    decode: Callable[[Basis, int], jax.Array]  # a basis and r -> (*batch, m, r), float32
+    # (shape (*batch, m, r), its explicit sharding, parameter) -> the initial coded basis
+    zeros: Callable[[tuple[int, ...], tuple | None, Any], Basis]
+    # coded basis -> bool [*batch]
+    exists: Callable[[Basis], jax.Array]
+    # (m, r) -> coded basis
+    encode: Callable[[jax.Array], Basis]
+    # (coded basis, r) -> (*batch, m, r), float32
+    decode: Callable[[Basis, int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Coded:
-    """What :class:`galore_jax._core.basis.Dense` does, with the decoded basis.
+    """Stores a coded basis, and decodes it for the operations of :class:`galore_jax._core.basis.Dense`.
 
     >>> p = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (64, 5)))[0]
     >>> storage = stored(Dense(), "int4", "power")
@@ -87,7 +89,7 @@ class Coded:
 
 
 def stored(storage: Storage, basis_codec: str, projector: str) -> Storage:
-    """The storage of a projector, with its bases coded.
+    """Returns the storage of a projector with ``basis_codec`` applied.
 
     >>> stored(Dense(), "int4", "power").zeros((64, 5), jnp.float32, None, None).packed.shape
     (64, 3)
@@ -143,7 +145,7 @@ def _from_int4(basis: Int4Basis, rank: int) -> jax.Array:
 
 
 def _lengths(basis: jax.Array) -> jax.Array:
-    """(m, r) -> (r,)"""
+    """Returns the column norms (r,) of a matrix (m, r)."""
     return jnp.sqrt(jnp.sum(jnp.square(basis), axis=0))
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Between a parameter's space and its low-rank coordinates: projection, its adjoint, and the zeros that state starts from.
+"""Maps between a parameter and its low-rank coordinates: projection, its adjoint, and the zeros that initialize the state.
 
 project   R = PᵀX,  X Q  or  PᵀX Q         X in R^(m x n)
 lift      X = P R,  R Qᵀ or  P R Qᵀ        the adjoint of project
@@ -21,7 +21,7 @@ from galore_jax.matrix_view import MatrixView
 
 
 def project(storage: Storage, matrices: jax.Array, left: Basis | None, right: Basis | None, rank: int) -> jax.Array:
-    """(*batch, m, n) -> the low-rank shape; a side without a basis is None."""
+    """Projects (*batch, m, n) to the low-rank shape.  Pass None for a side without a basis."""
     if left is not None:
         matrices = storage.project(left, matrices, rank)
     if right is not None:
@@ -32,7 +32,7 @@ def project(storage: Storage, matrices: jax.Array, left: Basis | None, right: Ba
 def lift(
     storage: Storage, low_rank: jax.Array, left: Basis | None, right: Basis | None, shape: tuple[int, int]
 ) -> jax.Array:
-    """The low-rank shape -> (*batch, m, n); ``shape`` is (m, n)."""
+    """Lifts the low-rank shape to (*batch, m, n), where ``shape`` is (m, n)."""
     if left is not None:
         low_rank = storage.lift(left, low_rank, shape[0])
     if right is not None:
@@ -41,19 +41,19 @@ def lift(
 
 
 def coordinates(storage: Storage, view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
-    """A parameter in the coordinates of its low-rank gradient, at least float32; one without a view is only promoted."""
+    """Projects a parameter like its gradient, in at least float32.  Without a view, it only promotes the dtype."""
     if view is None:
         return promoted(param)
     return project(storage, view.to_matrices(param), *sides(view, left, right), view.rank)
 
 
 def sides(view: MatrixView, left: Any, right: Any) -> tuple[Basis | None, Basis | None]:
-    """The bases of a parameter, None on a side that has none."""
+    """Returns the (left, right) bases of a parameter, with None for a side that has no basis."""
     return left if view.left else None, right if view.right else None
 
 
 def zero_bases(storage: Storage, view: MatrixView | None, leaf: Any) -> tuple[Any, Any]:
-    """The (left, right) bases before the first refresh: all zeros, ``optax.MaskedNode()`` on a side that has none."""
+    """Returns the initial (left, right) bases: all zeros, or ``optax.MaskedNode()`` for a side that has no basis."""
     if view is None:
         return optax.MaskedNode(), optax.MaskedNode()
     spec = matrix_spec(view, leaf)
@@ -67,7 +67,7 @@ def zero_bases(storage: Storage, view: MatrixView | None, leaf: Any) -> tuple[An
 
 
 def zero_coordinates(view: MatrixView | None, leaf: Any) -> Any:
-    """What the inner transformation's ``init`` sees: zeros of the low-rank shape, or the whole leaf in its state's dtype."""
+    """Returns the input to the inner ``init``: zeros of the low-rank shape, or without a view the leaf in its state's dtype."""
     if view is None:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, state_dtype(leaf), sharding=leaf.sharding)
@@ -79,7 +79,7 @@ def zero_coordinates(view: MatrixView | None, leaf: Any) -> Any:
 
 
 def matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
-    """The explicit sharding of (*batch, m, n); axes that are merged into one lose theirs."""
+    """Returns the explicit sharding of (*batch, m, n).  Axes that are merged into one lose their sharding."""
     spec = sharding.spec_of(leaf)
     if spec is None:
         return None

@@ -1,10 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Updates the large parameters of a tree one after the other, so that their temporaries are never alive together.
+"""Updates large parameters one at a time, so that their temporaries never occupy memory together.
 
-XLA may update an embedding and an LM head at the same time, and then holds the float32 copies of both.  If an optimizer treats
-parameters one by one, this module runs the whole update once per large parameter and keeps that parameter's share only.  XLA
-removes the rest as dead code.
+XLA may update an embedding and an LM head at the same time, and then it holds the float32 copies of both.  For an optimizer that
+treats each parameter independently, this module runs the whole update once per large parameter.  It keeps only that parameter's
+result, and XLA removes the rest as dead code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import optax
 
 from galore_jax import codecs
 
-_LARGE = 2**24  # elements: 64 MiB in float32
+# In elements: 64 MiB in float32.
+_LARGE = 2**24
 
 
 def update_in_turn(
@@ -28,16 +29,16 @@ def update_in_turn(
     apply: Callable[[optax.Updates], Any],
     large: int = _LARGE,
 ) -> tuple[Any, Any]:
-    """Returns ``apply`` of the updates, and the new state.
+    """Computes the updates in turns and returns ``apply(updates)`` with the new state.
 
     Args:
-      tx: An optimizer that treats parameters one by one.
+      tx: An optimizer that treats each parameter independently.
       grads: A tree of arrays.
       state: The state of ``tx``.
       params: A tree with the structure of ``grads``.
-      apply: Maps updates to new parameters, each from its own update.  The result has the structure of ``grads``, except that
-        a leaf may become a subtree.
-      large: Number of elements from which a parameter gets its own turn.  All other parameters share one turn.
+      apply: A function that maps updates to new parameters, each from its own update.  Its result has the structure of
+        ``grads``, except that a leaf may become a subtree.
+      large: The number of elements at which a parameter gets its own turn.  All other parameters share one turn.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((2,))}
@@ -62,7 +63,7 @@ def update_in_turn(
         new_values, new_parts = updated()
         done_values[i] = new_values[i]
         done_parts |= {j: part for j, part in enumerate(new_parts) if i in owners[j]}
-        # Later turns read their inputs after this barrier, and XLA may overwrite what was read for the last time.
+        # Later turns read their inputs after this barrier, so XLA can reuse a buffer once its last turn has read it.
         left_values = {k: value for k, value in enumerate(values) if k not in done_values}
         left_parts = {j: part for j, part in enumerate(parts) if j not in done_parts}
         done_values, done_parts, leaves, left_values, left_parts = jax.lax.optimization_barrier(
@@ -78,9 +79,9 @@ def update_in_turn(
 
 
 def _owners(grads: optax.Updates, state: Any) -> list[set[int]]:
-    """Returns, for each array or coded array of ``state``, the parameters whose path is contained in its path.
+    """Returns, for each array or coded array of ``state``, the indices of the parameters whose path its path contains.
 
-    The result decides which turn computes a leaf, not its value: every turn starts from the old state.
+    The result decides only which turn computes a leaf, not its value, because every turn starts from the old state.
     """
     names = [path for path, _ in jax.tree.leaves_with_path(grads)]
 
