@@ -85,8 +85,8 @@ def low_rank_mean(
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
     with _in_reach():
         shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (total, state), kept = jax.lax.scan(add, (zeros, state), (jnp.arange(number), micro_batches))
     return kept, mean_over_devices(jax.tree.map(lambda x: x / number, total), axis_name), state
 
 
