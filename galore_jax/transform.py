@@ -420,7 +420,7 @@ class _GaLore:
                 reply,
                 sides,
                 residual,
-                lift=lambda x, sides: subspace.lift(self._storage, x, *sides, shape),
+                lift=lambda x, both: subspace.lift(self._storage, x, both[0], both[1], shape),
                 alpha=alpha,
                 axis=-2 if leaf.view.left else -1,
             )

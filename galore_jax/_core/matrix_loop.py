@@ -41,7 +41,9 @@ def matrix_by_matrix(function: Callable[[Carried, Any], Carried], carried: Carri
     if spec is None or not any(spec[:batch]):
         return _loop(function, carried, given, batch)
     if sharding.cut_by_stack(first, batch):
-        return sharding.by_stack(lambda *stacks: _loop(function, *stacks, batch), (), (carried, given), carried, batch)
+        return sharding.by_stack(
+            lambda *both: _loop(function, both[0], both[1], batch), (), (carried, given), carried, batch
+        )
     carried_alike, given = jax.tree.map(lambda x: _with_batch_of(spec, x, first, batch), (carried, given))
     for _ in range(batch):
         function = jax.vmap(function)
