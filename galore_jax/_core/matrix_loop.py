@@ -42,7 +42,7 @@ def matrix_by_matrix(function: Callable[[Carried, Any], Carried], carried: Carri
         return _loop(function, carried, given, batch)
     if sharding.cut_by_stack(first, batch):
         return sharding.by_stack(
-            lambda carried, given: _loop(function, carried, given, batch), (), (carried, given), carried, batch
+            lambda *both: _loop(function, both[0], both[1], batch), (), (carried, given), carried, batch
         )
     carried_alike, given = jax.tree.map(lambda x: _with_batch_of(spec, x, first, batch), (carried, given))
     for _ in range(batch):
