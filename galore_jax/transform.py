@@ -94,6 +94,7 @@ def galore(
       TypeError, ValueError: An argument is invalid (at construction), or the mask or the dimension numbers do not match the
         parameters (at ``init``).
 
+    >>> import jax.numpy as jnp
     >>> params = {"kernel": jnp.ones((64, 256)), "bias": jnp.ones((256,))}
     >>> tx = galore(optax.adam(1e-3), rank=8)
     >>> state = tx.init(params)
