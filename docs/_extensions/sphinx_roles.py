@@ -1,7 +1,7 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
 """Docstrings as Markdown: :func:`galore` becomes a link into the reference, a doctest a block of code, and the comment behind a
-field of a class its docstring.
+field of a class, or above it, its docstring.
 
 A name without a module is looked for in the class of the docstring, in its module, and in the packages around it.  A private one
 stays plain code.
@@ -27,14 +27,26 @@ class SphinxRoles(griffe.Extension):
 
 
 def _rewrite(obj: griffe.Object, package: griffe.Module) -> None:
-    if obj.docstring is None and obj.is_attribute and obj.parent.is_class and "  # " in obj.source:
-        obj.docstring = griffe.Docstring(obj.source.partition("  # ")[2].partition("\n")[0], parent=obj)
+    if obj.docstring is None and obj.is_attribute and obj.parent.is_class and (comment := _comment(obj)):
+        obj.docstring = griffe.Docstring(comment, parent=obj)
     elif obj.docstring is not None:
         linked = _ROLE.sub(lambda match: _link(match[1], obj, package), _ATTRIBUTE.sub("", obj.docstring.value))
         obj.docstring.value = _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", linked)
     for member in obj.members.values():
         if not member.is_alias:
             _rewrite(member, package)
+
+
+def _comment(field: griffe.Object) -> str:
+    """The comment behind a field, or else the one on the lines above it."""
+    if "  # " in field.source:
+        return field.source.partition("  # ")[2].partition("\n")[0]
+    above = []
+    for line in reversed(field.filepath.read_text().splitlines()[: field.lineno - 1]):
+        if not line.strip().startswith("# "):
+            break
+        above.insert(0, line.strip().removeprefix("# "))
+    return " ".join(above)
 
 
 def _link(name: str, obj: griffe.Object, package: griffe.Module) -> str:
