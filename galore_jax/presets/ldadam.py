@@ -35,6 +35,7 @@ import optax
 from galore_jax import sharding
 from galore_jax._core import coordinates as subspace, ranks, seeds
 from galore_jax._core.dtypes import promoted, state_dtype
+from galore_jax._core.gradients import level_of
 from galore_jax._core.orthonormal import defect, noise, orthonormal
 from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_view import MatrixView, Rank, Views, check_proj_type, select
@@ -64,21 +65,21 @@ def ldadam(
     weight_dimension_numbers: Any = None,
     seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """LDAdam (Robert et al. 2024, arXiv 2410.16103): a subspace that moves at every update, and feedback of what it left out.
+    """LDAdam (Robert et al. 2024, arXiv 2410.16103): a subspace that moves at every update, with error feedback.
 
-    State of a projected m x n matrix with k = min(m, n) and K = max(m, n): r(k + 2K) numbers **and m n for the error**, so it
-    saves at most half of AdamW's state, and about 12 m n r operations an update, three times those of :func:`galore_adamw`.
-    Choose it where a small rank must lose nothing in the long run (it has a proof of convergence) and the memory for one more
-    copy of the gradients is there; else :func:`fira_adamw` uses the whole gradient for one number a matrix.  It needs the whole
-    gradient, so micro-batches cannot be summed in the subspaces.
+    The state of a projected m x n matrix with k = min(m, n) and K = max(m, n) has r(k + 2K) numbers **plus m n for the error**,
+    so it saves at most half of AdamW's state.  An update takes about 12 m n r operations, three times those of
+    :func:`galore_adamw`.  Choose it when a small rank must lose nothing in the long run (it has a proof of convergence) and
+    there is memory for one more copy of the gradients.  Otherwise :func:`fira_adamw` uses the whole gradient for one number per
+    matrix.  LDAdam needs the whole gradient, so micro-batches cannot be summed in the subspaces.
 
     Args:
-      learning_rate: a number or a schedule.  The paper's code has 0.001.
-      b1, b2, eps: of Adam, on all parameters.
+      learning_rate: A number or a schedule.  The paper's code uses 0.001.
+      b1, b2, eps: The arguments of Adam, for all parameters.
       mu_dtype: The dtype of Adam's first moment of the parameters that are not projected.  None keeps it in float32.
-      rho: weight of the momentum beside the gradient when a subspace moves.
-      weight_decay: decoupled, multiplied by the learning rate.
-      weight_decay_mask: tree of bools or callable: which parameters decay.
+      rho: The weight of the momentum beside the gradient when a subspace moves.
+      weight_decay: Decoupled weight decay, multiplied by the learning rate.
+      weight_decay_mask: A tree of bools or a callable that says which parameters decay.
       rank, proj_type, mask, weight_dimension_numbers, seed: The arguments of :func:`galore`.  The default rank is 16.
         ``proj_type`` cannot be ``"full"``.
 
@@ -111,7 +112,7 @@ def ldadam(
 class LDAdamState(NamedTuple):
     """State of :func:`scale_by_ldadam`.
 
-    Each tree has one entry per parameter. k is the side of the matrix that the basis is on, and K is the other side.
+    Each tree has one entry per parameter.  k is the side of the matrix that the basis is on, and K is the other side.
     """
 
     FIELD_KINDS = kinds("mu nu", step=Kind.COUNT, basis=Kind.KEPT, error=Kind.LINEAR)
@@ -265,7 +266,7 @@ def _update_stack(
 
     gradients = stacked([first(left, leaf.matrices) for left, leaf in zip(lefts, leaves, strict=True)])
     basis, mu, nu, errors = map(stacked, zip(*(leaf.memory for leaf in leaves), strict=True))
-    good = jnp.all(jnp.isfinite(gradients), axis=(1, 2)) & jnp.any(gradients != 0, axis=(1, 2))
+    good = jnp.isfinite(level_of(gradients, 1, may_be_zero=False))
 
     def body(carry: tuple[jax.Array, jax.Array], xs: tuple) -> tuple[tuple[jax.Array, jax.Array], tuple]:
         gradients, errors = carry
