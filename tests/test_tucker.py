@@ -15,7 +15,7 @@ from problems import assert_trees_close, assert_trees_equal, quick_compilation  
 from reference import Adam, Tucker, mode_product, unfolding
 
 from galore_jax import galore, quantize_state, state_bytes, state_sharding, tree_bytes, tucker
-from galore_jax.accumulate import Projected
+from galore_jax._core.call import ARGUMENT, Action, Call
 from galore_jax.memory import state_bytes_by_kind
 from galore_jax.tucker import TuckerState
 
@@ -464,7 +464,7 @@ def test_bad_trees_are_named_at_init():
 def test_low_rank_accumulation_is_refused():
     tx = adam()
     with pytest.raises(ValueError, match="needs the whole gradient"):
-        tx.update(kernel(0), tx.init(kernel(0)), **{Projected.ARGUMENT: Projected()})
+        tx.update(kernel(0), tx.init(kernel(0)), **{ARGUMENT: Call(Action.APPLY)})
 
 
 def test_the_state_is_a_named_tuple_that_optax_can_walk():
