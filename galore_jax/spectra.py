@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from galore_jax._core.step import GaLoreMemoryWarning
 from galore_jax.matrix_view import MatrixView, paths_of, select
 from galore_jax.memory import state_bytes
 
@@ -104,7 +106,9 @@ def ranks_from_gradients(
     abstract = jax.eval_shape(lambda: gradients)
 
     def bytes_at(ranks: dict[str, int | None]) -> int:
-        return state_bytes(optimizer(rank=lambda path, shape: ranks.get(path)), abstract)
+        with warnings.catch_warnings():  # a trial may project nothing
+            warnings.simplefilter("ignore", GaLoreMemoryWarning)
+            return state_bytes(optimizer(rank=lambda path, shape: ranks.get(path)), abstract)
 
     ranks = _Allocation(matrices, bytes_at, may_be_whole=mask is None).within(max_bytes)
     return Ranks(

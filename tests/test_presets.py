@@ -223,6 +223,7 @@ def test_adafactor_treats_the_layers_of_a_stack_one_by_one():
     np.testing.assert_allclose(stacked["w"], jnp.stack(separate), atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:galore projects none")
 def test_moments_are_float32_for_bfloat16_parameters_even_where_nothing_is_projected():
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     state = galore_jax.galore_adamw(0.1, rank=1.0).init(params)

@@ -190,7 +190,7 @@ def test_bases_are_refreshed_every_gap_and_only_then():
 def test_a_first_update_with_another_number_makes_the_bases():
     """There, a first call that is not number 0 unpacks None."""
     tx, update = program()
-    state = tx.init(kernel(0))._replace(count=jnp.int32(7))
+    state = tx.init(kernel(0))._replace(step=jnp.int32(7))
     updates, state = update(kernel(0), state, kernel(0))
     assert all(bool(jnp.any(basis != 0)) for basis in bases_of(state))
     assert bool(jnp.any(updates["conv"]["kernel"] != 0))
