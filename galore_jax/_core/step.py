@@ -139,7 +139,7 @@ class Step:
 
         if not any(views):
             if call.action is Action.UPDATE:
-                return self._update_whole(updates, state, params, **extra_args)
+                return self._update_whole(self._inner_of(views), updates, state, params, **extra_args)
             call.answer(updates if call.action is Action.PROJECT else True)
             return updates, state
 
@@ -359,7 +359,12 @@ class Step:
         return known._replace(captured_energy=treedef.unflatten(captured), update_rms=treedef.unflatten(rms))
 
     def _update_whole(
-        self, updates: optax.Updates, state: GaLoreState, params: optax.Params | None, **extra_args: Any
+        self,
+        inner: optax.GradientTransformationExtraArgs,
+        updates: optax.Updates,
+        state: GaLoreState,
+        params: optax.Params | None,
+        **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """When nothing is projected, runs the inner transformation directly.
 
@@ -367,7 +372,7 @@ class Step:
         """
         updates = trees.as_arrays(updates)
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
-        replies, inner_state = self.inner.update(gradients, state.inner_state, params, **extra_args)
+        replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
         leaves = jax.tree.leaves((updates, replies))
         sound = jnp.all(is_sound(joined(list(map(level_of, leaves))))) if leaves else jnp.array(False)
         replies = jax.tree.map(lambda reply, x: jnp.where(sound, reply, 0).astype(x.dtype), replies, updates)
