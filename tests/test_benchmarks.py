@@ -201,7 +201,7 @@ def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
 
 @pytest.mark.parametrize(("matrices", "gap"), [(56, 64), (28, 3), (5, 20), (7, 7)])
 def test_step_knows_at_which_steps_a_staggered_run_refreshes(script, matrices, gap):
-    policy, slots = refresh.staggered(gap), refresh.Slots(0, (matrices,), matrices)
+    policy, slots = refresh.staggered(gap), refresh.Slots(np.arange(matrices, dtype=np.int32), matrices)
     due = jax.vmap(lambda step: policy.due(step, slots, ()))(jnp.arange(2 * gap, dtype=jnp.int32))  # [steps, matrices]
     found = jnp.any(due, axis=1).tolist()
     assert [script("step").refreshing(step, matrices, gap) for step in range(2 * gap)] == [True, *found[1:]]
