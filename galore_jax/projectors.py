@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from galore_jax import sharding
 from galore_jax._core.basis import Basis, Dense, RowBasis, Rows, Seeded, Storage
 from galore_jax._core.dtypes import promoted
 from galore_jax._core.orthonormal import orthonormal
@@ -171,10 +172,10 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
     orthonormal_columns = kind == "stiefel"
 
     def refresh_stored(seen: ProjectorInput) -> jax.Array:
-        return draw(seen.key, seen.basis.shape, seen.basis.dtype)
+        return _varying(draw(seen.key, seen.basis.shape, seen.basis.dtype), seen)
 
     def refresh_seed(seen: ProjectorInput) -> jax.Array:
-        return jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1)
+        return _varying(jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1), seen)
 
     if stored:
         return Projector("random", refresh_stored, Dense(orthonormal_columns))
@@ -297,6 +298,11 @@ def _unit(x: jax.Array) -> jax.Array:
 def _norm(x: jax.Array) -> jax.Array:
     """Frobenius norm of a matrix, a scalar."""
     return norm_of(x, (0, 1))[0, 0]
+
+
+def _varying(basis: jax.Array, seen: ProjectorInput) -> jax.Array:
+    """A basis that does not depend on the gradient, with the type inside ``jax.shard_map`` of one that does."""
+    return basis + sharding.varying_zero((seen.gradient, seen.basis)).astype(basis.dtype)
 
 
 def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
