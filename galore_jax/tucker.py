@@ -39,7 +39,7 @@ from galore_jax._core.basis import Basis, Storage
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import hold_bad, is_sound, joined, level_of, masked
+from galore_jax._core.gradients import joined, masked, update_guarded
 from galore_jax._core.seeds import check_seed, key_of
 from galore_jax._core.state_fields import Kind, parameter_index
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, is_part, resolve_rank, taking_part
@@ -231,22 +231,24 @@ class _Tucker:
         def tree(arrays: Any) -> Any:
             return treedef.unflatten(map(trees.boxed_like, arrays, leaves))
 
-        low_rank = cores(arrays)
-        levels = [level_of(x, may_be_zero=kernel is None) for kernel, x in zip(kernels, low_rank, strict=True)]
-        good = list(map(jnp.isfinite, levels))
         values = None if params is None else map(trees.array_of, treedef.flatten_up_to(params))
         in_cores = None if values is None else tree(cores(values))
-        replies, new = self.inner.update(tree(map(masked, good, low_rank)), state.inner_state, in_cores, **extra_args)
-        replies = list(map(trees.array_of, treedef.flatten_up_to(replies)))
-        answers = [level_of(reply) + 0 * level for level, reply in zip(levels, replies, strict=True)]
-        owners = parameter_index(self.inner, new, treedef)
-        new = hold_bad(owners, new=new, old=state.inner_state, good=good)
-        replies = map(masked, map(jnp.isfinite, answers), replies)
-        lost = jnp.isfinite(joined(levels)) & ~jnp.isfinite(joined(answers))
+
+        def inner_update(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+            replies, new = self.inner.update(tree(low_rank), state.inner_state, in_cores, **extra_args)
+            return list(map(trees.array_of, treedef.flatten_up_to(replies))), new
+
+        done = update_guarded(
+            inner_update,
+            cores(arrays),
+            [0] * len(arrays),
+            [kernel is not None for kernel in kernels],
+            lambda new: parameter_index(self.inner, new, treedef),
+            state.inner_state,
+        )
+        replies = map(masked, done.answered, done.replies)
         return tree(map(self._lift, kernels, replies, bases, arrays)), state._replace(
-            step=state.step + jnp.any(jnp.isfinite(joined(answers))).astype(jnp.int32),
-            skipped=state.skipped + jnp.any(~is_sound(joined(levels)) | lost).astype(jnp.int32),
-            inner_state=new,
+            step=state.step + done.moved, skipped=state.skipped + done.skipped, inner_state=done.inner_state
         )
 
     def _bases(self, kernels: list[Kernel | None], trees: tuple[Any, ...], treedef: Any) -> list[tuple[Basis, ...]]:

@@ -466,14 +466,17 @@ def test_parameters_in_boxes_keep_bare_arrays_where_the_shape_differs():
 
 
 @pytest.mark.parametrize("projector", ["power", "svd", "eigh"])
-def test_a_projection_that_overflows_is_left_alone(projector):
+def test_a_gradient_whose_projection_would_overflow_is_left_alone(projector):
+    """Also the first one, which makes no basis: that is kept, and there is nothing to project on."""
     tx, params = galore_jax.galore_adamw(0.01, rank=2, projector=projector), {"w": jnp.ones((8, 16))}
     state, update = tx.init(params), jax.jit(tx.update)
-    for gradient, moves in ((jnp.full((8, 16), 2e38), False), (normal(0, (8, 16)), True)):
+    huge, counted = jnp.full((8, 16), 2e38), []
+    for gradient, moves in ((huge, False), (normal(0, (8, 16)), True), (huge, False), (normal(1, (8, 16)), True)):
         updates, state = update({"w": gradient}, state, params)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, state)))
         assert bool(jnp.any(updates["w"] != 0)) == moves
-    assert int(optax.tree.get(state, "skipped")) == 1
+        counted.append(tuple(int(optax.tree.get(state, name)) for name in ("kept", "skipped")))
+    assert counted == [(1, 0), (1, 0), (1, 1), (1, 1)]
 
 
 def test_an_answer_that_is_not_finite_makes_no_update_and_is_counted():

@@ -473,3 +473,10 @@ def test_the_state_is_a_named_tuple_that_optax_can_walk():
     doubled = optax.tree.map_params(adam(), lambda x: x + 1, state)
     assert float(doubled.inner_state.mu["conv"]["kernel"].min()) == 1.0
     assert int(doubled.count) == 0
+
+
+def test_an_empty_tree_is_updated():
+    tx = tucker(optax.adam(0.1))
+    updates, state = tx.update({}, tx.init({}))
+    assert updates == {}
+    assert int(state.skipped) == 0

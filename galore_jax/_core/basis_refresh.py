@@ -27,7 +27,7 @@ import numpy as np
 
 from galore_jax import sharding
 from galore_jax._core.basis import Basis, Storage
-from galore_jax._core.gradients import Batches, level_of, masked, taken as at_places
+from galore_jax._core.gradients import Batches, at_places, level_of, masked
 from galore_jax._core.orthonormal import defect
 from galore_jax.matrix_view import MatrixView
 from galore_jax.projectors import Projector, ProjectorInput
@@ -143,8 +143,8 @@ def _refresh_group(
     first = group[0]
 
     def one(key: jax.Array, step: jax.Array, matrix: jax.Array, old: Subspace) -> tuple[Subspace, Outcome]:
-        nothing = old, _nothing(jnp.zeros_like(level_of(matrix), dtype=bool))
         level = level_of(matrix, may_be_zero=False)
+        nothing = old, _nothing(jnp.zeros_like(level, dtype=bool))
         if axis_name is not None:  # the same on all devices, so that they all send their gradients or none does
             level = jnp.log(jax.lax.psum(jnp.exp(level), axis_name))
 

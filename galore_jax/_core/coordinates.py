@@ -40,13 +40,6 @@ def lift(
     return low_rank
 
 
-def coordinates(storage: Storage, view: MatrixView | None, param: jax.Array, left: Any, right: Any) -> jax.Array:
-    """Projects a parameter like its gradient, in at least float32.  Without a view, it only promotes the dtype."""
-    if view is None:
-        return promoted(param)
-    return project(storage, view.to_matrices(param), *sides(view, left, right), view.rank)
-
-
 def sides(view: MatrixView, left: Any, right: Any) -> tuple[Basis | None, Basis | None]:
     """Returns the (left, right) bases of a parameter, with None for a side that has no basis."""
     return left if view.left else None, right if view.right else None

@@ -10,7 +10,7 @@ One number for each matrix keeps programs small, and lets each parameter be upda
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ def is_sound(level: jax.Array) -> jax.Array:
     return level < jnp.inf
 
 
-def taken(vector: jax.Array, places: np.ndarray) -> jax.Array:
+def at_places(vector: jax.Array, places: np.ndarray) -> jax.Array:
     """The entries of a vector at static places."""
     if np.array_equal(places, np.arange(vector.size)):
         return vector
@@ -86,7 +86,58 @@ class Batches(NamedTuple):
 
 def joined(arrays: Sequence[jax.Array]) -> jax.Array:
     """The entries of all arrays in one vector, replicated."""
-    return Batches(tuple(map(jnp.shape, arrays))).join(arrays)
+    return Batches(tuple(map(jnp.shape, arrays))).join(arrays) if arrays else jnp.zeros((0,))
+
+
+class Guarded(NamedTuple):
+    """What :func:`update_guarded` returns."""
+
+    low_rank: list[jax.Array]  # the gradients that the inner transformation was given, zeros where they are not good
+    replies: list[jax.Array]  # its answers, as they came
+    good: list[jax.Array]  # [*batch] bool of each parameter; whether the gradient is good
+    answered: list[jax.Array]  # [*batch] bool of each parameter; whether the answer can be used too
+    inner_state: Any  # held where a gradient is not good
+    moved: jax.Array  # scalar, int32; 1 if any answer can be used
+    skipped: jax.Array  # scalar, int32; 1 if any gradient, or the answer to a good one, is not finite
+
+
+def update_guarded(
+    update: Callable[[list[jax.Array]], tuple[list[jax.Array], Any]],
+    low_rank: list[jax.Array],
+    batches: list[int],
+    projected: list[bool],
+    owners_of: Callable[[Any], list[int]],
+    old: Any,
+) -> Guarded:
+    """One update of an inner transformation that no bad gradient reaches.
+
+    Args:
+      update: Gradients -> the answers of the inner transformation, and its new state.
+      low_rank: The gradients, in their subspaces where they are projected.
+      batches: The number of batch axes of each.
+      projected: Whether each is projected; zeros are good where it is not.
+      owners_of: Maps an inner state to the owners that :func:`hold_bad` takes.
+      old: The inner state before the update.
+    """
+    levels = [
+        level_of(x, batch, may_be_zero=not flag) for x, batch, flag in zip(low_rank, batches, projected, strict=True)
+    ]
+    good = list(map(jnp.isfinite, levels))
+    low_rank = list(map(masked, good, low_rank))
+    replies, new = update(low_rank)
+    # An answer that is not finite is not lifted, nor is one to a gradient that is not good: there, 0 · level is NaN.
+    answers = [level_of(x, batch) + 0 * level for x, batch, level in zip(replies, batches, levels, strict=True)]
+    all_levels, all_answers = joined(levels), joined(answers)
+    lost = jnp.isfinite(all_levels) & ~jnp.isfinite(all_answers)
+    return Guarded(
+        low_rank,
+        replies,
+        good,
+        list(map(jnp.isfinite, answers)),
+        hold_bad(owners_of(new), new=new, old=old, good=good),
+        jnp.any(jnp.isfinite(all_answers)).astype(jnp.int32),
+        jnp.any(~is_sound(all_levels) | lost).astype(jnp.int32),
+    )
 
 
 def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) -> Any:
@@ -102,7 +153,7 @@ def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) ->
       The state to keep.  Leaves that belong to no parameter (counts) are new unless no parameter is good.  Where a leaf of the
       state does not begin with the batch axes of its parameter, one bad matrix holds the whole leaf.
     """
-    any_good = jnp.any(joined(good)) if good else jnp.array(False)
+    any_good = jnp.any(joined(good))
 
     def choose(owner: int, new_leaf: Any, old_leaf: Any) -> Any:
         flag = any_good if owner == NO_PARAMETER else good[owner]

@@ -29,7 +29,7 @@ from galore_jax._core.basis import Rows
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
-from galore_jax._core.gradients import Batches, hold_bad, is_sound, joined, level_of, masked
+from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, level_of, masked, update_guarded
 from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
@@ -187,19 +187,18 @@ class Step:
         projected, chosen = map(
             list, zip(*((i, view) for i, view in enumerate(views) if view is not None), strict=True)
         )
-        places: dict[int, list[int]] = {i: [] for i in projected}
-        mine: dict[int, list[Carrier]] = {i: [] for i in projected}
+        # The leaves of the inner state that each parameter carries over, by their places.
+        mine: dict[int, dict[int, Carrier]] = {i: {} for i in projected}
         for place, carrier in enumerate(carried):
             if carrier is not None:
-                places[carrier.parameter].append(place)
-                mine[carrier.parameter].append(carrier)
+                mine[carrier.parameter][place] = carrier
 
         members = [
             Member(
                 view,
                 gradients[i].matrices,
-                Subspace(lefts[i], rights[i], tuple(inner_leaves[place] for place in places[i])),
-                tuple(mine[i]),
+                Subspace(lefts[i], rights[i], tuple(inner_leaves[place] for place in mine[i])),
+                tuple(mine[i].values()),
             )
             for i, view in zip(projected, chosen, strict=True)
         ]
@@ -222,7 +221,7 @@ class Step:
 
         for i, subspace in zip(projected, subspaces, strict=True):
             lefts[i], rights[i] = subspace.left, subspace.right
-            for place, moment in zip(places[i], subspace.moments, strict=True):
+            for place, moment in zip(mine[i], subspace.moments, strict=True):
                 inner_leaves[place] = moment
         leaves, structure = jax.tree.flatten(
             self.refresh.advance(state.step, slots, schedule, outcome.done, outcome.overlap)
@@ -274,14 +273,6 @@ class Step:
             boxes = (gradient.leaf for gradient in gradients)
             return treedef.unflatten(map(trees.boxed_like, arrays, boxes))
 
-        batches = [view.batch if view is not None else 0 for view in views]
-        levels = [
-            level_of(x, batch, may_be_zero=view is None)
-            for view, batch, x in zip(views, batches, low_rank, strict=True)
-        ]
-        good = list(map(jnp.isfinite, levels))
-        low_rank = list(map(masked, good, low_rank))
-
         in_subspaces = None
         if params is not None:
             values = map(trees.array_of, treedef.flatten_up_to(params))
@@ -290,33 +281,37 @@ class Step:
                 for view, value, sides in zip(views, values, bases, strict=True)
             )
         inner = self._inner_of(views)
-        replies, inner_state = inner.update(tree(low_rank), state.inner_state, in_subspaces, **extra_args)
-        replies = list(map(trees.array_of, treedef.flatten_up_to(replies)))
-        # An answer that is not finite is not lifted, nor is one to a gradient that is not good: there, 0 · level is NaN.
-        answers = [
-            level_of(x, batch, may_be_zero=True) + 0 * level
-            for batch, x, level in zip(batches, replies, levels, strict=True)
-        ]
-        answered = list(map(jnp.isfinite, answers))
 
+        def update(low_rank: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+            replies, new = inner.update(tree(low_rank), state.inner_state, in_subspaces, **extra_args)
+            return list(map(trees.array_of, treedef.flatten_up_to(replies))), new
+
+        done = update_guarded(
+            update,
+            low_rank,
+            [0 if view is None else view.batch for view in views],
+            [view is not None for view in views],
+            lambda new: owners(inner, new, treedef),
+            state.inner_state,
+        )
         remembered = None if self.residual is None else treedef.flatten_up_to(state.residual)
         updates = []
-        for i, (gradient, reply, sides) in enumerate(zip(gradients, replies, bases, strict=True)):
+        for i, (gradient, reply, sides) in enumerate(zip(gradients, done.replies, bases, strict=True)):
             view = gradient.view
             if view is None:
-                updates.append(masked(answered[i], reply).astype(gradient.dtype))
+                updates.append(masked(done.answered[i], reply).astype(gradient.dtype))
                 continue
             alpha = residuals.alpha(view, self.scale, reply.dtype)
             if self.residual is None or remembered is None:
                 # The lift is in the dtype of the update, with at least float32 sums.
-                matrices = self._lift(view, masked(answered[i], reply * alpha).astype(gradient.dtype), sides)
+                matrices = self._lift(view, masked(done.answered[i], reply * alpha).astype(gradient.dtype), sides)
             else:
                 matrices, remembered[i] = residuals.combine(
                     self.residual,
                     gradient.matrices,
-                    answered[i],
-                    low_rank[i],
-                    masked(answered[i], reply),
+                    done.answered[i],
+                    done.low_rank[i],
+                    masked(done.answered[i], reply),
                     sides,
                     remembered[i],
                     lift=functools.partial(self._lift, view),
@@ -325,17 +320,14 @@ class Step:
                 )
             updates.append(matrices.astype(gradient.dtype))
 
-        lost = jnp.isfinite(joined(levels)) & ~jnp.isfinite(joined(answers))
         new_state = state._replace(
-            step=state.step + jnp.any(jnp.isfinite(joined(answers))).astype(jnp.int32),
-            skipped=state.skipped + jnp.any(~is_sound(joined(levels)) | lost).astype(jnp.int32),
-            inner_state=hold_bad(
-                owners(inner, inner_state, treedef), new=inner_state, old=state.inner_state, good=good
-            ),
+            step=state.step + done.moved,
+            skipped=state.skipped + done.skipped,
+            inner_state=done.inner_state,
             residual=state.residual if remembered is None else treedef.unflatten(remembered),
         )
         if self.diagnostics:
-            found = self._diagnosed(gradients, treedef, low_rank, good, updates, state.diagnostics)
+            found = self._diagnosed(gradients, treedef, done, updates, state.diagnostics)
             new_state = new_state._replace(diagnostics=found)
         return tree(map(_as_parameter, gradients, updates)), new_state
 
@@ -343,8 +335,7 @@ class Step:
         self,
         gradients: list[_Gradient],
         treedef: Any,
-        low_rank: list[jax.Array],
-        good: list[jax.Array],
+        done: Guarded,
         updates: list[jax.Array],
         known: diagnosis.Diagnostics,
     ) -> diagnosis.Diagnostics:
@@ -354,8 +345,8 @@ class Step:
             if gradient.view is not None:
                 rms[i] = diagnosis.root_mean_square(updates[i])
                 if gradient.matrices is not None:
-                    share = diagnosis.captured_energy(low_rank[i], gradient.matrices)
-                    captured[i] = jnp.where(good[i], share, captured[i])
+                    share = diagnosis.captured_energy(done.low_rank[i], gradient.matrices)
+                    captured[i] = jnp.where(done.good[i], share, captured[i])
         return known._replace(captured_energy=treedef.unflatten(captured), update_rms=treedef.unflatten(rms))
 
     def _update_whole(
@@ -373,8 +364,7 @@ class Step:
         updates = trees.as_arrays(updates)
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        leaves = jax.tree.leaves((updates, replies))
-        sound = jnp.all(is_sound(joined(list(map(level_of, leaves))))) if leaves else jnp.array(False)
+        sound = jnp.all(is_sound(joined(list(map(level_of, jax.tree.leaves((updates, replies)))))))
         replies = jax.tree.map(lambda reply, x: jnp.where(sound, reply, 0).astype(x.dtype), replies, updates)
         inner_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), inner_state, state.inner_state)
         good = sound.astype(jnp.int32)
