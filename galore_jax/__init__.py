@@ -3,6 +3,7 @@
 """GaLore (Gradient Low-Rank Projection, arXiv 2403.03507) for JAX: full-parameter training with low-rank optimizer state."""
 
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
+from galore_jax.description import describe as describe
 from galore_jax.limiter import limit_norm_growth as limit_norm_growth
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes

@@ -109,11 +109,24 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def describe(arguments: Sequence[str]) -> int:
+    """Say which matrices of a model are projected, and what state each parameter costs."""
+    with needed_packages("describe", extra="train"):
+        from galore_jax.training import described
+
+        settings = parse(described.DescribeConfig, arguments, "describe")
+    with usage_errors():
+        found = described.describe_folder(settings)
+    print(json.dumps(described.as_json(found), indent=2) if settings.json else found)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
     "finetune": finetune,
     "plan": plan,
     "generate": generate,
+    "describe": describe,
 }
 
 
@@ -127,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.
+      describe    Say which matrices of a model are projected, and what state each parameter costs.
     <BLANKLINE>
     galore-jax COMMAND --help lists the flags of a command.
     0

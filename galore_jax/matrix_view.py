@@ -3,7 +3,7 @@
 """Views of parameters as batches of matrices: which parameters are projected, along which axes, at what rank and side.
 
 A leaf of any shape is a batch of m x n matrices: m is the product of its reduction axes, n the product of its output axes,
-and every other axis is a batch axis.  By default, the last two axes are the matrix.  With k = min(m, n):
+and every other axis is a batch axis.  :mod:`galore_jax.layouts` says which axes those are by default.  With k = min(m, n):
 
     proj_type      basis                      low-rank gradient
     left           P in R^(m x r)             PᵀG    in R^(r x n)
@@ -21,7 +21,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -31,10 +31,11 @@ import optax
 
 from galore_jax import sharding
 from galore_jax._core.trees import is_box, paths_of as paths_of
+from galore_jax.layouts import Layout, kind_of, layouts
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
-Rank = int | float | Callable[[str, tuple[int, ...]], int | float | None]
+Rank = int | float | Mapping[str, int | float | None] | Callable[[str, tuple[int, ...]], int | float | None]
 _T = TypeVar("_T")
 
 
@@ -150,6 +151,28 @@ def whole_tree(params: Any, stacked: Collection[str]) -> Iterator[None]:
         _WHOLE.reset(token)
 
 
+_RECORD: contextvars.ContextVar[dict[tuple[str, tuple[int, ...]], MatrixView | str] | None] = contextvars.ContextVar(
+    "galore_jax_record", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[tuple[str, tuple[int, ...]], MatrixView | str]]:
+    """Yields a dict that fills, while active, with what :func:`select` decides: (path, shape) -> a view, or why there is none.
+
+    >>> with recorded() as decisions:
+    ...     _ = select({"kernel": jnp.zeros((32, 64)), "bias": jnp.zeros(64)}, rank=8)
+    >>> decisions["bias", (64,)], decisions["kernel", (32, 64)].rank
+    ('one axis', 8)
+    """
+    decisions: dict[tuple[str, tuple[int, ...]], MatrixView | str] = {}
+    token = _RECORD.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _RECORD.reset(token)
+
+
 def is_part(tree: Any) -> bool:
     """Whether a tree is a part of a larger one, by ``optax.MaskedNode()`` in it or by :func:`whole_tree`.
 
@@ -160,14 +183,27 @@ def is_part(tree: Any) -> bool:
 
 
 def check_rank(rank: Rank, where: str = "rank") -> None:
-    """Raises unless ``rank`` is a static positive int, a fraction in (0, 1] or a callable."""
+    """Raises unless ``rank`` is a static positive int, a fraction in (0, 1], such ranks by patterns of paths, or a callable."""
     if callable(rank):
         return
-    remedy = "write a positive int, a fraction of the smaller side in (0, 1], or a callable(path, shape)."
+    if isinstance(rank, Mapping):
+        for pattern, value in rank.items():
+            _compiled(pattern, where)
+            if value is not None:
+                check_rank(value, f"{where}[{pattern!r}]")
+        return
+    remedy = "write a positive int, a fraction of the smaller side in (0, 1], a dict of patterns, or a callable(path, shape)."
     if isinstance(rank, bool) or not isinstance(rank, (int, float, np.integer, np.floating)):
         raise TypeError(f"{where} is {rank!r} of type {type(rank).__name__}: {remedy}")
     if rank <= 0 or (isinstance(rank, (float, np.floating)) and not rank <= 1):
         raise ValueError(f"{where} is {rank}: {remedy}")
+
+
+def _compiled(pattern: Any, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{where} has the pattern {pattern!r}, which is no regular expression: {error}.") from None
 
 
 def check_proj_type(proj_type: str) -> None:
@@ -186,18 +222,23 @@ def select(
 ) -> list[MatrixView | None]:
     """Returns the view of each leaf of ``params``, in the order of ``jax.tree.leaves``, and None for leaves left whole.
 
-    A leaf is projected if it has at least two axes, its path names no embedding, LM head or norm, and its rank is below its
-    smaller side.  ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, and True on a subtree
-    applies the rule on names inside it.  ``weight_dimension_numbers`` on a leaf replaces all the rules: dimension numbers
-    project it, at a rank of at most its smaller side, and None leaves it whole.  On a subtree, they give the axes of the
-    leaves that the rules select in it.
+    A leaf is projected if it is a weight matrix of a block by :mod:`galore_jax.layouts`, which reads the whole tree, and its
+    rank is below its smaller side.
+
+    ``mask`` replaces the rule on names: True on a leaf selects it whatever its name, and True on a subtree applies the rule on
+    names inside it.  A regular expression, or a list of them, applies the rule on names to the leaves in whose '/'-separated
+    path one of them is found.  ``rank`` may be a dict from such patterns to ranks, and a leaf that no pattern is found in is
+    left whole.
+
+    ``weight_dimension_numbers`` on a leaf replaces all the rules: dimension numbers project it, at a rank of at most its
+    smaller side, and None leaves it whole.  On a subtree, they give the axes of the leaves that the rules select in it.
 
     A function of the parameters may stand for either tree.  Both may cover more than ``params`` if :func:`is_part`.
 
     Raises:
       ValueError: The axes overlap or don't exist, a tree doesn't fit, or a mask selects nothing in a whole tree.
 
-    >>> params = {"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((64,))}
+    >>> params = {"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((4, 32, 64)), "bias": jnp.zeros((4, 64))}
     >>> [view and view.low_rank_shape for view in select(params, rank=8)]
     [None, None, (4, 8, 64)]
     """
@@ -216,7 +257,7 @@ def why_whole(
     """Returns the path, the shape and the reason, in a few words, of each leaf that :func:`select` leaves whole.
 
     >>> why_whole({"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((32, 64)), "bias": jnp.zeros((64,))}, rank=32)
-    [('bias', (64,), 'one axis'), ('embed', (100, 32), 'its name'), ('kernel', (32, 64), 'rank 32 is not below its ...')]
+    [('bias', (64,), 'one axis'), ('embed', (100, 32), 'embedding'), ('kernel', (32, 64), 'rank 32 is not below its ...')]
     """
     decisions = _decisions(params, rank, proj_type, mask, weight_dimension_numbers)
     leaves = zip(paths_of(params), jax.tree.leaves(params), decisions, strict=True)
@@ -229,7 +270,7 @@ def taking_part(params: Any, mask: Any = None) -> list[tuple[str, bool]]:
     >>> taking_part({"conv": {"kernel": jnp.zeros((3, 3, 4, 8))}, "norm": jnp.zeros((8,))})
     [('conv/kernel', True), ('norm', False)]
     """
-    barred = _in_whole(params, lambda tree, _: [_barred(leaf) for leaf in _leaves(tree, mask, None)])
+    barred = _in_whole(params, lambda tree, stacked: [_barred(leaf) for leaf in _leaves(tree, mask, None, stacked)])
     return [(path, not reason) for path, reason in zip(paths_of(params), barred, strict=True)]
 
 
@@ -242,6 +283,7 @@ class _Leaf(NamedTuple):
     path: str
     shape: tuple[int, ...]
     dtype: Any
+    layout: Layout
     mask: _Choice | None
     numbers: _Choice | None
 
@@ -252,7 +294,9 @@ def _decisions(params: Any, rank: Rank, proj_type: str, mask: Any, numbers: Any)
         return list(numbers)
 
     def decide(tree: Any, stacked: frozenset[str]) -> list[MatrixView | str]:
-        leaves = _leaves(tree, mask, numbers)
+        if isinstance(rank, Mapping):
+            _searched(rank, tree, "rank")
+        leaves = _leaves(tree, mask, numbers, stacked)
         decisions = [_decision(leaf, rank, proj_type, leaf.path in stacked) for leaf in leaves]
         counts = [0 if isinstance(decision, str) else math.prod(decision.batch_shape) for decision in decisions]
         if leaves and mask is not None and not any(counts) and not _has_masked_nodes(tree):
@@ -268,10 +312,20 @@ def _decisions(params: Any, rank: Rank, proj_type: str, mask: Any, numbers: Any)
             for decision, first in zip(decisions, itertools.accumulate(counts, initial=0), strict=False)
         ]
 
-    return [
+    decided = [
         _as_shown(decision, jnp.shape(leaf))
         for decision, leaf in zip(_in_whole(params, decide), jax.tree.leaves(params), strict=True)
     ]
+    record = _RECORD.get()
+    if record is not None:
+        keys = [(path, jnp.shape(leaf)) for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True)]
+        # A parameter that one transformation leaves whole may be projected by another.
+        record.update(
+            (key, decision)
+            for key, decision in zip(keys, decided, strict=True)
+            if not (isinstance(decision, str) and key in record)
+        )
+    return decided
 
 
 def _in_whole(params: Any, decide: Callable[[Any, frozenset[str]], list[_T]]) -> list[_T]:
@@ -309,9 +363,13 @@ def _as_shown(decision: MatrixView | str, shape: tuple[int, ...]) -> MatrixView 
     return _too_large(decision.rank, smaller) if decision.rank >= smaller else decision
 
 
-def _leaves(tree: Any, mask: Any, numbers: Any) -> list[_Leaf]:
+def _leaves(tree: Any, mask: Any, numbers: Any, stacked: Collection[str]) -> list[_Leaf]:
     """Each leaf of a tree with the choices made for it."""
-    masks = _choices(mask, tree, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
+    if patterns := _patterns(mask):
+        searched = _searched(patterns, tree, "mask")
+        masks = [_Choice(bool(found), on_leaf=False) for found in searched]
+    else:
+        masks = _choices(mask, tree, "mask", lambda x: isinstance(x, (bool, np.bool_)), "write True or False.")
     specs = _choices(
         numbers,
         tree,
@@ -320,9 +378,31 @@ def _leaves(tree: Any, mask: Any, numbers: Any) -> list[_Leaf]:
         "write GaLoreDimensionNumbers(...) or None.",
     )
     return [
-        _Leaf(path, jnp.shape(leaf), jnp.result_type(leaf), *choices)
-        for path, leaf, *choices in zip(paths_of(tree), jax.tree.leaves(tree), masks, specs, strict=True)
+        _Leaf(path, jnp.shape(leaf), jnp.result_type(leaf), layout, chosen, spec)
+        for path, leaf, layout, chosen, spec in zip(
+            paths_of(tree), jax.tree.leaves(tree), layouts(tree, stacked), masks, specs, strict=True
+        )
     ]
+
+
+def _patterns(mask: Any) -> list[str | re.Pattern[str]]:
+    """The regular expressions that a mask is; empty if it is a tree or a function."""
+    patterns = list(mask) if isinstance(mask, (list, tuple, set, frozenset)) else [mask]
+    return patterns if all(isinstance(pattern, (str, re.Pattern)) for pattern in patterns) else []
+
+
+def _searched(patterns: Collection[str | re.Pattern[str]], tree: Any, where: str) -> list[list[str | re.Pattern[str]]]:
+    """The patterns that are found in the path of each leaf.  In a whole tree, each has to be found somewhere."""
+    paths = paths_of(tree)
+    compiled = {pattern: _compiled(pattern, where) for pattern in patterns}
+    found = [[pattern for pattern, search in compiled.items() if search.search(path)] for path in paths]
+    unused = [pattern for pattern in patterns if not any(pattern in some for some in found)]
+    if unused and paths and not _has_masked_nodes(tree):
+        raise ValueError(
+            f"{where} has the pattern {unused[0]!r}, which is in none of the {len(paths)} paths of parameters "
+            f"({', '.join(paths[:8])})."
+        )
+    return found
 
 
 def _choices(prefix: Any, params: Any, name: str, is_valid: Callable[[Any], bool], remedy: str) -> list[_Choice | None]:
@@ -382,8 +462,8 @@ def _barred(leaf: _Leaf, whatever_its_name: bool = False) -> str:
         return "no elements"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return f"dtype {leaf.dtype}"
-    named = whatever_its_name or (leaf.mask is not None and leaf.mask.on_leaf) or is_matrix_name(leaf.path)
-    return "" if named else "its name"
+    chosen = whatever_its_name or (leaf.mask is not None and leaf.mask.on_leaf)
+    return "" if chosen else leaf.layout.kind
 
 
 def _decision(leaf: _Leaf, rank: Rank, proj_type: str, stacked: bool) -> MatrixView | str:
@@ -392,18 +472,23 @@ def _decision(leaf: _Leaf, rank: Rank, proj_type: str, stacked: bool) -> MatrixV
     if leaf.numbers is not None and leaf.numbers.value is None:
         return "dimension numbers are None"
     if not explicit and len(shape) < 2:
-        return "one axis" if shape else "no axes"
+        return leaf.layout.unclear
     if reason := _barred(leaf, whatever_its_name=explicit):
         return reason
 
-    numbers = GaLoreDimensionNumbers() if leaf.numbers is None else leaf.numbers.value
-    reduction = _axes(numbers.reduction_axis, path, shape)
-    output = _axes(numbers.output_axis, path, shape)
-    if len(set(reduction + output)) != len(reduction + output) or not reduction or not output:
-        raise ValueError(
-            f"weight_dimension_numbers of {path!r} with shape {shape} has reduction_axis={numbers.reduction_axis} and "
-            f"output_axis={numbers.output_axis}: name at least one axis in each, and no axis twice."
-        )
+    if leaf.numbers is None:
+        if leaf.layout.unclear:
+            return leaf.layout.unclear
+        reduction, output = leaf.layout.reduction, leaf.layout.output
+    else:
+        numbers = leaf.numbers.value
+        reduction = _axes(numbers.reduction_axis, path, shape)
+        output = _axes(numbers.output_axis, path, shape)
+        if len(set(reduction + output)) != len(reduction + output) or not reduction or not output:
+            raise ValueError(
+                f"weight_dimension_numbers of {path!r} with shape {shape} has reduction_axis={numbers.reduction_axis} "
+                f"and output_axis={numbers.output_axis}: name at least one axis in each, and no axis twice."
+            )
     if stacked and 0 in reduction + output:
         return "the layers are an axis of its matrix"
     batch = tuple(axis for axis in range(len(shape)) if axis not in reduction + output)
@@ -411,7 +496,7 @@ def _decision(leaf: _Leaf, rank: Rank, proj_type: str, stacked: bool) -> MatrixV
     smaller = min(view.matrix_shape)
     resolved = resolve_rank(rank, path, shape, smaller)
     if resolved is None:
-        return "rank is None"
+        return "no pattern of rank" if isinstance(rank, Mapping) else "rank is None"
     if not explicit and resolved >= smaller:
         return _too_large(resolved, smaller)
     left, right = _sides(proj_type, *view.matrix_shape)
@@ -432,7 +517,15 @@ def _axes(axes: int | tuple[int, ...], path: str, shape: tuple[int, ...]) -> tup
 
 def resolve_rank(rank: Rank, path: str, shape: tuple[int, ...], smaller: int) -> int | None:
     """Returns the number of columns of a basis, which may exceed ``smaller``, or None to leave the parameter whole."""
-    chosen = rank(path, shape) if callable(rank) else rank
+    if isinstance(rank, Mapping):
+        found = {pattern: value for pattern, value in rank.items() if re.search(pattern, path)}
+        if len(set(found.values())) > 1:
+            raise ValueError(
+                f"rank has patterns that disagree on {path!r}: {found}; write patterns of which one matches."
+            )
+        chosen = next(iter(found.values()), None)
+    else:
+        chosen = rank(path, shape) if callable(rank) else rank
     if chosen is None:
         return None
     check_rank(chosen, f"rank of {path!r} with shape {shape}")
@@ -450,21 +543,10 @@ def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:
     }[proj_type]
 
 
-# The layers that GaLore trains with plain Adam, by their names in Flax, Equinox and Hugging Face.
-_NOT_A_MATRIX = re.compile(
-    r"(^|_)(un)?embed|(^|_)[a-z]*norm\d*(_|$)|^(lm_?)?head(_\d+)?$|^(output|classifier|classification|prediction)_head$"
-    r"|^(wte|wpe|logits|scale)$|^ln(_|$)|^ln\d+$"
-)
-
-
 def is_matrix_name(path: str) -> bool:
     """Whether no part of a '/'-separated path names an embedding, an LM head or a norm.
 
     >>> [is_matrix_name(p) for p in ("layers/attn/q_proj/kernel", "multi_head_attention/out", "lm_head/kernel", "Embed_0")]
     [True, True, False, False]
     """
-    parts = (
-        re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", part).lower()
-        for part in re.split(r"[/.]", path)
-    )
-    return not any(_NOT_A_MATRIX.search(part) for part in parts)
+    return not kind_of(path)

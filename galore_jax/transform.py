@@ -63,8 +63,8 @@ def galore(
     Args:
       inner: Any Optax transformation.  If None, the transformation only projects the gradient onto its subspace and back
         (α P Pᵀ G), which saves no memory.  :func:`galore_jax.chain` uses the transformations that follow as ``inner``.
-      rank: Rank r: an int, a fraction in (0, 1] of each matrix's smaller side, or a ``callable(path, shape)`` that returns
-        either, or None to leave a parameter unprojected.
+      rank: Rank r: an int, a fraction in (0, 1] of each matrix's smaller side, a dict from patterns of paths to either, or a
+        ``callable(path, shape)`` that returns either, or None to leave a parameter unprojected.
       update_proj_gap: Number T of updates between two refreshes of a basis.
       scale: Factor α on the lifted update.  ``"rms"`` sets it so that the update keeps the root mean square of the inner
         update: √(m/r) for a basis on the left.  A learning rate then carries over between ranks and sides.
@@ -82,7 +82,7 @@ def galore(
         ``"orthogonal"`` or an object from :mod:`galore_jax.residual`.  None drops it, as GaLore does.
       diagnostics: If True, record :class:`galore_jax.diagnostics.Diagnostics` in the state.
       mask: Tree of bools, a prefix of one, or a callable of the parameters that returns one.  Only parameters with True are
-        projected.
+        projected.  A regular expression, or a list of them, selects the matrices in whose path one of them is found.
       weight_dimension_numbers: Tree of :class:`GaLoreDimensionNumbers` or None, a prefix of one, or a callable of the
         parameters that returns one.  It names the axes that form the matrix; every other axis is a batch axis.
       seed: Seed for the random projectors.

@@ -18,7 +18,7 @@ from run_pages import blocks
 
 import galore_jax
 from galore_jax import cli
-from galore_jax.training import config, finetune_config, generation, plan, recipes
+from galore_jax.training import config, described, finetune_config, generation, plan, recipes
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -28,6 +28,7 @@ SETTINGS = {
     "plan": plan.PlanConfig,
     "generate": generation.GenerateConfig,
     "finetune": finetune_config.FinetuneConfig,
+    "describe": described.DescribeConfig,
 }
 NEEDS_EQUINOX = {"own-model.md"}
 

@@ -35,7 +35,18 @@ def test_every_example_has_a_test():
         "cnn_tucker.py",
         "pretrain_llama.py",
         "pretrain_7b_24gb.py",
+        "other_libraries.py",
     }
+
+
+@pytest.mark.parametrize("library", ["equinox", "haiku", "keras", "tunix"])
+def test_other_libraries_train_save_and_restore(library):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    *_, adamw, galore, restored = run("other_libraries.py", library, "--steps", "20", **QUICKLY).splitlines()
+    assert float(adamw.split()[2].rstrip(",")) < 4  # log(256) = 5.5 before training
+    assert float(galore.split()[2].rstrip(",")) < 4
+    assert restored == "a checkpoint restores bit for bit"
 
 
 def test_optax_quickstart_saves_memory_and_learns():

@@ -475,4 +475,4 @@ def test_every_leaf_that_is_left_whole_has_a_reason():
     assert why_whole(
         abstract(embed=(100, 32), w=(32, 64)), rank=4, weight_dimension_numbers={"embed": N(), "w": None}
     ) == [("w", (32, 64), "dimension numbers are None")]
-    assert why_whole(abstract(embed=(100, 32)), rank=4) == [("embed", (100, 32), "its name")]
+    assert why_whole(abstract(embed=(100, 32)), rank=4) == [("embed", (100, 32), "embedding")]

@@ -151,7 +151,7 @@ def test_lazy_doubles_the_gap_of_a_subspace_that_stays_and_not_of_one_that_turns
 def test_manual_steps_hold_no_factorisation_and_refresh_bases_does_what_a_refresh_does(transport):
     """Refreshed by hand before every T-th update, it is together."""
     settings = {"rank": 4, "update_proj_gap": T, "transport": transport}
-    params = {"w": jnp.zeros((2, 12, 20)), "b": jnp.zeros((20,))}
+    params = {"w": jnp.zeros((2, 12, 20)), "b": jnp.zeros((2, 20))}
 
     def made(policy):
         return optax.chain(

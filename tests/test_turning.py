@@ -199,7 +199,7 @@ def test_a_basis_that_rotates_in_its_subspace_leaves_the_lifted_first_moment(pro
 
 def test_diagnostics_are_what_they_say():
     tx = galore(optax.adam(0.1), rank=4, update_proj_gap=3, diagnostics=True, refresh="together", scale=0.5)
-    params = {"w": jnp.zeros((2, 12, 20)), "tall": jnp.zeros((20, 12)), "b": jnp.zeros((20,))}
+    params = {"w": jnp.zeros((2, 12, 20)), "tall": jnp.zeros((20, 12)), "b": jnp.zeros((2, 20))}
     state, update = tx.init(params), jax.jit(tx.update)
     for step in range(5):
         before = state

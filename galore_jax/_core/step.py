@@ -51,7 +51,8 @@ def warn_if_whole(
     named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in largest)
     warnings.warn(
         f"galore projects none of the {len(jax.tree.leaves(params))} parameters, so it saves no memory; the largest are {named}: "
-        "write a smaller rank, or select parameters by mask or weight_dimension_numbers.",
+        "write a smaller rank, or select parameters by mask or weight_dimension_numbers (print(galore_jax.describe(tx, params)) "
+        "shows all of them).",
         GaLoreMemoryWarning,
         stacklevel=4,
     )

@@ -118,7 +118,10 @@ def train(run: Run) -> Record:
         Progress(run.step, config.steps) as progress,
         CheckpointWriter(folder / "checkpoints", config.keep, "finetune") as writer,
     ):
-        progress.say(f"{run.description}\nrun folder: {folder}, at step {run.step} of {config.steps}")
+        progress.say(
+            f"{run.description}\n{report.projection(config.training, run.params)}"
+            f"run folder: {folder}, at step {run.step} of {config.steps}"
+        )
         seconds = take_steps(
             run, writer, log, progress, signals, meter, is_validated(run),
             compile_step=lambda: _compiled_step(run, scores, lengths[run.step :]),

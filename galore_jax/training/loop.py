@@ -140,6 +140,7 @@ def train(run: Run) -> Record:
     ):
         progress.say(
             f"{config.model}, {run.model_config.num_params:,} parameters, {_optimizer_words(run)}\n"
+            f"{report.projection(config, part(run.params)[0])}"
             f"{run.data.description}\nrun folder: {folder}, at step {run.step} of {config.steps}"
         )
         eval_step = make_eval_step(run.program.graphdef)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from galore_jax import state_bytes, tree_bytes
+from galore_jax import describe, state_bytes, tree_bytes
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.metrics import Record, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
@@ -42,6 +42,18 @@ def memory(config: PretrainConfig, params: Any, opt_state: Any, whole: Any) -> d
             make_optimizer(adamw, make_schedule(adamw)), jax.eval_shape(dequantize, whole)
         ),
     }
+
+
+def projection(config: PretrainConfig, params: Any) -> str:
+    """What the optimizer projects, as a line; empty if nothing.  The parameters may be abstract.
+
+    >>> params = {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}
+    >>> projection(PretrainConfig(optimizer="galore_adamw"), params)
+    "1 of 1 parameters are projected; parameters 32,768 bytes, optimizer state 24,624 bytes, 37.6% of AdamW's.\\n"
+    """
+    tx = make_optimizer(config, make_schedule(config))
+    found = describe(tx, jax.eval_shape(dequantize, params))
+    return f"{found.summary()}\n" if found.projected else ""
 
 
 def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
