@@ -1,6 +1,7 @@
 # make pretrain      trains a small LLaMA with GaLore on the Python standard library's text
 # make test          lints, type-checks, runs the doctests and the tests
-# make pages         runs the code of the documentation, the notebooks, the examples and the benchmarks
+# make test-slow     runs the slow tests: whole runs, meshes and hardware that is not there; and the code of the documentation, the
+#                    notebooks, the examples and the benchmarks
 # make test-newest   tests the core on the newest Python here with the newest jax
 # make docs          builds the documentation site into build/site
 # make package       builds the wheel and the sdist, and tries each in an empty environment
@@ -13,16 +14,16 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 export JAX_PLATFORMS ?=
 
-.PHONY: pretrain test pages test-newest docs package lint format clean
+.PHONY: pretrain test test-slow test-newest docs package lint format clean
 
 pretrain: $(VENV)/train
 	$(BIN)/galore-jax pretrain --model demo --optimizer galore_adamw --data python $(ARGS)
 
 test: $(VENV)/test lint
-	$(PYTEST) -m "not pages"
+	$(PYTEST) -m "not slow and not pages"
 
-pages: $(VENV)/test
-	$(PYTEST) -m pages
+test-slow: $(VENV)/test
+	$(PYTEST) -m "slow or pages"
 
 test-newest:
 	.ci/newest

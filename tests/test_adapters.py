@@ -73,6 +73,7 @@ def moments(opt_state):
     return flat((adam.mu, adam.nu))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW_RANK_WEIGHTS)
 def test_a_run_trains_all_but_the_kernels_of_the_blocks_and_has_state_for_that(name, runs):
     run = runs[name]
@@ -201,6 +202,7 @@ def test_the_learning_rate_rises_again_after_each_merge():
     assert float(longer(5050)) == pytest.approx(float(longer(5100)) / 2, rel=1e-2)  # 100 steps, at most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW_RANK_WEIGHTS)
 def test_a_run_that_was_cut_goes_on_bit_for_bit_over_a_merge(name, runs, tmp_path):
     whole = runs[name]

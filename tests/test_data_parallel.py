@@ -52,6 +52,7 @@ def step_on(tx, axis_name):
     return jax.jit(jax.shard_map(step, mesh=mesh, check_vma=False, **specs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LOW_RANK))
 def test_twenty_steps_of_every_preset_equal_those_of_one_device(name):
     extra = {"random_from": 10} if name == "golore_adamw" else {}
@@ -78,6 +79,7 @@ def test_one_bad_device_leaves_the_matrix_alone_on_all_and_is_counted_once():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(new))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -107,6 +109,7 @@ def sent(**overrides):
     return sum(found.always.values()), sum(found.in_branches.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_projected_leaves_send_no_more_than_their_low_rank_gradients_between_refreshes(layerwise):
     params = built(None).state[0]

@@ -312,6 +312,7 @@ def test_a_bad_gradient_in_one_layer_stops_that_layer_alone():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new, state)))
 
 
+@pytest.mark.slow
 def test_int8_weights_learn_and_follow_full_precision():
     tx = GALORE["staggered"]
     stored = quantize_weights(params())

@@ -70,6 +70,7 @@ MESH_PROGRAM = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "axes"), [("2", "Auto"), ("8", "Auto"), ("2x4", "Auto"), ("2x4", "Explicit")])
 def test_on_a_mesh_it_returns_and_equals_one_device(mesh, axes):
     """In a process of its own, so that a deadlock fails the test, and with one thread per device, so that one shows."""

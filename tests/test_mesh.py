@@ -55,6 +55,7 @@ def run(made, steps=4):
     return params, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
@@ -72,6 +73,7 @@ def test_steps_on_a_mesh_equal_those_on_one_device(mesh, settings):
     assert losses[-1] != losses[0]
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_steps_on_a_mesh_with_those_on_one_device(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
     sharded_steps = importlib.import_module("sharded_steps")
@@ -119,6 +121,7 @@ def test_parameters_and_state_of_a_7b_model_fall_with_the_number_of_devices(name
         np.testing.assert_allclose(np.array(bytes_a_device(number)) * number, whole, rtol=0.05)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_eight_devices_restores_on_one_and_four_bit_for_bit(tmp_path):
     model = dataclasses.replace(MODEL, vocab_size=256)  # whose embedding is large enough for moments in 8 bits
     settings = {"model": model, "optimizer": "q_galore_adamw_8bit", "weights": "int8", "layerwise": True}
@@ -142,6 +145,7 @@ def test_a_checkpoint_of_eight_devices_restores_on_one_and_four_bit_for_bit(tmp_
     assert any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(state[0]))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_goes_on_without_one(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question\n" * 60)

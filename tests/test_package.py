@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 
 import galore_jax
@@ -26,6 +27,7 @@ def script(name):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_time_of_an_import_is_printed():
     """.ci/package holds it to two seconds; here other tests share the machine."""
     assert float(re.search(r"beyond them: ([\d.]+) s", script("import_time.py"))[1]) > 0

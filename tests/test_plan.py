@@ -109,6 +109,7 @@ def test_a_plan_of_the_demo_has_the_bytes_that_its_run_sums_up(text, tmp_path, c
     assert row["fits"]
 
 
+@pytest.mark.slow
 def test_the_arguments_of_the_compiled_step_are_parameters_state_and_batch(tiny):
     row = plan(PlanConfig(model=tiny, optimizer="adamw", batch=2, accumulate=2, target="here", **SMALL))
     batch = 2 * 17 * 4
@@ -134,6 +135,7 @@ def test_the_step_of_a_run_is_compiled_for_hardware_that_is_not_there(tiny, targ
     assert row["missing"] is None is row["refusal"]
 
 
+@pytest.mark.slow
 @needs_extra
 def test_a_model_that_the_compiler_refuses_has_a_plan(capsys):
     assert main(["plan", "--model", "13b", "--optimizer", "adamw", "--target", "tpu-v5e"]) == 0
@@ -219,6 +221,7 @@ def test_a_config_json_has_the_shape_of_the_model(tiny):
     )
 
 
+@pytest.mark.slow
 def test_several_optimizers_make_a_list_a_table_and_a_chart(tiny, tmp_path, capsys):
     chart = tmp_path / "chart.png"
     compare = flags(tiny, "--compare", "adamw,adafactor")
@@ -232,6 +235,7 @@ def test_several_optimizers_make_a_list_a_table_and_a_chart(tiny, tmp_path, caps
     assert [line.split()[-3] for line in table[3:5]] == ["yes", "yes"]
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_it_leaves_out_and_how_to_let_a_gpu_be_filled(tiny):
     row = plan(PlanConfig(model=tiny, optimizer="adamw", target="here", **SMALL))
     roomy = plan_report.table(PlanConfig(), [row | {"platform": "cuda"}])
@@ -244,6 +248,7 @@ def test_a_plan_says_what_it_leaves_out_and_how_to_let_a_gpu_be_filled(tiny):
     )
 
 
+@pytest.mark.slow
 def test_without_the_extra_the_exact_bytes_remain(tiny):
     script = """
 import sys
@@ -276,6 +281,7 @@ def test_the_help_names_every_target(capsys):
     assert {*TARGETS, "here:"} <= set(words)
 
 
+@pytest.mark.slow
 def test_a_plan_on_a_mesh_has_the_bytes_of_one_device_and_what_it_sends(tiny, capsys):
     config = PlanConfig(
         model=tiny, optimizer="adamw", batch=8, target="here", mesh="fsdp=4,model=2", vocab_size=256, **SMALL

@@ -322,6 +322,7 @@ def trained(preset):
     return params, state
 
 
+@pytest.mark.slow
 @eight_bit
 def test_the_8_bit_presets_train_like_the_float32_one(preset):
     """Also embeddings and head, whose moments are large and so in 8 bits too; a small norm's are not."""

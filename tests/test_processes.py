@@ -81,6 +81,7 @@ def alone(shop):
     return shop / "alone"
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one_and_write_one_log(shop, alone):
     codes, printed = finish(start(shop, 2, *FLAGS, "--mesh", "data=2,fsdp=2", "--out", "two"))
     assert codes == [0, 0], printed
@@ -92,6 +93,7 @@ def test_two_processes_have_the_losses_of_one_and_write_one_log(shop, alone):
     assert "step 24/24" not in printed[1]
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others_by_name_and_two_go_on_where_four_were(shop, alone):
     jobs = start(shop, 4, *FLAGS, "--mesh", "data=2,fsdp=2", "--out", "four")
     checkpoints, before = shop / "four" / "checkpoints", time.monotonic()

@@ -452,6 +452,7 @@ SHARDED = {  # low-rank with rank 16: (16, 512), (512, 16), (4, 16, 512), (16, 3
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec", "basis_codec"), [("int8", "int4"), ("bf16", "bfloat16")])
 def test_on_an_explicit_mesh_types_are_stable_and_values_those_of_one_device(codec, basis_codec):
     shapes = {name: shape for name, (shape, _) in SHARDED.items()}

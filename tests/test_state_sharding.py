@@ -88,6 +88,7 @@ def train(tx, names, shardings=None, state_shardings=None):
     return params, before, jax.tree.map(lambda x: x.sharding, state)
 
 
+@pytest.mark.slow
 @presets
 def test_twenty_sharded_steps_equal_those_on_one_device(preset):
     tx = optimizer(preset)
