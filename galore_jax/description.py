@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import matrix_view
+from galore_jax._core.step import GaLoreMemoryWarning
 from galore_jax._core.trees import is_box
 from galore_jax.matrix_view import MatrixView
 from galore_jax.memory import tree_bytes
@@ -85,7 +87,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     <BLANKLINE>
     1 of 2 parameters are projected; parameters 66,560 bytes, optimizer state 38,932 bytes, 29.2% of AdamW's.
     """
-    with matrix_view.recorded() as decisions:
+    with matrix_view.recorded() as decisions, warnings.catch_warnings():
+        warnings.simplefilter("ignore", GaLoreMemoryWarning)  # the reasons are in the description
         state = jax.eval_shape(tx.init, params)
     sizes = _bytes_by_parameter(state, params)
     records = []

@@ -48,6 +48,8 @@ _KERNELS = {"kernel", "weight", "weights", "w"}
 _VECTORS = {"scale", "offset", "gamma", "beta"}
 _LEAF_NAMES = _KERNELS | _VECTORS | {"bias", "b", "embedding", "embeddings"}
 
+LORA_FACTOR = "LoRA factor"
+
 # Parts of a path in snake case.  A part anywhere in the path:
 _ANYWHERE = (
     ("embedding", r"(^|_)(un)?embed|^(wte|wpe)$|(^|_)emb$"),
@@ -55,7 +57,7 @@ _ANYWHERE = (
         "head",
         r"^logit|(^|_)logits$|^(tied_)?(lm_?|language_model_)?head$|^(output|classifier|classification|prediction|mlm|lm)_head$",
     ),
-    ("LoRA factor", r"(^|_)lora(_|$)"),
+    (LORA_FACTOR, r"(^|_)lora(_|$)"),
     ("router", r"(^|_)router(_|$)"),
 )
 # The name of the layer, or of a parameter without one:
@@ -80,6 +82,10 @@ _OUT_OF_HEADS = (
 _FUSED = r"qkv|kv|c_attn"
 _WITHOUT_HEADS = r"(^|_)(mlp|ffn|feed_forward|moe|experts?)(_|$)"
 _CONVOLUTION = r"(^|_)conv|^patch|(^|_)(stem|downsample)"
+
+
+# Why a kernel of more than two axes is left whole that none of the rules knows.
+UNKNOWN = "which of its axes are its matrix is unknown"
 
 
 class Layout(NamedTuple):
@@ -317,7 +323,7 @@ def _layout(leaf: _Leaf, found: dict[tuple[str, ...], _Leaf], single: set[tuple[
         experts = any(re.search(_WITHOUT_HEADS, part) for part in leaf.parts)
         alone = leaf.stack is None and leaf.has_generic_name and leaf.above in single and not experts
         if max(counts, default=0) > min(leaf.shape[first], leaf.shape[second]) or (counts and alone):
-            return Layout(leaf.kind, f"which of its {len(leaf.shape)} axes are its matrix is unknown")
+            return Layout(leaf.kind, UNKNOWN)
         sides = ((second,), (first,)) if leaf.outputs_first else ((first,), (second,))
     reduction, output = sides
     batch = tuple(axis for axis in range(len(leaf.shape)) if axis not in reduction + output)

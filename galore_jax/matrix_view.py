@@ -31,7 +31,7 @@ import optax
 
 from galore_jax import sharding
 from galore_jax._core.trees import is_box, paths_of as paths_of
-from galore_jax.layouts import Layout, kind_of, layouts
+from galore_jax.layouts import LORA_FACTOR, Layout, kind_of, layouts
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -544,9 +544,11 @@ def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:
 
 
 def is_matrix_name(path: str) -> bool:
-    """Whether no part of a '/'-separated path names an embedding, an LM head or a norm.
+    """Whether a '/'-separated path names a matrix, of whatever size: no embedding, LM head, norm, bias, router, ...
+
+    The factors of LoRA are matrices, though they are too small to be projected.
 
     >>> [is_matrix_name(p) for p in ("layers/attn/q_proj/kernel", "multi_head_attention/out", "lm_head/kernel", "Embed_0")]
     [True, True, False, False]
     """
-    return not kind_of(path)
+    return kind_of(path) in ("", LORA_FACTOR)

@@ -21,7 +21,7 @@ from flax import linen as nn, nnx
 from problems import quick_compilation  # noqa: F401
 
 import galore_jax
-from galore_jax.layouts import layouts
+from galore_jax.layouts import UNKNOWN, layouts
 from galore_jax.matrix_view import paths_of, select, why_whole
 
 TREES = sorted((pathlib.Path(__file__).parent / "data" / "trees").glob("*.json"))
@@ -237,10 +237,14 @@ def test_the_bias_beside_a_kernel_tells_its_outputs():
 def test_an_unknown_kernel_of_many_axes_is_left_whole_and_its_reason_names_the_remedy():
     params = abstract({"mystery": {"kernel": (512, 8, 64)}})
     [(path, _, reason)] = why_whole(params, rank=4)
-    assert (path, reason) == ("mystery/kernel", "which of its 3 axes are its matrix is unknown")
+    assert (path, reason) == ("mystery/kernel", UNKNOWN)
     # In a block that is no stack, as its norm tells.
-    merge = {"block": {"merge": {"kernel": (4, 8, 24)}, "norm": {"scale": (24,)}}}
-    assert kinds(merge)["block/merge/kernel"] == reason
+    merge = {"block": {"merge": {"kernel": (4, 8, 24)}, "norm": {"scale": (24,)}, "up": {"kernel": (24, 48)}}}
+    assert kinds(merge)["block/merge/kernel"] == UNKNOWN
+    with pytest.warns(
+        galore_jax.GaLoreMemoryWarning, match=r"leaves 1 of the 3 .* 'block/merge/kernel' of shape \(4, 8, 24\)"
+    ):
+        jax.eval_shape(galore_jax.galore_adamw(1e-3, rank=4).init, abstract(merge))
     numbers = galore_jax.GaLoreDimensionNumbers(0, (1, 2))
     [view] = select(params, rank=4, weight_dimension_numbers=numbers)
     assert view.matrix_shape == (512, 512)

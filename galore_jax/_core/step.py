@@ -33,6 +33,7 @@ from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, level
 from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
+from galore_jax.layouts import UNKNOWN
 from galore_jax.matrix_view import MatrixView, Rank, is_part
 from galore_jax.transport import Carrier, carriers
 
@@ -44,18 +45,30 @@ class GaLoreMemoryWarning(UserWarning):
 def warn_if_whole(
     params: Any, views: list[MatrixView | None], reasons: Callable[[Any], list[tuple[str, tuple[int, ...], str]]]
 ) -> None:
-    """Warns if no parameter of a whole tree is projected; ``reasons`` is :func:`galore_jax.matrix_view.why_whole`."""
-    if any(views) or is_part(params) or not jax.tree.leaves(params):
+    """Warns if no parameter of a whole tree is projected, or if one is left whole because its matrix is unknown.
+
+    ``reasons`` is :func:`galore_jax.matrix_view.why_whole`.
+    """
+    if is_part(params) or not jax.tree.leaves(params):
         return
-    largest = sorted(reasons(params), key=lambda reason: -math.prod(reason[1]))[:3]
-    named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in largest)
-    warnings.warn(
-        f"galore projects none of the {len(jax.tree.leaves(params))} parameters, so it saves no memory; the largest are {named}: "
-        "write a smaller rank, or select parameters by mask or weight_dimension_numbers (print(galore_jax.describe(tx, params)) "
-        "shows all of them).",
-        GaLoreMemoryWarning,
-        stacklevel=4,
-    )
+    whole = sorted(reasons(params), key=lambda reason: -math.prod(reason[1]))
+    unknown = [(path, shape) for path, shape, reason in whole if reason == UNKNOWN]
+    show = "print(galore_jax.describe(tx, params)) shows all of them"
+    if not any(views):
+        named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in whole[:3])
+        message = (
+            f"galore projects none of the {len(views)} parameters, so it saves no memory; the largest are {named}: write a "
+            f"smaller rank, or select parameters by mask or weight_dimension_numbers ({show})."
+        )
+    elif unknown:
+        named = ", ".join(f"{path!r} of shape {shape}" for path, shape in unknown[:3])
+        message = (
+            f"galore leaves {len(unknown)} of the {len(views)} parameters whole because {UNKNOWN}, the largest are {named}: "
+            f"name them in weight_dimension_numbers, with None for what is to stay whole ({show})."
+        )
+    else:
+        return
+    warnings.warn(message, GaLoreMemoryWarning, stacklevel=4)
 
 
 class _Gradient(NamedTuple):
