@@ -9,6 +9,7 @@ ends with one sentence and exit code 1; anything else that goes wrong is a bug a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -117,7 +118,7 @@ def describe(arguments: Sequence[str]) -> int:
         settings = parse(described.DescribeConfig, arguments, "describe")
     with usage_errors():
         found = described.describe_folder(settings)
-    print(json.dumps(described.as_json(found), indent=2) if settings.json else found)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if settings.json else found)
     return 0
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from galore_jax.matrix_view import MatrixView
 from galore_jax.memory import tree_bytes
 
 
-class ParameterRecord(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ParameterRecord:
     """One parameter, and what the optimizer keeps for it."""
 
     path: str  # '/'-separated

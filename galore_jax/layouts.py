@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from galore_jax._core.trees import is_box
+from galore_jax._core.trees import is_box, paths_of
 
 # What an axis is, by its name.  The first match counts; names of the axes of a mesh ("tp", "fsdp") match nothing.
 _AXES = (
@@ -76,9 +76,7 @@ _BLOCK = r"(^|_)\d+$|^h\d+$|(^|_)(attention|attn|mlp|ffn|feed_forward|moe|expert
 _INTO_HEADS = (
     r"^(c_attn|(to_|w_?)?(query|key|value|q|k|v|qkv|kv)(_?(proj|projection|kernel|dense|linear|layer))?)(_\d+)?$"
 )
-_OUT_OF_HEADS = (
-    r"^(to_out|out|o|wo|(w_)?o|c_proj|proj|post|(attention_|attn_)?(out|output|o)(_?(proj|projection|dense))?)(_\d+)?$"
-)
+_OUT_OF_HEADS = r"^(to_out|w_?o|c_proj|proj|post|(attention_|attn_)?(out|output|o)(_?(proj|projection|dense))?)(_\d+)?$"
 _FUSED = r"qkv|kv|c_attn"
 _WITHOUT_HEADS = r"(^|_)(mlp|ffn|feed_forward|moe|experts?)(_|$)"
 _CONVOLUTION = r"(^|_)conv|^patch|(^|_)(stem|downsample)"
@@ -149,14 +147,12 @@ def layouts(params: Any, stacked: Collection[str] = ()) -> list[Layout]:
     """
     nodes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_box)[0]
     leaves, found = [], {}
-    for path, node in nodes:
+    for (path, node), whole in zip(nodes, paths_of(params), strict=True):
         [array] = jax.tree.leaves(node)
-        full = jax.tree_util.keystr(path, simple=True, separator="/")
         shape = jnp.shape(array)
-        leaf = _Leaf(_parts(full), shape, [_meaning(name) for name in _axis_names(node, len(shape))])
+        parts = _parts(jax.tree_util.keystr(path, simple=True, separator="/"))
+        leaf = _Leaf(parts, shape, [_meaning(name) for name in _axis_names(node, len(shape))])
         leaf.kind = _named(leaf)
-        own = jax.tree_util.tree_flatten_with_path(node)[0][0][0]
-        whole = "/".join(filter(None, (full, jax.tree_util.keystr(own, simple=True, separator="/"))))
         if "layer" in leaf.axes:
             leaf.stack = leaf.axes.index("layer")
         elif whole in stacked:
@@ -363,14 +359,9 @@ def _by_bias(leaf: _Leaf) -> _Sides | None:
     if not 0 < len(outputs) < len(sizes):
         return None
     k, n = len(outputs), len(rest)
-    ends = {"last": sizes[-k:] == outputs, "first": sizes[:k] == outputs}
-    if not leaf.outputs_first and ends["last"]:
-        return rest[: n - k], rest[n - k :]
-    if ends["first"] and leaf.outputs_first:
+    if leaf.outputs_first and sizes[:k] == outputs:
         return rest[k:], rest[:k]
-    if ends["last"]:
-        return rest[: n - k], rest[n - k :]
-    return None
+    return (rest[: n - k], rest[n - k :]) if sizes[-k:] == outputs else None
 
 
 def _by_layer(leaf: _Leaf, found: dict[tuple[str, ...], _Leaf]) -> _Sides | str | None:

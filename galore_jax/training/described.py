@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +80,6 @@ def describe_folder(config: DescribeConfig) -> Description:
     chosen = {name: getattr(config, name) for name in ("optimizer", "rank", "proj_type")}
     run = dataclasses.replace(run, **{name: value for name, value in chosen.items() if value is not None})
     return describe(make_optimizer(run, make_schedule(run)), params)
-
-
-def as_json(found: Description) -> dict[str, Any]:
-    """The fields of a description, for JSON."""
-    return dataclasses.asdict(found) | {"parameters": [record._asdict() for record in found.parameters]}
 
 
 def _shapes(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
