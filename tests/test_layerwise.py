@@ -145,8 +145,11 @@ WIDE_STACK = BlockStack(
 N = GaLoreDimensionNumbers
 TREE = {"aaa": N(), "blocks": {"down": N((1, 2), 3), "up": N(1, (2, 3))}, "zzz": N()}
 WIDE_RUNS = {
-    "staggered": (galore_adamw, {"refresh": "staggered"}),
-    "mask, prefix": (galore_adamw, {"mask": {"aaa": False, "blocks": True, "zzz": True}}),
+    "staggered": (galore_adamw, {"refresh": "staggered", "weight_dimension_numbers": TREE}),
+    "mask, prefix": (
+        galore_adamw,
+        {"mask": {"aaa": False, "blocks": True, "zzz": True}, "weight_dimension_numbers": TREE},
+    ),
     "lazy, numbers, prefix": (
         galore_adamw,
         {"refresh": lazy(4, threshold=0.1, window=1), "weight_dimension_numbers": TREE | {"blocks": N((1, 2), 3)}},
