@@ -18,10 +18,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -160,15 +161,15 @@ _RECORD: contextvars.ContextVar[dict[tuple[str, tuple[int, ...]], MatrixView | s
 def recorded() -> Iterator[dict[tuple[str, tuple[int, ...]], MatrixView | str]]:
     """Yields a dict that fills, while active, with what :func:`select` decides: (path, shape) -> a view, or why there is none.
 
-    >>> with recorded() as decisions:
+    >>> with recorded() as record:
     ...     _ = select({"kernel": jnp.zeros((32, 64)), "bias": jnp.zeros(64)}, rank=8)
-    >>> decisions["bias", (64,)], decisions["kernel", (32, 64)].rank
+    >>> record["bias", (64,)], record["kernel", (32, 64)].rank
     ('one axis', 8)
     """
-    decisions: dict[tuple[str, tuple[int, ...]], MatrixView | str] = {}
-    token = _RECORD.set(decisions)
+    record: dict[tuple[str, tuple[int, ...]], MatrixView | str] = {}
+    token = _RECORD.set(record)
     try:
-        yield decisions
+        yield record
     finally:
         _RECORD.reset(token)
 
@@ -242,26 +243,46 @@ def select(
     >>> [view and view.low_rank_shape for view in select(params, rank=8)]
     [None, None, (4, 8, 64)]
     """
-    decisions = _decisions(params, rank, proj_type, mask, weight_dimension_numbers)
-    return [None if isinstance(decision, str) else decision for decision in decisions]
+    return views_of(
+        decisions(params, rank=rank, proj_type=proj_type, mask=mask, weight_dimension_numbers=weight_dimension_numbers)
+    )
 
 
-def why_whole(
+def views_of(decided: Iterable[MatrixView | str]) -> list[MatrixView | None]:
+    """What :func:`select` returns, of what :func:`decisions` does."""
+    return [None if isinstance(decision, str) else decision for decision in decided]
+
+
+def decisions(
     params: Any,
     *,
     rank: Rank = 128,
     proj_type: str = "std",
     mask: Any = None,
     weight_dimension_numbers: Any = None,
-) -> list[tuple[str, tuple[int, ...], str]]:
-    """Returns the path, the shape and the reason, in a few words, of each leaf that :func:`select` leaves whole.
+) -> list[MatrixView | str]:
+    """Like :func:`select`, with the reason, in a few words, for each leaf that is left whole.
 
-    >>> why_whole({"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((32, 64)), "bias": jnp.zeros((64,))}, rank=32)
-    [('bias', (64,), 'one axis'), ('embed', (100, 32), 'embedding'), ('kernel', (32, 64), 'rank 32 is not below its ...')]
+    >>> decisions({"embed": jnp.zeros((100, 32)), "kernel": jnp.zeros((32, 64)), "bias": jnp.zeros((64,))}, rank=32)
+    ['one axis', 'embedding', 'rank 32 is not below its smaller side 32']
     """
-    decisions = _decisions(params, rank, proj_type, mask, weight_dimension_numbers)
-    leaves = zip(paths_of(params), jax.tree.leaves(params), decisions, strict=True)
-    return [(path, jnp.shape(leaf), decision) for path, leaf, decision in leaves if isinstance(decision, str)]
+    if isinstance(weight_dimension_numbers, Views):
+        return list(weight_dimension_numbers)
+    decide = functools.partial(_decisions, rank=rank, proj_type=proj_type, mask=mask, numbers=weight_dimension_numbers)
+    decided = [
+        _as_shown(decision, jnp.shape(leaf))
+        for decision, leaf in zip(_in_whole(params, decide), jax.tree.leaves(params), strict=True)
+    ]
+    record = _RECORD.get()
+    if record is not None:
+        keys = [(path, jnp.shape(leaf)) for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True)]
+        # A parameter that one transformation leaves whole may be projected by another.
+        record.update(
+            (key, decision)
+            for key, decision in zip(keys, decided, strict=True)
+            if not (isinstance(decision, str) and key in record)
+        )
+    return decided
 
 
 def taking_part(params: Any, mask: Any = None) -> list[tuple[str, bool]]:
@@ -288,44 +309,27 @@ class _Leaf(NamedTuple):
     numbers: _Choice | None
 
 
-def _decisions(params: Any, rank: Rank, proj_type: str, mask: Any, numbers: Any) -> list[MatrixView | str]:
-    """The view of each leaf, or the reason why it is left whole."""
-    if isinstance(numbers, Views):
-        return list(numbers)
-
-    def decide(tree: Any, stacked: frozenset[str]) -> list[MatrixView | str]:
-        if isinstance(rank, Mapping):
-            _searched(rank, tree, "rank")
-        leaves = _leaves(tree, mask, numbers, stacked)
-        decisions = [_decision(leaf, rank, proj_type, leaf.path in stacked) for leaf in leaves]
-        counts = [0 if isinstance(decision, str) else math.prod(decision.batch_shape) for decision in decisions]
-        if leaves and mask is not None and not any(counts) and not _has_masked_nodes(tree):
-            names = ", ".join(leaf.path for leaf in leaves[:8])
-            raise ValueError(
-                f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
-                f"two axes whose smaller side exceeds rank={rank}."
-            )
-        return [
-            decision
-            if isinstance(decision, str)
-            else dataclasses.replace(decision, first=first, total=sum(counts), layers=decision.path in stacked)
-            for decision, first in zip(decisions, itertools.accumulate(counts, initial=0), strict=False)
-        ]
-
-    decided = [
-        _as_shown(decision, jnp.shape(leaf))
-        for decision, leaf in zip(_in_whole(params, decide), jax.tree.leaves(params), strict=True)
-    ]
-    record = _RECORD.get()
-    if record is not None:
-        keys = [(path, jnp.shape(leaf)) for path, leaf in zip(paths_of(params), jax.tree.leaves(params), strict=True)]
-        # A parameter that one transformation leaves whole may be projected by another.
-        record.update(
-            (key, decision)
-            for key, decision in zip(keys, decided, strict=True)
-            if not (isinstance(decision, str) and key in record)
+def _decisions(
+    tree: Any, stacked: frozenset[str], rank: Rank, proj_type: str, mask: Any, numbers: Any
+) -> list[MatrixView | str]:
+    """The view of each leaf of a whole tree, or the reason why it is left whole."""
+    if isinstance(rank, Mapping):
+        _searched(rank, tree, "rank")
+    leaves = _leaves(tree, mask, numbers, stacked)
+    decided = [_decision(leaf, rank, proj_type, leaf.path in stacked) for leaf in leaves]
+    counts = [0 if isinstance(decision, str) else math.prod(decision.batch_shape) for decision in decided]
+    if leaves and mask is not None and not any(counts) and not _has_masked_nodes(tree):
+        names = ", ".join(leaf.path for leaf in leaves[:8])
+        raise ValueError(
+            f"mask selects none of the {len(leaves)} parameters ({names}): give True to a parameter with at least "
+            f"two axes whose smaller side exceeds rank={rank}."
         )
-    return decided
+    return [
+        decision
+        if isinstance(decision, str)
+        else dataclasses.replace(decision, first=first, total=sum(counts), layers=decision.path in stacked)
+        for decision, first in zip(decided, itertools.accumulate(counts, initial=0), strict=False)
+    ]
 
 
 def _in_whole(params: Any, decide: Callable[[Any, frozenset[str]], list[_T]]) -> list[_T]:

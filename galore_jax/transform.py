@@ -28,7 +28,7 @@ from galore_jax._core import basis_codecs, ranks
 from galore_jax._core.seeds import check_seed
 from galore_jax._core.state import GaLoreState as GaLoreState
 from galore_jax._core.step import GaLoreMemoryWarning as GaLoreMemoryWarning, Step
-from galore_jax.matrix_view import Rank, check_proj_type, select, why_whole
+from galore_jax.matrix_view import Rank, check_proj_type, decisions
 from galore_jax.transport import check_transport
 
 
@@ -131,8 +131,7 @@ def galore(
         step = Step(
             optax.with_extra_args_support(inner),
             rank,
-            functools.partial(select, **choices),
-            functools.partial(why_whole, **choices),
+            functools.partial(decisions, **choices),
             projector,
             refresh,
             transport,

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict settings for every test: dtype promotion strict, rank promotion an error, 8 fake devices (warnings: pyproject.toml)."""
 
-import contextlib
 import functools
 import gc
 import importlib.metadata
@@ -29,6 +28,8 @@ import jax
 import optax
 import pytest
 
+# Of programs that are run a few times, most of XLA's optimizations cost more than they save (problems.optimized_compilation).
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -68,22 +69,31 @@ optax.contrib.galore = _lenient_factory(optax.contrib.galore)
 optax.contrib.scale_by_galore = _lenient_factory(optax.contrib.scale_by_galore)
 
 
-# It imports galore_jax, which is to find the factories of Optax as they are now.
-from problems import quickly  # noqa: E402
-
 # Traces make many objects that live on, and a fifth of the time to trace would go to looking for garbage among them.
 gc.freeze()
 gc.set_threshold(100_000, 50, 50)
 
 
-class _QuickDoctests:
-    """A plugin, because a hook of this file sees only the tests in this folder, and the doctests are outside."""
+def _covering(cases, count):
+    """``count`` of the cases of a test: one after the other, the case with the most values that no case before it has."""
+    values = {case: {(name, repr(value)) for name, value in case.callspec.params.items()} for case in cases}
+    kept, seen = [], set()
+    for _ in range(count):
+        best = max((case for case in cases if case not in kept), key=lambda case: len(values[case] - seen))
+        kept.append(best)
+        seen |= values[best]
+    return kept
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item):
-        with quickly() if isinstance(item, pytest.DoctestItem) else contextlib.nullcontext():
-            return (yield)
 
-
-def pytest_configure(config):
-    config.pluginmanager.register(_QuickDoctests())
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases of a test as slow but for those that ``covering`` keeps, before ``-m`` selects."""
+    tests = {}
+    for item in items:
+        if item.get_closest_marker("covering"):
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cases in tests.values():
+        kept = _covering(cases, min(len(cases), *cases[0].get_closest_marker("covering").args))
+        for case in cases:
+            if case not in kept:
+                case.add_marker(pytest.mark.slow)

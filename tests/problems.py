@@ -27,6 +27,11 @@ POLICIES = {
 }
 
 
+def normal(seed, shape, dtype=jnp.float32):
+    """Numbers of the standard normal distribution, drawn by NumPy, for which nothing has to be compiled."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
 def tree(seed, dtype=jnp.float32):
     """Random numbers in the shape of the parameters: {kernel: (6, 10), stack: (2, 12, 8), bias: (10,)}."""
     rng = np.random.default_rng(seed)
@@ -88,20 +93,24 @@ def strictly(tx):
 
 
 @contextlib.contextmanager
-def quickly():
-    """Without most of XLA's optimizations: of programs that are run a few times, they cost more than they save."""
+def _optimizations_disabled(value):
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", value)
     try:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+def quickly():
+    """Runs a part of a module that has ``optimized_compilation`` as other modules are run."""
+    return _optimizations_disabled(True)
+
+
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """For modules that import it."""
-    with quickly():
+def optimized_compilation():
+    """For modules that import it: XLA's optimizations are on, as they are for a user."""
+    with _optimizations_disabled(False):
         yield
 
 

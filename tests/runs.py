@@ -4,11 +4,11 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from problems import normal
 
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.training.config import PretrainConfig
@@ -28,13 +28,13 @@ def tokens(batch=8, length=9, seed=0):
 
 
 def small_tree(dtype=jnp.float32):
-    def normal(seed, shape):
-        return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
-
     return {
-        "embed_tokens": {"embedding": normal(0, (20, 16))},
-        "layers": {"mlp": {"up_proj": {"kernel": normal(1, (2, 16, 24))}}, "input_norm": {"scale": normal(2, (2, 16))}},
-        "lm_head": {"kernel": normal(3, (16, 20))},
+        "embed_tokens": {"embedding": normal(0, (20, 16), dtype)},
+        "layers": {
+            "mlp": {"up_proj": {"kernel": normal(1, (2, 16, 24), dtype)}},
+            "input_norm": {"scale": normal(2, (2, 16), dtype)},
+        },
+        "lm_head": {"kernel": normal(3, (16, 20), dtype)},
     }
 
 

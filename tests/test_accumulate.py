@@ -7,17 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, normal
 
 import galore_jax
 from galore_jax import galore, galore_adamw, galore_adamw_8bit
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
 
 K = 4
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def small():
@@ -52,6 +48,7 @@ def run(tx, steps, low_rank, batches=None):
     return params, state
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("preset", "proj_type"), [(galore_adamw, "std"), (galore_adamw, "full"), (galore_adamw_8bit, "right")]
 )
@@ -85,6 +82,7 @@ def test_a_basis_comes_from_the_first_micro_batch():
     assert not np.allclose(later.left["layers"]["up"], after.left["layers"]["up"])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_bad_micro_batch_skips_the_update(which):
     tx = galore_adamw(0.01, rank=4, update_proj_gap=1)
@@ -166,6 +164,7 @@ def test_a_gradient_outside_the_basis_is_treated_as_in_the_plain_step():
     jax.tree.map(np.testing.assert_array_equal, new, plain_state)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("wrapped", "works"),
     [
@@ -177,7 +176,7 @@ def test_a_gradient_outside_the_basis_is_treated_as_in_the_plain_step():
     ids=["MultiSteps", "apply_if_finite", "jitted", "chain"],
 )
 def test_a_request_through_a_wrapper_works_or_is_refused_in_one_sentence(wrapped, works):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (8, 16))}
+    params = {"kernel": normal(0, (8, 16))}
     tx = wrapped(galore_jax.galore_adamw(0.1, rank=2))
     state = tx.init(params)
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, normal, shared_programs  # noqa: F401
 from reference import Adam
 from runs import TINY, tokens
 
@@ -95,13 +95,14 @@ def test_a_run_trains_all_but_the_kernels_of_the_blocks_and_has_state_for_that(n
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_step_of_lora_is_adamw_on_a_and_b_with_the_gradient_of_the_sum():
     """dL/dA = s (dL/dW) B^T and dL/dB = s A^T (dL/dW), of the kernel W + s A B; s = 8 / 4."""
     config = PretrainConfig(optimizer="lora", **QUICK | {"clip": 0.0, "learning_rate": 0.1, "warmup_steps": 0})
     made = program(config, TINY)
     params, opt_state = made.init(jax.random.key(3))
     place = params["layers"]["mlp"]["up_proj"]
-    place["lora_b"] = 0.1 * jax.random.normal(jax.random.key(4), place["lora_b"].shape)
+    place["lora_b"] = 0.1 * normal(4, place["lora_b"].shape)
     w, a, b = (np.asarray(x, np.float64) for x in (place["base"]["kernel"], place["lora_a"], place["lora_b"]))
     batch = tokens(4, 17)
 
@@ -123,6 +124,7 @@ def test_a_step_of_lora_is_adamw_on_a_and_b_with_the_gradient_of_the_sum():
     np.testing.assert_allclose(found["lora_b"], expected_b, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_step_of_the_whole_batch():
     results = []
     for accumulate in (1, 2):
@@ -149,6 +151,7 @@ def test_the_buffers_of_frozen_kernels_are_donated_too():
 # ReLoRA
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_the_function_and_resets_the_moments_of_the_adapters_alone(runs):
     run = runs["relora"]
     state = at_step(run, 2)
@@ -265,6 +268,7 @@ def test_parts_are_joined_to_what_they_were():
     assert part({"norm": {"scale": 3}}) == ({"norm": {"scale": 3}}, {})
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_have_float32_adapters_and_moments():
     config = PretrainConfig(optimizer="relora", dtype="bf16", **QUICK | {"update_proj_gap": 2})
     model = LlamaConfig(**dataclasses.asdict(TINY) | config.numerics)

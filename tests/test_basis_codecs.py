@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 
 from galore_jax import galore, projectors
 from galore_jax._core.basis import Dense
@@ -19,10 +19,6 @@ from galore_jax.projectors import Projector
 CODED = ("bfloat16", "int4")
 SIDES = [("power", "left"), ("power", "right"), ("power", "full"), ("eigh", "full"), ("random", "left")]
 coded = pytest.mark.parametrize("basis_codec", CODED)
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 @functools.cache
@@ -66,6 +62,7 @@ def test_rows_of_different_sizes_are_coded_alike():
     assert np.max(error) < 0.2
 
 
+@pytest.mark.covering(1)
 @coded
 @pytest.mark.parametrize("rank", [1, 2, 7, 300])
 def test_shapes_and_slices(basis_codec, rank):
@@ -105,6 +102,7 @@ def test_two_numbers_share_a_byte():
     assert (state.left["w"].shape, state.left["w"].dtype) == ((2, 64, 33), jnp.bfloat16)
 
 
+@pytest.mark.covering(3)
 @coded
 @pytest.mark.parametrize(("projector", "proj_type"), SIDES)
 def test_the_coordinates_of_a_refresh_are_those_of_the_decoded_basis(basis_codec, projector, proj_type):
@@ -139,6 +137,7 @@ def test_the_coordinates_of_a_refresh_are_those_of_the_decoded_basis(basis_codec
             np.testing.assert_allclose(updates["w"][i], lifted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.covering(1)
 @coded
 def test_training_is_close_to_that_with_a_float32_basis(basis_codec):
     """Noisy least squares in 16 of 32 directions: the distance to the minimum after 60 steps."""

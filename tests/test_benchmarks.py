@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 from finetuning import write_lines, write_model
-from problems import leniency, quickly
+from problems import leniency
 
 from galore_jax import projectors, refresh
 from galore_jax.projectors import ProjectorInput
@@ -265,8 +265,7 @@ def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_p
     write_lines(tmp_path / "train.jsonl", texts[:64])
     write_lines(tmp_path / "test.jsonl", texts[64:])
     common = ["--only", "LoRA r=4", "--steps", 2, "--tune-steps", 1, "--tune-rows", 16, "--rates", 1e-5, 0.1]
-    with quickly():
-        out = benchmark(*common)
+    out = benchmark(*common)
     results = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert results["rows"] == {"train": 32, "tune": 16, "test": 16}
     learnt, chose = ((tmp_path / "out" / f"{part}.jsonl").read_text() for part in ("train", "tune"))
@@ -293,7 +292,7 @@ def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_p
 def test_compile_counts_instructions_and_refuses_an_update_that_is_traced_twice(script, monkeypatch, capsys):
     compile_ = script("compile")
     monkeypatch.setattr(sys, "argv", ["compile.py", "--layers", "1", "--presets", "galore_adamw"])
-    with leniency(), quickly():
+    with leniency():
         compile_.main()
         found = rows(capsys.readouterr().out)[1:]
         assert [row[0].strip("`") for row in found] == [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 from runs import small_tree, state_of, tiny_model, tokens
 
 from galore_jax.training import checkpoint
@@ -67,6 +67,7 @@ def test_another_model_or_optimizer_is_refused_by_the_first_parameter_that_diffe
         checkpoint.restore(folder, 3, params, optax.adamw(1e-3).init(params))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -103,6 +104,7 @@ def damage_flip(file):
     file.write_bytes(bytes(data))
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("item", ["params", "opt_state", "data", "meta"])
 @pytest.mark.parametrize("damage", [damage_flip, lambda file: file.write_bytes(b""), lambda file: file.unlink()])
 def test_damage_is_named_with_the_checkpoint_to_go_back_to(tmp_path, item, damage):
@@ -117,7 +119,7 @@ def test_damage_is_named_with_the_checkpoint_to_go_back_to(tmp_path, item, damag
 
 
 def test_one_flipped_bit_in_a_weight_is_noticed():
-    leaf = jax.random.normal(jax.random.key(0), (40, 30))
+    leaf = normal(0, (40, 30))
     before = checkpoint.checksums({"w": leaf})
     for index in (0, 617, 1199):
         bits = jax.lax.bitcast_convert_type(leaf, jnp.uint32).ravel()
@@ -130,6 +132,7 @@ def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
         checkpoint.last_step(tmp_path / "checkpoints")
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adamw_8bit", "ldadam"])
 def test_a_checkpoint_from_before_the_field_step_was_named_so_is_read(tmp_path, optimizer):
     """States had ``count`` where they now have ``step``."""

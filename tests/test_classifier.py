@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_models import BASE, write
-from problems import quick_compilation  # noqa: F401
 from safetensors.numpy import load_file
 
 from galore_jax.models import LlamaClassifier, load_hf, save_hf

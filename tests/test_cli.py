@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 
 from galore_jax.cli import main, needed_packages
 from galore_jax.training.tokenizer import load_tokenizer
@@ -326,6 +326,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("package", ["flax", "tyro"])
 def test_a_missing_extra_is_one_sentence(shop, package):
     script = f"""
@@ -405,6 +406,7 @@ def test_a_resumed_run_stays_the_same_run(copy, capsys, flags, says):
     assert contents(copy) == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_config_has_null_goes_on_as_what_null_meant(copy, shop, monkeypatch, capsys):
     """As it was written before config.json named what None stands for; None is taken from the run."""
     config = json.loads((copy / "config.json").read_text())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from problems import normal, optimized_compilation  # noqa: F401
 
 from galore_jax import codecs, sharding
 from galore_jax.codecs import BLOCK, Bfloat16, SignedBlocks, UnsignedBlocks, decoded, encoded_like, flatten, is_coded
@@ -67,6 +68,7 @@ def test_every_code_decodes_to_its_value_of_the_table(codec):
     assert values[127 if codec is SignedBlocks else 0] == 0
 
 
+@pytest.mark.covering(1)
 @eight_bits
 def test_tables_and_arithmetic_give_the_same_codes_and_values(codec):
     """A TPU computes what other devices look up.  Beside a border, both neighbors are nearest."""
@@ -118,6 +120,7 @@ def test_the_nearest_value_is_chosen(codec, scale):
 shapes = st.sampled_from([(1,), (16,), (255,), (256,), (257,), (300,), (3, 513), (2, 3, 40), (2, 512)])
 
 
+@pytest.mark.covering(1)
 @eight_bits
 @settings(deadline=None, max_examples=40)
 @given(shape=shapes, exponent=st.floats(-36, 36), spread=st.floats(0, 12), seed=st.integers(0, 10**6))
@@ -245,7 +248,7 @@ def test_a_negative_number_has_no_place_among_second_moments():
 
 @formats
 def test_a_coded_array_is_one_leaf_that_is_stored_alike_again(codec):
-    x = jnp.abs(jax.random.normal(jax.random.key(0), (3, 40)))
+    x = jnp.abs(normal(0, (3, 40)))
     tree = {"coded": codec.encode(x), "plain": x}
     leaves, structure = flatten(tree)
     assert [is_coded(leaf) for leaf in leaves] == [True, False]
@@ -259,9 +262,10 @@ def test_a_coded_array_is_one_leaf_that_is_stored_alike_again(codec):
     assert structure.flatten_up_to(tree)[0] is leaves[0]
 
 
+@pytest.mark.covering(1)
 @formats
 def test_vmap_over_layers_equals_the_stack(codec):
-    x = jnp.abs(jax.random.normal(jax.random.key(0), (4, 5, 300)))
+    x = jnp.abs(normal(0, (4, 5, 300)))
     key = jax.random.key(1)
     stack = codec.encode(x, key)
     each = jax.vmap(lambda layer: codec.encode(layer, key))(x)
@@ -312,7 +316,7 @@ def test_stochastic_rounding_keeps_what_is_finite_finite_and_nan_nan():
 
 
 def test_stochastic_rounding_is_reproducible_and_its_noise_changes_with_the_key():
-    x = jax.random.normal(jax.random.key(0), (40, 50))
+    x = normal(0, (40, 50))
     first, again, other = (Bfloat16.encode(x, jax.random.key(seed)).values for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert 0.1 < float(jnp.mean(first != other)) < 0.5
@@ -323,11 +327,12 @@ def test_stochastic_rounding_is_reproducible_and_its_noise_changes_with_the_key(
 SPECS = [P("a", None), P(None, "a"), P("a", "b"), P(None, ("a", "b")), P("b", "a"), P(None, None)]
 
 
+@pytest.mark.covering(1)
 @formats
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("n", [2048, 320, 96])  # blocks whole on each device; not; one block a row
 def test_the_same_sharded_and_unsharded_and_types_carry_over(codec, axis_type, n):
-    x = jnp.abs(jax.random.normal(jax.random.key(0), (8, n)))
+    x = jnp.abs(normal(0, (8, n)))
     key = jax.random.key(1)
     expected = codec.encode(x, key)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(axis_type,) * 2)

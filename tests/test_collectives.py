@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from problems import optimized_compilation  # noqa: F401
 
 from galore_jax.planning.traffic import traffic
 

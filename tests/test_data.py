@@ -323,6 +323,7 @@ def test_a_stream_resumes_exactly(hub, monkeypatch, shard_count):
     np.testing.assert_array_equal(take(iterator, 50), np.stack(batches[7:57]))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("validation_split", [True, False])
 @pytest.mark.parametrize("shard_count", [1, 3])  # 3 does not divide the files
 def test_other_iterators_do_not_move_a_stream(hub, monkeypatch, validation_split, shard_count):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from problems import quick_compilation  # noqa: F401
 from test_mesh import CONFIG, MODEL, built, run
 
 from galore_jax import tree_bytes

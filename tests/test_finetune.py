@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from finetuning import answered, labelled, write_lines, write_model
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from safetensors.numpy import load_file
 from test_llama import forward
 
@@ -169,6 +169,7 @@ def test_lora_trains_adapters_and_the_head_and_writes_ordinary_weights(shop, lor
     assert lora["final_val_loss"] < np.log(2)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_when_later_ones_are_worse(shop):
     rates = {"learning_rate": 30.0, "warmup_steps": 19, "optimizer": "adamw", "steps": 20, "eval_every": 1, "clip": 0.0}
     summary = run(settings(shop, "diverged", seq=32, **rates))
@@ -224,6 +225,7 @@ def assert_same_run(shop, name, other):
         assert all(np.array_equal(ours[key], theirs[key]) for key in ours.keys() | theirs.keys())
 
 
+@pytest.mark.slow
 def test_a_run_of_lora_that_was_killed_goes_on_to_the_same_weights(shop, lora, monkeypatch):
     config = settings(shop, "killed", optimizer="lora", lora_rank=2, steps=12)
 
@@ -240,6 +242,7 @@ def test_a_run_of_lora_that_was_killed_goes_on_to_the_same_weights(shop, lora, m
     assert_same_run(shop, "killed", "lora")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_told_to_stop_goes_on_from_the_command_line(shop, labels, monkeypatch, capsys):
     config = settings(shop, "stopped", optimizer="adamw", steps=24)
     with monkeypatch.context() as patch:

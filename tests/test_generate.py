@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from test_llama import forward, random_model, random_tokens, tiny
 
 from galore_jax.cli import main
@@ -68,6 +68,7 @@ def refused(capsys, *arguments, says):
 # The cache
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -98,6 +99,7 @@ def test_a_sequence_in_pieces_has_the_residual_stream_of_the_whole():
     assert np.abs(jnp.concatenate(pieces, axis=1) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_generate():
     model = random_model(tiny())
     graphdef, params = nnx.split(model, nnx.Param)
@@ -118,6 +120,7 @@ def test_a_stream_is_what_one_call_gives(how):
 # The restrictions
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("how", "allowed"),
     [
@@ -157,6 +160,7 @@ def test_restrictions_that_leave_nothing_or_mean_nothing_are_refused(how, messag
 # The command
 
 
+@pytest.mark.slow
 def test_a_run_and_a_hugging_face_folder_generate(run, theirs, capsys):
     for folder in (run, theirs):
         texts = []
@@ -168,6 +172,7 @@ def test_a_run_and_a_hugging_face_folder_generate(run, theirs, capsys):
         assert all(text.startswith("A pär") and text.endswith("\n") for text in texts)
 
 
+@pytest.mark.slow
 def test_the_run_continues_with_the_parameters_of_its_last_checkpoint(run, tmp_path):
     """As a Hugging Face folder the same model says the same."""
     config, model_config, _ = load_config(run)

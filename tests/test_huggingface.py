@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from flax import nnx
 from huggingface_models import BASE, LLAMA3, RECORD, TOKENS, VARIETIES, write
-from problems import quick_compilation  # noqa: F401
 from safetensors.numpy import load_file, save_file
 from test_llama import forward
 
@@ -65,6 +64,7 @@ def test_the_record_has_every_variety_from_transformers_4_and_5():
     assert all([version[0] for version in entry["configs"]] == ["4", "5"] for entry in RECORDED.values())
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize(("name", "version"), CASES)
 def test_logits_are_those_of_transformers(name, version, tmp_path):
     write(tmp_path, RECORDED[name]["configs"][version])
@@ -160,6 +160,7 @@ def test_parameters_have_the_stored_dtype_or_the_one_that_was_asked_for(folder, 
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == dtype
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_are_saved_as_they_are_used(folder, tmp_path):
     graphdef, params = nnx.split(load_hf(folder), nnx.Param)
     model = nnx.merge(graphdef, quantize_weights(nnx.to_pure_dict(params)))

@@ -15,7 +15,6 @@ from problems import (
     assert_projected,
     assert_trees_close,
     assert_trees_equal,
-    quick_compilation,  # noqa: F401
     tree,
 )
 
@@ -82,6 +81,7 @@ def up(x, left, right):
     }
 
 
+@pytest.mark.covering(2)
 @inners
 def test_the_inner_optimizer_sees_the_low_rank_problem(name):
     """Step by step equal to the inner optimizer run by hand on PᵀG with params PᵀW, its update lifted by α P."""

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
-from problems import galore_states, quick_compilation  # noqa: F401
+from problems import galore_states
 
 from galore_jax import GaLoreDimensionNumbers, galore_adamw, galore_muon
 from galore_jax.layerwise import BlockStack, layerwise
@@ -113,6 +113,7 @@ GALORE = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("name", "accumulate"), [("staggered", 1), ("staggered", 2), ("together", 1), ("lazy", 1)])
 def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
     def bases(state):
@@ -166,6 +167,7 @@ WIDE_RUNS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", WIDE_RUNS)
 def test_three_refresh_periods_are_those_of_the_plain_step(name):
     build, settings = WIDE_RUNS[name]
@@ -216,6 +218,7 @@ OPTAX = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", OPTAX)
 def test_optax_layer_by_layer_is_optax_on_a_list_of_layers(name):
     found = run_layerwise(OPTAX[name], params())
@@ -225,6 +228,7 @@ def test_optax_layer_by_layer_is_optax_on_a_list_of_layers(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again, expected[2])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_accumulating_four_micro_batches_is_one_step_on_the_batch(name):
     whole, cut = run_layerwise(OPTAX[name], params()), run_layerwise(OPTAX[name], params(), accumulate=4)
@@ -245,6 +249,7 @@ def test_the_blocks_of_a_llama_are_the_llama():
     jax.tree.map(lambda a, w, g: np.testing.assert_allclose(a, w - g, rtol=1e-5, atol=1e-6), new, weights, grads)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("limit", [2**30, 4 * 2 * 12 * 40 // 3, 1])
 def test_a_loss_taken_in_pieces_is_the_loss_and_has_its_gradient(limit, monkeypatch):
     monkeypatch.setattr("galore_jax.models.llama._LOGITS_BYTES", limit)
@@ -299,6 +304,7 @@ def test_the_bound_of_each_layer_is_one_on_its_own_norm():
     np.testing.assert_allclose(norms(rest, 1), bound, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bad_gradient_in_one_layer_stops_that_layer_alone():
     weights = params()
     weights["blocks"]["bias"] = jnp.ones((LAYERS, 8)).at[1].set(0.0)

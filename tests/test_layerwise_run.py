@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 
 from galore_jax.models import LlamaConfig
 from galore_jax.training import PretrainConfig

@@ -18,11 +18,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn, nnx
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 
 import galore_jax
 from galore_jax.layouts import UNKNOWN, layouts
-from galore_jax.matrix_view import paths_of, select, why_whole
+from galore_jax.matrix_view import decisions, paths_of, select
 
 TREES = sorted((pathlib.Path(__file__).parent / "data" / "trees").glob("*.json"))
 Axis = collections.namedtuple("Axis", "name size")
@@ -236,8 +236,7 @@ def test_the_bias_beside_a_kernel_tells_its_outputs():
 
 def test_an_unknown_kernel_of_many_axes_is_left_whole_and_its_reason_names_the_remedy():
     params = abstract({"mystery": {"kernel": (512, 8, 64)}})
-    [(path, _, reason)] = why_whole(params, rank=4)
-    assert (path, reason) == ("mystery/kernel", UNKNOWN)
+    assert decisions(params, rank=4) == [UNKNOWN]
     # In a block that is no stack, as its norm tells.
     merge = {"block": {"merge": {"kernel": (4, 8, 24)}, "norm": {"scale": (24,)}, "up": {"kernel": (24, 48)}}}
     assert kinds(merge)["block/merge/kernel"] == UNKNOWN
@@ -356,7 +355,7 @@ def apply(block, x):
 
 def losses(params, blocks_of, steps=50):
     tx = galore_jax.galore_adamw(0.01, rank=4, update_proj_gap=10, projector="svd")
-    x, y = (jax.random.normal(jax.random.key(seed), (4, 6, WIDTH)) for seed in (1, 2))
+    x, y = (normal(seed, (4, 6, WIDTH)) for seed in (1, 2))
 
     def loss(params):
         h = x
@@ -387,6 +386,7 @@ def as_dense(block):
     return block | {"attn": dense | {"out": {"kernel": attn["out"]["kernel"].reshape(-1, WIDTH)}}}
 
 
+@pytest.mark.slow
 def test_a_stack_and_heads_apart_train_as_the_same_layers_one_by_one_with_dense_kernels():
     blocks = {str(i): block(i) for i in range(LAYERS)}
     dense = {name: as_dense(block) for name, block in blocks.items()}

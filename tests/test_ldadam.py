@@ -7,17 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 
 import galore_jax
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.ldadam import LDAdamState
 
 RANK, B1, B2, EPS, RHO = 4, 0.8, 0.95, 1e-8, 0.7
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def ldadam(**arguments):

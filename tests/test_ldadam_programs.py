@@ -14,13 +14,9 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from problems import normal
 
 import galore_jax
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 MESH_PROGRAM = """
     import math, sys
@@ -55,7 +51,7 @@ MESH_PROGRAM = """
         state = jax.jit(tx.init, out_shardings=place and galore_jax.state_sharding(tx, abstract, place))(params)
         update = jax.jit(tx.update)
         for step in range(20):
-            gradients = {name: jax.random.normal(jax.random.key(step), shape) for name, shape in shapes.items()}
+            gradients = {name: normal(step, shape) for name, shape in shapes.items()}
             updates, state = update(jax.device_put(gradients, place), state, params)
             params = jax.block_until_ready(jax.tree.map(jnp.add, params, updates))
         return params
@@ -102,6 +98,7 @@ def test_each_device_has_a_model_of_its_own():
     np.testing.assert_allclose(found_shared, one_update(tx, {"w": shared})["w"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_updates_inside_shard_map():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
     kernels = normal(0, (2, 3, 12, 20))
@@ -125,6 +122,7 @@ def test_several_updates_inside_shard_map():
 SHAPES = {"stack": (3, 12, 20), "wide": (12, 20), "tall": (20, 12)}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["b1", "b2", "eps"])
 def test_reverse_mode_through_its_own_arguments(name):
     """With the same gradients, neither of the two bases depends on them, so a finite difference has constant bases too."""
@@ -143,6 +141,7 @@ def test_reverse_mode_through_its_own_arguments(name):
     np.testing.assert_allclose(jax.grad(second_update)(at), difference, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_reverse_mode_through_the_learning_rate():
     target = {leaf: normal(i, shape) for i, (leaf, shape) in enumerate(SHAPES.items())}
 
@@ -169,6 +168,7 @@ def program(tx, params):
     return jax.jit(tx.update).lower(params, jax.eval_shape(tx.init, params), params)
 
 
+@pytest.mark.slow
 def test_a_model_compiles_one_step_per_shape():
     tx = galore_jax.ldadam(1e-3, rank=2)
     loops = [program(tx, layers(number)).as_text().count("stablehlo.while") for number in (1, 6)]

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import quick_compilation  # noqa: F401
 
 from galore_jax.models import Llama, LlamaConfig, generate
 
@@ -383,6 +382,7 @@ def test_temperature_zero_takes_the_likeliest_token_of_each_prefix():
         np.testing.assert_array_equal(forward(model, tokens[None])[0, 2:-1].argmax(axis=-1), sample)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_softmax_of_the_logits_over_the_temperature():
     model = random_model(tiny(vocab_size=4))
     prompt = jnp.asarray([2, 0], jnp.int32)

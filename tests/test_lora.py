@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, normal
 from test_llama import forward, random_model, random_tokens, tiny
 
 from galore_jax.models.lora import FactoredLinear, LoRALinear, add_lora, factorize, merge_lora, restart_lora
@@ -25,7 +25,7 @@ def with_random_adapters(model):
     add_lora(model, 2, alpha=3.0, key=jax.random.key(0))
     for number, (path, leaf) in enumerate(nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))):
         if path[-1] == "lora_b":
-            leaf[...] = 0.3 * jax.random.normal(jax.random.key(number), leaf.shape)
+            leaf[...] = 0.3 * normal(number, leaf.shape)
     return model
 
 

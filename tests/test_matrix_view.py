@@ -13,9 +13,10 @@ import optax
 import pytest
 from flax import linen as nn, nnx
 from hypothesis import given, settings, strategies as st
+from problems import normal
 
 import galore_jax
-from galore_jax.matrix_view import GaLoreDimensionNumbers, is_part, select, taking_part, whole_tree, why_whole
+from galore_jax.matrix_view import GaLoreDimensionNumbers, decisions, is_part, paths_of, select, taking_part, whole_tree
 
 
 def abstract(**shapes):
@@ -25,6 +26,12 @@ def abstract(**shapes):
 def selected(params, **kwargs):
     kwargs = {"rank": 4, **kwargs}
     return {view.path: view for view in select(params, **kwargs) if view is not None}
+
+
+def reasons_of(params, **kwargs):
+    """Why leaves are left whole, by path."""
+    found = zip(paths_of(params), decisions(params, **kwargs), strict=True)
+    return {path: reason for path, reason in found if isinstance(reason, str)}
 
 
 def test_default_rule_projects_matrices_and_leaves_embeddings_head_and_norms():
@@ -110,6 +117,7 @@ def test_the_side_follows_proj_type_and_squares_go_left_for_std():
     assert sides["full"] == dict.fromkeys(params, both)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(data=st.data(), ndim=st.integers(2, 5))
 def test_matrices_round_trip_whatever_the_axes(data, ndim):
@@ -124,11 +132,12 @@ def test_matrices_round_trip_whatever_the_axes(data, ndim):
     np.testing.assert_array_equal(view.from_matrices(matrices), leaf)
 
 
+@pytest.mark.slow
 def test_any_axis_that_is_not_named_is_a_batch_axis_wherever_it_stands():
     """MaxText stacks its layers on axis 1: a (hidden, layers, heads, head_dim) kernel."""
     numbers = GaLoreDimensionNumbers(reduction_axis=0, output_axis=(-2, -1))
     view = selected(abstract(q=(16, 3, 4, 8)), weight_dimension_numbers={"q": numbers})["q"]
-    leaf = jax.random.normal(jax.random.key(0), (16, 3, 4, 8))
+    leaf = normal(0, (16, 3, 4, 8))
     matrices = view.to_matrices(leaf)
     for layer in range(3):
         np.testing.assert_array_equal(matrices[layer], leaf[:, layer].reshape(16, 32))
@@ -403,7 +412,7 @@ def test_a_stacked_leaf_is_left_whole_if_the_layers_are_an_axis_of_its_matrix():
             "aaa": (0, 2),
             "zzz": (1, 2),
         }
-        reasons = {path: reason for path, _, reason in why_whole(layer, **numbers)}
+        reasons = reasons_of(layer, **numbers)
         assert reasons["blocks/down"] == reasons["blocks/up"] == "the layers are an axis of its matrix"
 
 
@@ -468,11 +477,10 @@ def test_every_leaf_that_is_left_whole_has_a_reason():
         "scalar": "no axes",
         "void": "no elements",
     }
-    assert why_whole(params, **kwargs) == [
-        (name, params[name].shape, reason) for name, reason in sorted(expected.items())
-    ]
+    assert reasons_of(params, **kwargs) == expected
     assert set(selected(params, **kwargs)) == params.keys() - expected.keys()
-    assert why_whole(
-        abstract(embed=(100, 32), w=(32, 64)), rank=4, weight_dimension_numbers={"embed": N(), "w": None}
-    ) == [("w", (32, 64), "dimension numbers are None")]
-    assert why_whole(abstract(embed=(100, 32)), rank=4) == [("embed", (100, 32), "embedding")]
+    numbers = {"embed": N(), "w": None}
+    assert reasons_of(abstract(embed=(100, 32), w=(32, 64)), rank=4, weight_dimension_numbers=numbers) == {
+        "w": "dimension numbers are None"
+    }
+    assert reasons_of(abstract(embed=(100, 32)), rank=4) == {"embed": "embedding"}

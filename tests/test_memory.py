@@ -9,6 +9,7 @@ import jax
 import optax
 import pytest
 from flax import nnx
+from problems import optimized_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax.models import Llama, LlamaConfig

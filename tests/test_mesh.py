@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from runs import TINY, tokens
 
 from galore_jax.training import checkpoint, config as settings, run_folder
@@ -102,6 +102,7 @@ def test_the_rules_cut_what_they_divide():
     assert param_shardings(mesh_of("fsdp=2,model=2"), seven)["lm_head"]["kernel"].spec == P("fsdp", None)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_adamw_8bit", "q_galore_adamw_8bit", "fira_adamw"])
 def test_parameters_and_state_of_a_7b_model_fall_with_the_number_of_devices(name):
     """Within 5 %; shapes alone."""

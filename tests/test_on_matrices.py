@@ -8,16 +8,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn, nnx
-from problems import assert_trees_close, leniency, quick_compilation  # noqa: F401
+from problems import assert_trees_close, normal
 
 import galore_jax
 from galore_jax._core.call import ARGUMENT, Action, Call
 from galore_jax.presets._partition import on_matrices
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 PARAMS = {"kernel": normal(0, (8, 12)), "embed": normal(1, (9, 8)), "bias": normal(2, (12,))}
 
@@ -110,6 +105,7 @@ def test_a_reply_that_is_not_finite_makes_a_zero_update_and_keeps_the_state_of_i
     np.testing.assert_allclose(updates["bias"], np.log(3.0), rtol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rank", [2, 0.5])
 def test_a_traced_rank_projects_what_the_state_has(rank):
     """``small`` has no smaller side that exceeds rank 2, and half of it is less."""

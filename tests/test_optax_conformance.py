@@ -19,7 +19,6 @@ from problems import (
     assert_trees_close,
     assert_trees_equal,
     leniency,
-    quick_compilation,  # noqa: F401
     strictly,
     tree,
 )
@@ -75,6 +74,7 @@ def assert_projected(state):
     return types.SimpleNamespace(left=node.basis, right=node.basis, count=node.count)
 
 
+@pytest.mark.covering(1)
 @presets
 def test_accepts_unknown_extra_arguments_and_compiles_once(preset, kwargs):
     tx = build(preset, kwargs, projector="randomized")
@@ -94,6 +94,7 @@ def test_accepts_unknown_extra_arguments_and_compiles_once(preset, kwargs):
     assert len(traces) == 1
 
 
+@pytest.mark.covering(1)
 @presets
 def test_converges_on_a_parabola(preset, kwargs):
     """A target of full rank is reached: after every refresh the basis points at what is left of it."""
@@ -120,6 +121,7 @@ def test_converges_on_a_parabola(preset, kwargs):
     assert_trees_close(params, target, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.covering(1)
 @presets
 def test_injected_hyperparameters_equal_constants(preset, kwargs):
     plain, update = program(preset)
@@ -151,6 +153,7 @@ def test_updates_have_the_dtype_of_the_parameters(preset, kwargs, dtype):
     assert jax.tree.map(lambda x: x.dtype, updates) == dict.fromkeys(SHAPES, jnp.dtype(dtype))
 
 
+@pytest.mark.covering(1)
 @presets
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradient_accumulation_equals_one_update_with_the_mean(preset, kwargs, dtype):
@@ -181,6 +184,7 @@ def test_gradient_accumulation_equals_one_update_with_the_mean(preset, kwargs, d
     assert int(assert_projected(state).count) == int(assert_projected(expected_state).count) == 1
 
 
+@pytest.mark.covering(2)
 @presets
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_the_state_keeps_its_shapes_and_dtypes(preset, kwargs, dtype):
@@ -204,6 +208,7 @@ def test_the_state_keeps_its_shapes_and_dtypes(preset, kwargs, dtype):
         assert int(assert_projected(state).count) == 2
 
 
+@pytest.mark.covering(3)
 @presets
 def test_a_constant_schedule_equals_a_constant(preset, kwargs):
     constant, update = program(preset)

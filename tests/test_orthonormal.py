@@ -47,6 +47,7 @@ MATRICES = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(96, 32), (40, 40), (7, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("kind", MATRICES)

@@ -13,7 +13,6 @@ from problems import (
     assert_trees_close,
     assert_trees_equal,
     leniency,
-    quick_compilation,  # noqa: F401
     tree,
 )
 
@@ -30,6 +29,7 @@ RESET = [
 ]
 
 
+@pytest.mark.covering(5)
 @pytest.mark.parametrize("name", RESET)
 def test_a_reset_matrix_goes_on_like_a_fresh_optimizer(name):
     """One matrix of the stack; the others, and the parameter that is not projected, like optimizers that never stopped."""
@@ -164,6 +164,7 @@ def test_the_state_of_per_matrix_keeps_its_structure_and_types():
     assert carriers("reset", tx, nothing, jax.tree.structure({}), []) == [None] * len(jax.tree.leaves(nothing))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["adam", "adafactor", "momentum"])
 def test_the_state_of_per_matrix_keeps_its_sharding_types(name):
     inner, _ = optimizer(name)

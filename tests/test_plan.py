@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from problems import quickly
+from problems import optimized_compilation, quickly  # noqa: F401
 from test_targets import needs_extra
 
 from galore_jax.cli import main
@@ -79,6 +79,7 @@ LAYERWISE = [
 ]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("optimizer", "options"), [*((name, {}) for name in KINDS_OF_STATE), *LAYERWISE])
 def test_the_exact_bytes_are_those_of_the_live_arrays_of_a_run(tiny, text, tmp_path, optimizer, options):
     config = PlanConfig(model=tiny, optimizer=optimizer, target="here", **SMALL, **options)

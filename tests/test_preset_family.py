@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import galore_states, leniency, quick_compilation  # noqa: F401
+from problems import galore_states, leniency, normal
 from reference import Adam
 
 import galore_jax
@@ -20,10 +20,6 @@ from galore_jax.presets import PRESETS, WHOLE_GRADIENT
 
 RANK, ALPHA = 4, 0.25
 both_sides = pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def run(tx, gradients):
@@ -234,6 +230,7 @@ def trained(name):
     return train(preset(name))[0]
 
 
+@pytest.mark.covering(1)
 @family
 def test_it_learns_and_layer_by_layer_it_is_the_same(name):
     init, step = layerwise(STACK, preset(name), accumulate=2)
@@ -245,6 +242,7 @@ def test_it_learns_and_layer_by_layer_it_is_the_same(name):
         np.testing.assert_allclose(params[leaf], trained(name)[leaf], atol=2e-4)
 
 
+@pytest.mark.covering(1)
 @family
 def test_its_moments_can_be_kept_in_8_bits(name):
     """Of 64 x 4,200: also at rank 1 a moment is large enough."""
@@ -285,6 +283,7 @@ def test_micro_batches_are_summed_in_the_subspaces_or_it_is_said_why_not(name):
     np.testing.assert_allclose(accumulated(state)["w"], expected["w"], atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["apollo_mini", "grass_adamw", "ldadam", "galore_muon"])
 def test_sharded_it_is_the_same_and_types_are_stable(name):
     """On a mesh with explicit axes, where the sharding is part of each type; both kinds of side."""

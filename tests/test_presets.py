@@ -11,18 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import assert_trees_close, leniency, quick_compilation  # noqa: F401
+from problems import assert_trees_close, leniency, normal
 
 import galore_jax
 from galore_jax import codecs
 from galore_jax.codecs import SignedBlocks, UnsignedBlocks
 from galore_jax.presets import PRESETS, RANK_ONE
 from galore_jax.presets._arguments import AdamW8bitArguments, AdamWArguments, GaLoreArguments, MuonArguments
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
 
 PARAMS = {
     "embed": {"embedding": normal(0, (50, 16))},
@@ -110,6 +105,7 @@ ARGUMENTS = {
 }
 
 
+@pytest.mark.covering(1)
 @every_preset
 def test_a_preset_can_be_injected_and_its_learning_rate_changed(name):
     """Every other number is an array then, such as update_proj_gap, seed, momentum or random_from."""
@@ -141,6 +137,7 @@ def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_muon", "ldadam"])
 def test_hyperparameters_in_float32_are_those_of_a_preset_on_bfloat16_parameters(name):
     """The documented recipe; in bfloat16, the dtype of the parameters, b2 = 0.999 is 1."""
@@ -164,6 +161,7 @@ def test_presets_on_adam_take_mu_dtype():
     assert set(ALL) - set(ADAM) == {"galore_adafactor", "galore_adamw_8bit", "q_galore_adamw_8bit", "q_apollo_mini"}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ADAM)
 def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
     """Bytes of state on bfloat16 parameters, and the same updates as Optax's AdamW where nothing is projected."""
@@ -210,6 +208,7 @@ def test_type_checkers_see_the_arguments_of_a_preset(arguments, preset):
     assert typing.get_type_hints(arguments).keys() == names | {"residual"}
 
 
+@pytest.mark.slow
 def test_adafactor_treats_the_layers_of_a_stack_one_by_one():
     """A layer whose gradient is thirty times larger must not clip the others."""
     layers = [
@@ -256,6 +255,7 @@ def test_the_8_bit_presets_take_the_arguments_of_galore_adamw(preset):
         preset(0.1, basis_codec="int3")
 
 
+@pytest.mark.covering(1)
 @eight_bit
 def test_the_hyperparameters_of_the_8_bit_presets_can_be_injected(preset):
     tx = optax.inject_hyperparams(preset, static_args=("rank",))(learning_rate=0.1, rank=16, weight_decay=0.1)
@@ -269,6 +269,7 @@ def test_the_hyperparameters_of_the_8_bit_presets_can_be_injected(preset):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-5), once, twice)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("basis_codec", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("rank", [8, 33])
 def test_the_bytes_of_the_8_bit_presets_are_the_formula(rank, basis_codec):

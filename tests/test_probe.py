@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import leniency
+from problems import leniency, normal
 
 import galore_jax
 from galore_jax._core import probe
@@ -86,7 +86,7 @@ def test_an_inner_transformation_that_ignores_the_values_passes(name):
 
 
 def test_galore_refuses_it_at_init_and_around_galore_it_works():
-    params = {"kernel": jax.random.normal(jax.random.key(0), (12, 20))}
+    params = {"kernel": normal(0, (12, 20))}
     with leniency():
         with pytest.raises(ValueError, match=r"ScheduleFreeState\.z.*schedule_free\(galore"):
             galore_jax.galore(optax.contrib.schedule_free(optax.sgd(1e-3), 1e-3), rank=4).init(params)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 
 from galore_jax import projectors
 from galore_jax._core.basis import Dense, RowBasis
@@ -84,6 +84,7 @@ def as_matrix(name, basis, m, rank=RANK):
     return np.asarray(jitted(name, "lift")(basis, jnp.eye(rank), m), np.float64)
 
 
+@pytest.mark.covering(5)
 @every_gradient
 @every_projector
 def test_the_shared_properties(name, kind):
@@ -101,7 +102,7 @@ def test_the_shared_properties(name, kind):
 
     # Project is Pᵀ, lift is P, and the coordinates are those of the gradient.
     p = as_matrix(name, basis, m)
-    x = jax.random.normal(jax.random.key(2), (m, 5))
+    x = normal(2, (m, 5))
     project, overlap = jitted(name, "project"), jitted(name, "overlap")
     np.testing.assert_allclose(project(basis, x, RANK), p.T @ np.asarray(x), atol=1e-5)
     np.testing.assert_allclose(coordinates, p.T @ np.asarray(gradient, np.float64), atol=2e-5 * np.abs(p).max())
@@ -277,7 +278,7 @@ def test_rows_that_two_bases_share_are_carried_with_their_factors():
     storage = projectors.rows().storage
     old = RowBasis(jnp.array([2, 5, 7]), jnp.array([1.0, 2.0, 0.5]))
     new = RowBasis(jnp.array([7, 2, 3]), jnp.array([1.0, 3.0, 1.0]))
-    x = jax.random.normal(jax.random.key(0), (9, 4))
+    x = normal(0, (9, 4))
     carried = storage.overlap(new, old, 9, 3) @ storage.project(old, x, 3)
     np.testing.assert_allclose(carried[:2], storage.project(new, x, 3)[:2], rtol=1e-6)
     np.testing.assert_array_equal(carried[2], 0)

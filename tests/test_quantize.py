@@ -11,7 +11,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import assert_trees_close, assert_trees_equal, leniency, quick_compilation  # noqa: F401
+from problems import assert_trees_close, assert_trees_equal, leniency, normal
 
 from galore_jax import galore, quantize_state, state_bytes
 from galore_jax._core.state_fields import labelled
@@ -98,6 +98,7 @@ def test_second_moments_are_unsigned_first_moments_signed_and_small_leaves_float
     assert set(stored_types(state).values()) == {"Bfloat16"}
 
 
+@pytest.mark.covering(3)
 @codecs
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_close_to_float32(name, codec):
@@ -180,6 +181,7 @@ def test_an_initial_value_is_stored_too():
     np.testing.assert_allclose(decoded(state.inner_state.sum_of_squares["kernel"]), 0.1, rtol=1e-6)
 
 
+@pytest.mark.covering(1)
 @codecs
 def test_a_stack_equals_its_layers_bit_for_bit(codec):
     layers = [tree(seed, {"kernel": (64, 96), "wide": (96, 300)}) for seed in range(6)]
@@ -204,6 +206,7 @@ def test_a_stack_equals_its_layers_bit_for_bit(codec):
         assert_trees_equal(states[layer], ours)
 
 
+@pytest.mark.covering(1)
 @codecs
 def test_a_layer_of_a_stacked_state_is_updated_as_it_is_stored(codec):
     """A layer below the bound on the size, whose state was coded as part of a larger stack, stays coded; and the reverse."""
@@ -218,6 +221,7 @@ def test_a_layer_of_a_stacked_state_is_updated_as_it_is_stored(codec):
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, plain)
 
 
+@pytest.mark.slow
 def test_the_noise_is_reproducible_differs_by_seed_step_and_leaf_and_leaves_the_mean():
     """b2 = 0.999 in bfloat16: rounded to nearest, v would stand still.  400 steps at g² = 4 from v = 1, against float32."""
 
@@ -245,6 +249,7 @@ def test_the_noise_is_reproducible_differs_by_seed_step_and_leaf_and_leaves_the_
     assert jnp.mean(first.nu["a"] != other.nu["a"]) > 0.5
 
 
+@pytest.mark.covering(1)
 @codecs
 def test_the_state_is_saved_and_restored_exactly(codec, tmp_path):
     tx = galore(quantize_state(optax.adam(0.1), codec), rank=48, basis_codec="int4" if codec == "int8" else "bfloat16")
@@ -317,12 +322,13 @@ def test_the_count_in_a_state_is_that_of_the_inner_optimizer(codec):
     assert int(optax.tree.get(state, "count")) == int(optax.tree.get(state, "step")) == int(state.count) == 1
 
 
+@pytest.mark.covering(2)
 @codecs
 @pytest.mark.parametrize("shape", [(64, 80), (2, 32, 300), (5000,)])
 def test_one_model_per_device_is_updated_as_it_is_alone(codec, shape):
     """The state is the carry of a loop, whose types say over which mesh axes its arrays vary."""
     tx = quantize_state(optax.scale_by_adam(), codec)
-    models = jax.random.normal(jax.random.key(0), (2, *shape))
+    models = normal(0, (2, *shape))
 
     def run(model):
         def step(state, size):
@@ -371,6 +377,7 @@ INSIDE = {
 LARGE = {"kernel": (96, 300), "stack": (2, 300, 96), "bias": (96,)}  # projected to (48, 300), (2, 300, 48)
 
 
+@pytest.mark.covering(1)
 @codecs
 @pytest.mark.parametrize(
     ("transport", "proj_type"), [("rotate", "std"), ("rotate", "full"), ("keep", "std"), ("reset", "std")]
@@ -400,6 +407,7 @@ def test_inside_galore_it_is_close_to_float32(codec, transport, proj_type):
     np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_galore_every_inner_optimizer_turns(name):
     """The coded moments after a refresh are the decoded ones turned and coded again: to the cells of the codec."""
@@ -423,6 +431,7 @@ def test_inside_galore_every_inner_optimizer_turns(name):
             assert isinstance(leaf, (SignedBlocks, UnsignedBlocks))
 
 
+@pytest.mark.covering(1)
 @codecs
 @pytest.mark.parametrize("transport", ["rotate", "reset"])
 def test_a_bad_gradient_holds_the_coded_moments_of_its_matrix_alone(codec, transport):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from problems import optimized_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax.matrix_view import PROJ_TYPES
@@ -31,6 +32,7 @@ def everything(_):
     return jax.tree.map(lambda _: galore_jax.GaLoreDimensionNumbers(), _)
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("rank", [4, 999])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
@@ -85,6 +87,7 @@ SVD_WITH_FIXED_SIGNS = galore_jax.projectors.Projector("svd with fixed signs", _
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "data" / "galore_torch_1.0.json").read_text())
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{c['proj_type']}-{c['in']}x{c['out']}-r{c['rank']}")
 def test_equals_recorded_trajectories_of_galore_torch(case):
     """A torch weight is the transpose of a kernel, so its left is our right; std and reverse_std agree."""

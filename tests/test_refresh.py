@@ -9,16 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import POLICIES, leniency, quick_compilation  # noqa: F401
+from problems import POLICIES, leniency, normal
 
 import galore_jax
 from galore_jax import galore, refresh
 
 T = 4
-
-
-def normal(seed, shape=(12, 20)):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def turned(before, after):
@@ -51,18 +47,20 @@ def test_staggered_spreads_the_matrices_evenly_after_step_0():
 
 
 def test_together_refreshes_all_at_0_T_2T():
-    history, _ = refreshes(galore(optax.sgd(1.0), rank=3, update_proj_gap=3, refresh="together"), [normal(0)] * 2, 7)
+    history, _ = refreshes(
+        galore(optax.sgd(1.0), rank=3, update_proj_gap=3, refresh="together"), [normal(0, (12, 20))] * 2, 7
+    )
     assert [[bool(x) for x in step] for step in history] == [[step % 3 == 0] * 2 for step in range(7)]
 
 
 @pytest.mark.parametrize("gap", [2**20, 10**9])
 def test_a_gap_longer_than_any_run_refreshes_once(gap):
-    history, _ = refreshes(galore(optax.sgd(1.0), rank=3, update_proj_gap=gap), [normal(0)] * 3, 4)
+    history, _ = refreshes(galore(optax.sgd(1.0), rank=3, update_proj_gap=gap), [normal(0, (12, 20))] * 3, 4)
     assert [sum(map(int, step)) for step in history] == [3, 0, 0, 0]
 
 
 def test_an_injected_gap_does_what_a_static_one_does():
-    params = [normal(0)] * 3
+    params = [normal(0, (12, 20))] * 3
     injected = optax.inject_hyperparams(galore, static_args=("rank", "seed", "diagnostics"))(
         optax.sgd(1.0), rank=3, update_proj_gap=5
     )
@@ -71,13 +69,14 @@ def test_an_injected_gap_does_what_a_static_one_does():
     expected = plain.init(params)
     injected_update, update = jax.jit(injected.update), jax.jit(plain.update)
     for step in range(7):
-        gradient = [normal(10 * step + i) for i in range(3)]
+        gradient = [normal(10 * step + i, (12, 20)) for i in range(3)]
         with leniency():
             _, state = injected_update(gradient, state, params)
         _, expected = update(gradient, expected, params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.inner_state.left, expected.left)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("policy", "transport", "proj_type"),
     [
@@ -132,9 +131,9 @@ def test_lazy_doubles_the_gap_of_a_subspace_that_stays_and_not_of_one_that_turns
     tx = galore(
         optax.sgd(1.0), rank=3, update_proj_gap=2, refresh=refresh.lazy(threshold=0.9, window=2), projector="eigh"
     )
-    state, update, steady, moving = tx.init([normal(0)] * 2), jax.jit(tx.update), [], []
+    state, update, steady, moving = tx.init([normal(0, (12, 20))] * 2), jax.jit(tx.update), [], []
     for step in range(30):
-        gradient = [normal(0) * (1 + 0.1 * step), normal(step)]
+        gradient = [normal(0, (12, 20)) * (1 + 0.1 * step), normal(step, (12, 20))]
         before = state.schedule
         _, state = update(gradient, state)
         for found, old, new in zip((steady, moving), before, state.schedule, strict=True):
@@ -147,6 +146,7 @@ def test_lazy_doubles_the_gap_of_a_subspace_that_stays_and_not_of_one_that_turns
     np.testing.assert_allclose(state.schedule[0].overlaps, 1, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("transport", ["keep", "rotate", "reset"])
 def test_manual_steps_hold_no_factorisation_and_refresh_bases_does_what_a_refresh_does(transport):
     """Refreshed by hand before every T-th update, it is together."""
@@ -179,7 +179,7 @@ def test_manual_steps_hold_no_factorisation_and_refresh_bases_does_what_a_refres
 
 def test_manual_parameters_stand_still_until_the_first_refresh():
     tx = galore(optax.adam(1.0), rank=4, refresh="manual")
-    params = {"w": normal(0), "b": normal(1, (20,))}
+    params = {"w": normal(0, (12, 20)), "b": normal(1, (20,))}
     updates, state = tx.update(params, tx.init(params), params)
     np.testing.assert_array_equal(updates["w"], 0)
     assert bool(jnp.all(updates["b"] != 0))
@@ -189,7 +189,7 @@ def test_manual_parameters_stand_still_until_the_first_refresh():
 
 
 def test_refresh_bases_reaches_galore_through_wrappers_and_says_when_there_is_none():
-    params = {"w": normal(0), "b": normal(1, (20,))}
+    params = {"w": normal(0, (12, 20)), "b": normal(1, (20,))}
     low_rank = galore_jax.galore_adamw(1e-3, rank=4, refresh="manual", weight_decay=0.1)
     for tx in (
         low_rank,
@@ -211,7 +211,7 @@ def test_the_published_projector_keeps_the_published_schedule_and_moments():
     """projector="svd" stands for GaLore as published: together, keep."""
     explicit = galore(optax.adam(0.1), rank=4, update_proj_gap=3, projector="svd", refresh="together", transport="keep")
     implied = galore(optax.adam(0.1), rank=4, update_proj_gap=3, projector="svd")
-    params = {"a": normal(0), "b": normal(1)}
+    params = {"a": normal(0, (12, 20)), "b": normal(1, (12, 20))}
     one, other = explicit.init(params), implied.init(params)
     update, implied_update = jax.jit(explicit.update), jax.jit(implied.update)
     for step in range(5):
@@ -245,7 +245,7 @@ def test_bad_policies_are_named_at_construction(bad):
 
 
 def test_an_inner_state_that_cannot_be_carried_is_refused_at_init_unless_kept():
-    params = {"w": normal(0)}
+    params = {"w": normal(0, (12, 20))}
     with pytest.raises(ValueError, match=r"ScaleBySM3State.*'w'.*transport=\"keep\""):
         galore(optax.sm3(0.1), rank=4, transport="rotate").init(params)
     galore(optax.sm3(0.1), rank=4).init(params)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency, normal
 
 import galore_jax
 from galore_jax import galore, residual
@@ -21,7 +21,7 @@ RANK, B1, B2, EPS, ALPHA = 4, 0.9, 0.999, 1e-8, 0.25
 
 def gradients(shape):
     """Of very different size, so that the bound on the growth of the norm is met."""
-    return [jax.random.normal(jax.random.key(i), shape) * size for i, size in enumerate((1.0, 3.0, 0.5, 0.6))]
+    return [normal(i, shape) * size for i, size in enumerate((1.0, 3.0, 0.5, 0.6))]
 
 
 def adam(state, r):
@@ -67,6 +67,7 @@ def run(tx, shape):
     return seen
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
 @pytest.mark.parametrize("name", ["fira", "channel", "tensor", "sgd", "sign"])
 def test_the_published_formula(name, tall):
@@ -127,10 +128,11 @@ def test_orthogonal_moves_all_singular_values_to_one_and_reaches_outside_the_sub
     assert not np.any(residual.newton_schulz(jnp.zeros((2, 3, 4))))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["fira", "tensor", "orthogonal"])
 def test_a_stack_equals_separate_leaves_and_a_bad_matrix_is_left_alone(name):
     tx = galore(optax.scale_by_adam(), rank=RANK, residual=name, refresh="together")
-    stack = jax.random.normal(jax.random.key(0), (3, 12, 20))
+    stack = normal(0, (3, 12, 20))
     both, alone = {"w": stack}, {str(i): stack[i] for i in range(3)}
     states = tx.init(both), tx.init(alone)
     for step in range(3):
@@ -147,8 +149,8 @@ def test_a_stack_equals_separate_leaves_and_a_bad_matrix_is_left_alone(name):
 
 @pytest.mark.parametrize("preset", [galore_jax.fira_adamw, galore_jax.apollo_adamw, galore_jax.apollo_mini])
 def test_the_presets_learn_a_regression(preset):
-    x = jax.random.normal(jax.random.key(0), (64, 32))
-    y = x @ jax.random.normal(jax.random.key(1), (32, 48)) / 6
+    x = normal(0, (64, 32))
+    y = x @ normal(1, (32, 48)) / 6
     params = {"w": jnp.zeros((32, 48))}
     tx = preset(0.02) if preset is galore_jax.apollo_mini else preset(0.02, rank=8)
     state = tx.init(params)
@@ -170,7 +172,7 @@ def test_the_presets_learn_a_regression(preset):
 @pytest.mark.parametrize("preset", [galore_jax.fira_adamw, galore_jax.apollo_adamw])
 def test_hyperparameters_can_be_injected(preset):
     # Of full rank: Adam scales the rounding errors of a row that is zero but for them up to its own size.
-    params = {"w": jax.random.normal(jax.random.key(0), (12, 20))}
+    params = {"w": normal(0, (12, 20))}
     plain = preset(0.02, rank=RANK)
     injected = optax.inject_hyperparams(preset, static_args=("rank", "update_proj_gap"))(0.02, rank=RANK)
     found, expected = (jax.jit(tx.update)(params, tx.init(params), params)[0]["w"] for tx in (injected, plain))
@@ -216,9 +218,10 @@ def test_an_inner_transformation_against_the_gradient_is_refused_at_init(name):
             init(params)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", ALONG)
 def test_an_inner_transformation_along_the_gradient_passes_on_the_real_tree(name):
-    params = {"kernel": jax.random.normal(jax.random.key(0), (12, 20)), "bias": jnp.ones((20,))}
+    params = {"kernel": normal(0, (12, 20)), "bias": jnp.ones((20,))}
     tx = galore(ALONG[name](), rank=RANK, residual="sgd")
     with leniency():  # Optax's own mixes dtypes
         updates, _ = tx.update(params, tx.init(params), params, value=jnp.float32(1.0))
@@ -250,6 +253,7 @@ def memory(function, *arguments, donate=()):
 STACK, MATRIX_BYTES = (8, 512, 1024), 4 * 512 * 1024
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("name", residual.RESIDUALS)
 def test_an_update_needs_one_matrix_of_the_stack_beyond_itself(name, donate):
@@ -259,6 +263,7 @@ def test_an_update_needs_one_matrix_of_the_stack_beyond_itself(name, donate):
     assert needed <= (STACK[0] + 1) * MATRIX_BYTES
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", residual.RESIDUALS)
 def test_the_workspace_of_a_rule_is_a_few_matrices_whatever_the_stack(name, dtype):
@@ -296,18 +301,19 @@ def test_newton_schulz_is_one_loop_in_the_program_and_one_more_over_a_stack():
 
 
 def test_newton_schulz_of_a_stack_is_that_of_its_matrices():
-    stack = jax.random.normal(jax.random.key(0), (2, 3, 20, 12))
+    stack = normal(0, (2, 3, 20, 12))
     found = residual.newton_schulz(stack)
     for i, j in np.ndindex(2, 3):
         np.testing.assert_allclose(found[i, j], residual.newton_schulz(stack[i, j]), atol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("build", [residual.fira, residual.channel, residual.sign, residual.orthogonal])
 @pytest.mark.parametrize("spec", [P("a", None, None), P(None, "a", "b"), P("a", None, "b"), P(("a", "b"), None, None)])
 def test_a_sharded_stack_gives_the_update_of_the_whole_one(build, spec):
     """On explicit axes, with traced settings of the rule, for which a loop over shards must not fail."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    gradients = {"w": jax.random.normal(jax.random.key(0), (8, 8, 16))}
+    gradients = {"w": normal(0, (8, 8, 16))}
 
     @jax.jit
     def two_updates(setting, gradients):

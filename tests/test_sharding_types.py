@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import assert_trees_close, galore_states, leniency, quick_compilation  # noqa: F401
+from problems import assert_trees_close, galore_states, leniency, normal
 
 import galore_jax
 from galore_jax.presets import PRESETS
@@ -104,6 +104,7 @@ def on_one_device(proj_type, projector):
     return three_updates(tx, jax.jit(tx.update))[1:]
 
 
+@pytest.mark.covering(3)
 @meshes
 @pytest.mark.parametrize(("proj_type", "projector"), KINDS)
 def test_types_are_stable_and_abstract_parameters_give_the_same(mesh_name, proj_type, projector):
@@ -138,6 +139,7 @@ def matrices():
     return [(name, shape) for name, shape in SHAPES.items() if len(shape) > 1]
 
 
+@pytest.mark.covering(1)
 @meshes
 @pytest.mark.parametrize(("proj_type", "projector"), [("std", "randomized"), ("full", "svd"), ("std", "eigh")])
 def test_sharded_updates_equal_those_on_one_device(mesh_name, proj_type, projector):
@@ -151,6 +153,7 @@ def test_sharded_updates_equal_those_on_one_device(mesh_name, proj_type, project
     assert_trees_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_eager_sharded_updates_equal_those_on_one_device(proj_type):
     tx = adamw(proj_type, "svd")
@@ -162,6 +165,7 @@ def test_eager_sharded_updates_equal_those_on_one_device(proj_type):
     assert_trees_close(updates, {name: expected[name] for name in updates}, rtol=0, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @meshes
 def test_meshes_with_automatic_axes_work_too(mesh_name):
     tx = adamw("full", "svd")
@@ -212,6 +216,7 @@ def sent(kind, projector, cuts, shapes):
     return [math.prod(map(int, filter(None, dims.split(",")))) for dims in found]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", ["power", "randomized"])
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=["explicit", "auto"])
 def test_a_refresh_gathers_no_gradient(kind, projector):
@@ -230,13 +235,14 @@ def test_devices_turn_the_bases_of_their_own_part_of_a_stack():
     assert sum(exchanged) <= 6 * 16
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_in_shard_map_a_model_on_each_device_is_updated_as_it_is_alone(name):
     """With ``check_vma``, which asks loops and branches for equal types: the state starts as constants that do not vary."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
     extra = {"random_from": 1} if name == "golore_adamw" else {}
     tx = PRESETS[name](0.01, rank=4, **extra)
-    kernels = jax.random.normal(jax.random.key(0), (2, 12, 20))
+    kernels = normal(0, (2, 12, 20))
 
     def two_updates(kernel):
         params, gradient = {"w": kernel, "b": kernel[0]}, {"w": kernel, "b": kernel[0]}

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
 
 from galore_jax import (
     GaLoreDimensionNumbers,
@@ -113,6 +112,7 @@ def test_a_parameter_is_not_projected_when_its_whole_state_is_cheaper():
     assert set(ranks_from_gradients(gradients, 10**6, ADAMW).by_path.values()) == {None}
 
 
+@pytest.mark.slow
 def test_bytes_of_quantized_moments_are_counted_as_they_are():
     optimizer = functools.partial(galore_adamw_8bit, 0.01)
     gradients = {"a": matrix(0, 128, 512, decay=0.9), "b": matrix(1, 128, 512, decay=0.99)}

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import galore_states, leniency, quick_compilation  # noqa: F401
+from problems import galore_states, leniency
 
 import galore_jax
 from galore_jax import state_sharding
@@ -104,6 +104,7 @@ def test_twenty_sharded_steps_equal_those_on_one_device(preset):
         assert np.max(np.abs(param - random_params(0, names)[name])) > 1e-3
 
 
+@pytest.mark.covering(2)
 @presets
 def test_on_explicit_axes_it_is_the_type_that_init_makes_and_update_keeps(preset):
     tx = optimizer(preset)

@@ -12,6 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from problems import optimized_compilation  # noqa: F401
 
 from galore_jax.planning.targets import HERE, TARGETS, compile_for, target
 from galore_jax.sharding import maxima
@@ -111,6 +112,7 @@ print(jax.devices()[0].platform)
     assert done.stdout.split() == ["cpu", "4096", "cpu"], done.stderr
 
 
+@pytest.mark.slow
 @needs_extra
 def test_two_processes_compile_for_a_tpu_at_once():
     script = """
@@ -148,6 +150,7 @@ except MissingPackagesError as error:
     assert done.stdout.endswith("pip install 'galore-jax[plan]'.\n")
 
 
+@pytest.mark.slow
 @needs_extra
 def test_a_process_that_only_trains_is_not_told_of_missing_hardware():
     script = "import sys; from galore_jax import cli; cli.main(['pretrain', '--model', 'x']); import jax; jax.devices()"

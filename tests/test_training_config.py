@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from problems import quick_compilation  # noqa: F401
 from runs import TINY, small_tree
 
 import galore_jax
@@ -201,6 +200,7 @@ def test_config_json_names_what_none_stands_for_and_null_in_an_older_one_means_w
         assert (config.refresh, config.transport) == expected
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("projector", ["power", "svd"])
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
 def test_what_none_stands_for_is_what_the_library_does_on_its_own(optimizer, projector):

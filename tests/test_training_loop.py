@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 
-from problems import leniency, quick_compilation  # noqa: F401
+import pytest
+from problems import leniency
 from runs import TINY
 
 from galore_jax.training import metrics
@@ -17,6 +18,7 @@ from galore_jax.training.loop import run_pretrain
 from galore_jax.training.run_folder import load_config
 
 
+@pytest.mark.slow
 def test_a_run_of_adamw_has_no_subspaces_and_resumes_though_its_config_is_older_than_they_are(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("the low rank gradient of a matrix\n\n" * 400)
     folder = tmp_path / "run"

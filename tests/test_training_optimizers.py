@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import galore_states, quick_compilation  # noqa: F401
+from problems import galore_states
 from runs import small_tree, tiny_model
 
 from galore_jax.presets import PRESETS
@@ -16,6 +16,7 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(name):
     config = PretrainConfig(optimizer=name, rank=4)
@@ -35,6 +36,7 @@ def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(na
     assert all(bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_decays_weights_by_learning_rate_times_weight_decay(name):
     params = small_tree()
@@ -44,6 +46,7 @@ def test_every_optimizer_decays_weights_by_learning_rate_times_weight_decay(name
     jax.tree.map(lambda u, p: np.testing.assert_allclose(u, -0.05 * p, rtol=1e-6), updates, params)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_before_the_optimizer_sees_them():
     params = small_tree()
     for clip, expected in ((1.0, 1.0), (0.0, float(optax.tree.norm(params)))):

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import quick_compilation  # noqa: F401
 from runs import small_tree, state_of, tiny_model, tokens
 
 from galore_jax.training.config import PretrainConfig
@@ -41,6 +40,7 @@ def test_accumulated_micro_batches_give_the_step_of_the_whole_batch():
         assert float(cut_metrics[name]) == pytest.approx(float(whole_metrics[name]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_summed_in_random_subspaces_give_the_step_of_the_whole_batch():
     graphdef, params = tiny_model()
     config = PretrainConfig(
@@ -89,6 +89,7 @@ def test_the_counts_of_all_galore_states_are_added_up():
     assert counts == {"skipped": 12, "kept_bases": 6, "rejected_bases": 5}
 
 
+@pytest.mark.slow
 def test_the_diagnostics_of_a_step_are_those_of_its_gradient_bases_and_update():
     graphdef, params = tiny_model()
     config = PretrainConfig(rank=4, refresh="every_step", clip=0)
@@ -131,6 +132,7 @@ def test_without_diagnostics_or_without_galore_there_is_no_subspace_to_report():
         assert {int(count) for count in galore_counts(state).values()} == {0}
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_stay_bfloat16():
     graphdef, params = tiny_model(dtype="bfloat16", param_dtype="bfloat16")
     tx = make_optimizer(PretrainConfig(optimizer="adamw"), optax.constant_schedule(1e-2))

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from problems import quick_compilation  # noqa: F401
+from problems import normal
 
 import galore_jax
 from galore_jax import GaLoreDimensionNumbers, galore
@@ -22,10 +22,6 @@ from galore_jax.presets import PRESETS
 
 PROJECTORS = ("power", "randomized", "svd", "eigh")  # tests/test_projectors.py has the others
 SHAPES = [(12, 20), (20, 12), (14, 14)]
-
-
-def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def separated(seed, shape):
@@ -48,6 +44,7 @@ def whole(_):
     return jax.tree.map(lambda _: GaLoreDimensionNumbers(), _)
 
 
+@pytest.mark.covering(5)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
@@ -105,6 +102,7 @@ def test_nothing_selected_is_the_inner_optimizer_bit_for_bit(nothing):
     jax.tree.map(np.testing.assert_array_equal, (ours, last, state.inner_state), (theirs, their_last, their_state))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 def test_the_update_of_a_transposed_matrix_is_the_transposed_update(proj_type, projector):
@@ -122,6 +120,7 @@ def test_the_update_of_a_transposed_matrix_is_the_transposed_update(proj_type, p
         np.testing.assert_allclose(update, transposed.T, atol=2e-5)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 def test_lift_is_the_adjoint_of_project(proj_type):
     """<PᵀG, N> = <G, P N>, read off the outside: the inner transformation sees one and answers the other."""
@@ -142,6 +141,7 @@ def test_lift_is_the_adjoint_of_project(proj_type):
     np.testing.assert_allclose(jnp.vdot(low_rank, reply), jnp.vdot(gradient, lifted), rtol=1e-5)
 
 
+@pytest.mark.covering(6)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scale_rms_keeps_the_root_mean_square_of_the_inner_update(shape, proj_type):
@@ -151,6 +151,7 @@ def test_scale_rms_keeps_the_root_mean_square_of_the_inner_update(shape, proj_ty
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates[0] ** 2)), 1, rtol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_a_stacked_leaf_equals_separate_leaves(proj_type, projector):
@@ -433,6 +434,7 @@ def test_copies_of_a_bare_galore_are_bound_as_it_is():
         jax.tree.map(np.testing.assert_array_equal, update(copied), update(bare))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"grass_adamw"}))
 def test_the_state_of_a_preset_has_one_count(name):
     """As AdamW's has.  Grass starts moments again, so that each of its matrices has a count of its own."""
@@ -500,6 +502,7 @@ def test_an_overlap_is_at_most_one_also_for_a_basis_that_is_not_orthonormal():
     assert int(state.schedule.gap) == 2
 
 
+@pytest.mark.slow
 def test_a_basis_is_refreshed_alike_alone_and_in_a_group():
     """Four parameters of one shape and a stack of it, of another dtype, of another side: each as if it stood alone."""
     shapes = {"a": (12, 20), "b": (12, 20), "c": (2, 3, 12, 20), "d": (20, 12), "e": (12, 20)}

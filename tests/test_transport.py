@@ -27,7 +27,6 @@ from problems import (
     assert_trees_close,
     assert_trees_equal,
     leniency,
-    quick_compilation,  # noqa: F401
 )
 
 from galore_jax._core.per_matrix import per_matrix
@@ -49,6 +48,7 @@ def after(name, views, steps):
     return state
 
 
+@pytest.mark.covering(3)
 @carried
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_rotate_by_a_signed_permutation_is_a_change_of_names(name, proj_type):
@@ -166,6 +166,7 @@ def test_a_turned_second_moment_is_nearer_to_the_truth_than_a_kept_one():
     assert mean["rotate"] < 0.2 * min(mean["keep"], mean["linear"])
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
     ("shape", "proj_type", "shared"),

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import assert_trees_close, assert_trees_equal, quick_compilation  # noqa: F401
+from problems import assert_trees_close, assert_trees_equal
 from reference import Adam, Tucker, mode_product, unfolding
 
 from galore_jax import galore, quantize_state, state_bytes, state_sharding, tree_bytes, tucker
@@ -84,6 +84,7 @@ CASES = {
 }
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_hosvd_in_float64(case):
     """Two refreshes, at updates 0 and 3; the core is what Adam sees, and the update is the Tucker product of its answer."""
@@ -161,6 +162,7 @@ def test_bases_that_are_not_stored_as_matrices(projector):
 ORDERS = {"one": (4, 6, 8), "two": (2, 3, 6, 8), "three": (2, 2, 3, 6, 8)}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("inner", ["adafactor", "adam", "lion", "sgd"])
 def test_every_optimizer_takes_kernels_of_every_order(inner):
     """There, every optimizer passes its projector an argument that it has not, and the first step raises."""
@@ -356,6 +358,7 @@ def composed(name):
     )
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["nested", "partition"])
 def test_convolutions_beside_matrices_in_galore(name):
     """Each leaf's updates are those of the one method alone."""
@@ -387,6 +390,7 @@ def test_a_bad_kernel_inside_galore_keeps_its_state():
     assert int(after.skipped) == 1
 
 
+@pytest.mark.slow
 def test_it_goes_with_galores_rotation_and_with_8_bit_moments():
     """galore reaches the moments inside a TuckerState, and tucker those that a codec stores."""
     params = convolutional(0)
@@ -419,6 +423,7 @@ def test_a_sharded_kernel_has_a_sharded_basis_and_the_same_update():
     np.testing.assert_allclose(updates["kernel"], expected["kernel"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_flax_optimizer_steps_twice():
     """nnx.Optimizer takes a container in the place of a parameter apart: every array of the state has a place of its own."""
     model = nnx.Conv(6, 8, (3, 3), rngs=nnx.Rngs(0))

@@ -9,17 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problems import POLICIES, quick_compilation  # noqa: F401
+from problems import POLICIES, normal
 
 import galore_jax
 from galore_jax import galore, projectors
 from galore_jax.projectors import Projector
 
 T = 4
-
-
-def normal(seed, shape=(12, 20)):
-    return jax.random.normal(jax.random.key(seed), shape)
 
 
 def spoiled(gradient, bad):
@@ -41,7 +37,7 @@ def test_a_bad_gradient_keeps_the_basis_and_is_counted(policy, bad, when):
     params = [jnp.zeros((12, 20))] * 2
     state = tx.init(params)
     for step in range(2 * T + 1):
-        gradient = [normal(step), normal(100 + step)]
+        gradient = [normal(step, (12, 20)), normal(100 + step, (12, 20))]
         due = [bool(jnp.all(x)) for x in due_of(policy, state)]
         if step == when:
             gradient[0] = spoiled(gradient[0], bad)
@@ -77,6 +73,7 @@ def compiled_with(projector, transport, projected):
     return tx, jax.jit(tx.update)
 
 
+@pytest.mark.covering(4)
 @pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
     ("kind", "projector", "transport"),
@@ -127,11 +124,11 @@ def test_a_basis_that_fails_its_check_is_rejected_and_counted():
         return projectors.eigh().refresh(seen) * factor
 
     tx = galore(optax.adam(1.0), rank=4, update_proj_gap=2, projector=Projector("broken", broken))
-    state, update = tx.init(normal(0)), jax.jit(tx.update)
-    _, first = update(normal(0), state)
+    state, update = tx.init(normal(0, (12, 20))), jax.jit(tx.update)
+    _, first = update(normal(0, (12, 20)), state)
     state = first
     for step, rejected in ((1, 0), (2, 1), (3, 1), (4, 2)):
-        updates, state = update(normal(step), state)
+        updates, state = update(normal(step, (12, 20)), state)
         np.testing.assert_array_equal(state.left, first.left)
         assert int(state.rejected) == rejected
         assert bool(jnp.all(jnp.isfinite(updates)))
@@ -149,17 +146,18 @@ def test_bases_turn_without_a_change_to_what_the_signs_of_a_basis_are():
     settings = {"rank": 4, "update_proj_gap": 2, "transport": "rotate", "refresh": "together"}
     plain = galore(optax.adam(0.1), projector="eigh", **settings)
     flipped = galore(optax.adam(0.1), projector=Projector("flipping", flipping), **settings)
-    one, other = plain.init(normal(0)), flipped.init(normal(0))
+    one, other = plain.init(normal(0, (12, 20))), flipped.init(normal(0, (12, 20)))
     update, flipped_update = jax.jit(plain.update), jax.jit(flipped.update)
     differ = 0
     for step in range(9):
-        updates, one = update(normal(step), one)
-        expected, other = flipped_update(normal(step), other)
+        updates, one = update(normal(step, (12, 20)), one)
+        expected, other = flipped_update(normal(step, (12, 20)), other)
         np.testing.assert_allclose(updates, expected, atol=2e-6)
         differ += int(np.any(np.asarray(one.left * other.left).sum(0) < 0))
     assert differ
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("proj_type", ["left", "right", "full"])
 def test_a_basis_that_rotates_in_its_subspace_leaves_the_lifted_first_moment(proj_type):
     """Of the whole transformation, to 1e-6: other bases of one subspace at each refresh, against a basis that stays."""
@@ -223,7 +221,7 @@ def test_diagnostics_are_what_they_say():
 
 def test_a_refresh_is_a_constant_to_differentiation():
     tx = galore(optax.sgd(1.0), rank=4, scale=1.0)
-    gradient = normal(0)
+    gradient = normal(0, (12, 20))
     state = tx.init(gradient)
 
     def loss(gradient):
@@ -234,6 +232,7 @@ def test_a_refresh_is_a_constant_to_differentiation():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(gradient), new.left @ (new.left.T @ gradient), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_a_moment_was_reaches_the_update_where_no_basis_turns():
     """As an outer optimizer that differentiates through steps needs it."""
     gradient = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)}

@@ -12,7 +12,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency
 
 from galore_jax.weights import BLOCK, Int8Weight, apply_updates, dequantize, is_int8, quantize_weights
 
@@ -21,6 +21,7 @@ def normal(shape, seed=0, scale=0.02):
     return jnp.asarray(np.random.default_rng(seed).normal(scale=scale, size=shape), jnp.float32)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("columns", [1, 255, 256, 257, 700])
 @pytest.mark.parametrize("rows", [(3,), (2, 3)])
 def test_the_nearest_code_is_within_half_a_step_whatever_the_length_of_a_row(rows, columns):
@@ -92,6 +93,7 @@ def test_a_block_of_zeros_stays_zero_and_can_be_left():
     np.testing.assert_allclose(dequantize(moved)["kernel"], 1e-6, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_slices_of_a_stack_are_rounded_as_the_stack_is():
     weight, update = quantize_weights({"kernel": normal((3, 2, 4, 300))}), {"kernel": normal((3, 2, 4, 300), 1, 1e-3)}
     whole = apply_updates(weight, update, jax.random.key(5))["kernel"]
@@ -168,6 +170,7 @@ def test_a_weight_that_is_not_finite_makes_its_block_nan_and_no_other(shape, pla
         np.testing.assert_array_equal(make(weight.at[place].set(bad)), expected)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "place"), BAD_PLACES)
 def test_an_update_that_is_not_finite_makes_its_block_nan_for_good_and_no_other(shape, place, dtype):

@@ -19,7 +19,6 @@ from problems import (
     assert_trees_equal,
     galore_states,
     leniency,
-    quick_compilation,  # noqa: F401
     strictly,
     tree,
 )
@@ -117,6 +116,7 @@ def test_an_injected_learning_rate_can_be_set_by_hand():
     assert_trees_close(large, jax.tree.map(lambda u: 3 * u, small), rtol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("preset", [galore_jax.galore_adamw, galore_jax.galore_muon, galore_jax.ldadam])
 def test_an_injected_rank_is_read_off_the_state(preset):
     params = tree(0)

@@ -34,7 +34,7 @@ from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
 from galore_jax.layouts import UNKNOWN
-from galore_jax.matrix_view import MatrixView, Rank, is_part
+from galore_jax.matrix_view import MatrixView, Rank, is_part, paths_of, views_of
 from galore_jax.transport import Carrier, carriers
 
 
@@ -42,28 +42,28 @@ class GaLoreMemoryWarning(UserWarning):
     """GaLore is used in a way that saves no memory."""
 
 
-def warn_if_whole(
-    params: Any, views: list[MatrixView | None], reasons: Callable[[Any], list[tuple[str, tuple[int, ...], str]]]
-) -> None:
+def warn_if_whole(params: Any, decided: list[MatrixView | str]) -> None:
     """Warns if no parameter of a whole tree is projected, or if one is left whole because its matrix is unknown.
 
-    ``reasons`` is :func:`galore_jax.matrix_view.why_whole`.
+    ``decided`` is what :func:`galore_jax.matrix_view.decisions` returns.
     """
-    if is_part(params) or not jax.tree.leaves(params):
+    if is_part(params) or not decided:
         return
-    whole = sorted(reasons(params), key=lambda reason: -math.prod(reason[1]))
+    leaves = zip(paths_of(params), map(jnp.shape, jax.tree.leaves(params)), decided, strict=True)
+    whole = [(path, shape, reason) for path, shape, reason in leaves if isinstance(reason, str)]
+    whole.sort(key=lambda leaf: -math.prod(leaf[1]))
     unknown = [(path, shape) for path, shape, reason in whole if reason == UNKNOWN]
     show = "print(galore_jax.describe(tx, params)) shows all of them"
-    if not any(views):
+    if len(whole) == len(decided):
         named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in whole[:3])
         message = (
-            f"galore projects none of the {len(views)} parameters, so it saves no memory; the largest are {named}: write a "
+            f"galore projects none of the {len(decided)} parameters, so it saves no memory; the largest are {named}: write a "
             f"smaller rank, or select parameters by mask or weight_dimension_numbers ({show})."
         )
     elif unknown:
         named = ", ".join(f"{path!r} of shape {shape}" for path, shape in unknown[:3])
         message = (
-            f"galore leaves {len(unknown)} of the {len(views)} parameters whole because {UNKNOWN}, the largest are {named}: "
+            f"galore leaves {len(unknown)} of the {len(decided)} parameters whole because {UNKNOWN}, the largest are {named}: "
             f"name them in weight_dimension_numbers, with None for what is to stay whole ({show})."
         )
     else:
@@ -86,8 +86,7 @@ class Step:
 
     inner: optax.GradientTransformationExtraArgs
     rank: Rank | jax.Array
-    select: Callable[..., list[MatrixView | None]]  # (tree, rank=...) -> the view of each leaf
-    why_whole: Callable[..., list[tuple[str, tuple[int, ...], str]]]  # (tree, rank=...) -> why leaves have no view
+    decisions: Callable[..., list[MatrixView | str]]  # (tree, rank=...) -> the view of each leaf, or why it has none
     projector: projectors.Projector
     refresh: policies.RefreshPolicy
     transport: str
@@ -100,8 +99,9 @@ class Step:
         leaves, treedef = trees.flatten(params)
         arrays = list(map(trees.array_of, leaves))
         rank = ranks.at_init(self.rank)
-        views = self.select(params, rank=rank)
-        warn_if_whole(params, views, functools.partial(self.why_whole, rank=rank))
+        decided = self.decisions(params, rank=rank)
+        warn_if_whole(params, decided)
+        views = views_of(decided)
         bases = [coordinates.zero_bases(self._storage, *pair) for pair in zip(views, arrays, strict=True)]
         zeros = map(coordinates.zero_coordinates, views, arrays)
         low_rank = treedef.unflatten(map(trees.boxed_like, zeros, leaves))
@@ -134,7 +134,7 @@ class Step:
         if params is not None and not projected:
             trees.check_gradients(updates, params)
         like = params if projected else updates
-        views = self.select(like, rank=ranks.in_update(self.rank, like, state.left, state.right))
+        views = views_of(self.decisions(like, rank=ranks.in_update(self.rank, like, state.left, state.right)))
         leaves, treedef = trees.flatten(updates)
         arrays = list(map(trees.array_of, leaves))
 

@@ -9,7 +9,6 @@ with ``optax.MaskedNode()`` in place of the parameters of the other.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted
 from galore_jax._core.state import GaLoreState
 from galore_jax._core.step import warn_if_whole
-from galore_jax.matrix_view import MatrixView, Rank, Views, select, why_whole
+from galore_jax.matrix_view import MatrixView, Rank, Views, decisions, select, views_of
 
 
 class OnMatricesState(NamedTuple):
@@ -69,8 +68,9 @@ def on_matrices(
     def init(params: optax.Params) -> OnMatricesState:
         known = ranks.at_init(rank)
         leaves, treedef = trees.flatten(trees.as_arrays(params))
-        views = select(params, rank=known, **choices)
-        warn_if_whole(params, views, functools.partial(why_whole, rank=known, **choices))
+        decided = decisions(params, rank=known, **choices)
+        warn_if_whole(params, decided)
+        views = views_of(decided)
         ours, theirs = _split(views, leaves, treedef)
         return OnMatricesState(matrices_of(views).init(ours), rest.init(jax.tree.map(promoted, theirs)))
 
