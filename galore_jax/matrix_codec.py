@@ -7,25 +7,27 @@
     D_ij = min(max_k |x_ik|, max_k |x_kj|) / (2^(b-1) - 1)
     q_ij = round(x_ij / D_ij + u_ij)                          decoded as  D_ij (q_ij - u_ij)
 
-The maxima are in bfloat16, rounded up.  The dither u is uniform in [-1/2, 1/2), a hash of a seed and the place of the entry, so it
-takes no bytes.  Subtracted again at decoding (L. Roberts 1962), it makes the error independent of x, with mean 0 and the variance
-of rounding to nearest.  With nearest (u = 0), a momentum has a dead zone: as long as D stays, round(β q) = q for
-|q| < 1 / (2 (1 - β)), so an entry without gradient never decays.
+The maxima are in bfloat16, rounded up.  The dither u is uniform in [-1/2, 1/2), a hash of a seed and the place of the entry, so
+it takes no bytes.  Subtracted again at decoding, it makes the error independent of x, with mean 0 and the variance of rounding to
+nearest.  With nearest (u = 0), a momentum has a dead zone: as long as D stays, round(β q) = q for |q| < 1 / (2 (1 - β)), so an
+entry without gradient never decays.
 
-**Split.**  The leading directions M ≈ P Rᵀ are stored apart, and the grid holds the rest, whose entries are much smaller (4-bit Muon,
-ICLR 2026; MuonQ, arXiv 2605.11396).  One power step from the last R follows them:
+**Split.**  The leading directions M ≈ P Rᵀ are stored apart, and the grid holds the rest, whose entries are much smaller
+(4-bit-Muon-GRASP, ICLR 2026; MuonQ, arXiv 2605.11396).  One power step from the last R follows them:
 
     P = orth(M R),   R = MᵀP,   rest = M - P Rᵀ               with k = min(m, n) / 16 columns
 
-P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  A step that orthogonalizes a momentum lifts
-all singular values to the same size.  Noise that is small beside the largest entries would be large beside the small singular
-values, which are most of them.
+P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  A step that orthogonalizes a momentum
+lifts all singular values to the same size, and most of them are small.  Noise that is small beside the largest entries would be
+large beside those.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ from galore_jax._core.orthonormal import noise, orthonormal
 BITS = (8, 4, 3)
 _MIN_SIZE = 4096
 _MIN_SIDE = 16
-# bfloat16 bit patterns of infinity and of a NaN, and that of 2^-119: a smaller scale would have a divisor below the normal numbers.
+# Bit patterns of bfloat16: infinity, a NaN, and 2^-119.  The step of a smaller scale would be below the normal numbers.
 _INFINITY, _NAN, _LEAST = 0x7F80, 0x7FC0, 0x0400
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -67,7 +69,8 @@ class Grid:
     @classmethod
     def encode(cls, array: jax.Array, seed: jax.Array | None = None, *, bits: int) -> Grid:
         """Encodes (*batch, m, n); ``seed`` is that of the dither, uint32 (*batch,)."""
-        return cls(*_encoded(array, seed, bits), seed, bits)
+        codes, rows, columns = _encoded(array, seed, bits)
+        return cls(codes, rows, columns, seed, bits)
 
     def decode(self) -> jax.Array:
         """The matrices in float32."""
@@ -91,24 +94,24 @@ class CodedMatrix:
         """The matrices in float32."""
         return self.rest.decode() + _product(self.left, self.right) if self.left and self.right else self.rest.decode()
 
-    def renewed(self, array: jax.Array, key: jax.Array | None = None) -> CodedMatrix:
+    def renewed(self, array: jax.Array, seed: jax.Array | None = None) -> CodedMatrix:
         """Encodes other matrices of the same shape in the same way, one after the other.
 
         Args:
           array: Finite matrices (*batch, m, n).
-          key: The key of the dither, which all matrices of a stack share.  None keeps the last one.
+          seed: The seed of the dither, uint32, which all matrices of a stack share.  None keeps the last one.
         """
-        seed = self.rest.seed
-        if seed is not None and key is not None:
-            seed = sharding.like(jnp.broadcast_to(jax.random.bits(key, (), jnp.uint32), seed.shape), seed)
-        return matrix_by_matrix(_renewed, self, (array.astype(jnp.float32), seed), array.ndim - 2)
+        seeds = self.rest.seed
+        if seeds is not None and seed is not None:
+            seeds = sharding.like(jnp.broadcast_to(seed, seeds.shape), seeds)
+        return matrix_by_matrix(_renewed, self, (array.astype(jnp.float32), seeds), array.ndim - 2)
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixCodec:
     """How the matrices of a linear state are stored.
 
-    At 4 bits with the default split, a square matrix takes 0.64 bytes per entry, and 0.57 with ``leading_bits=4``; at 3 bits 0.51.
+    At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits 0.5.
 
     Args:
       bits: 8, 4 or 3 bits for each entry.
@@ -121,7 +124,7 @@ class MatrixCodec:
 
     >>> x = jax.random.normal(jax.random.key(0), (128, 64))
     >>> coded = MatrixCodec(bits=4).encode(x)
-    >>> coded = coded.renewed(x, jax.random.key(1))
+    >>> coded = coded.renewed(x, jnp.uint32(1))
     >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
     ((128, 32), (4, 128), True)
     """
@@ -139,14 +142,11 @@ class MatrixCodec:
             raise ValueError(f"leading is {self.leading!r}; expected a share of the smaller side in [0, 0.5].")
 
     def applies_to(self, shape: tuple[int, ...]) -> bool:
-        """Whether arrays of this shape are encoded: matrices of at least 4,096 entries, stacks included, with sides of 16 or more."""
-        size = 1
-        for side in shape:
-            size *= side
-        return len(shape) >= 2 and min(shape[-2:]) >= _MIN_SIDE and size >= _MIN_SIZE
+        """Whether arrays of this shape are encoded: matrices, or stacks, of 4,096 entries or more with sides of 16 or more."""
+        return len(shape) >= 2 and min(shape[-2:]) >= _MIN_SIDE and math.prod(shape) >= _MIN_SIZE
 
     def encode(self, array: jax.Array) -> CodedMatrix:
-        """Encodes (*batch, m, n), zeros as a rule, without leading directions, which the first :meth:`CodedMatrix.renewed` finds."""
+        """Encodes (*batch, m, n), mostly zeros.  The first :meth:`CodedMatrix.renewed` finds the leading directions."""
         spec = sharding.spec_of(array)
         *batch, m, n = array.shape
         *lead, first, second = spec or (None,) * array.ndim
@@ -156,7 +156,7 @@ class MatrixCodec:
             return CodedMatrix(rest, None, None)
         count = max(1, int(self.leading * min(m, n)))
 
-        def zeros(side: int, entry: object) -> Grid:
+        def zeros(side: int, entry: Any) -> Grid:
             shape = (*batch, count, side)
             return Grid.encode(
                 sharding.zeros(shape, jnp.float32, spec and (*lead, None, entry), array), bits=self.leading_bits
@@ -244,7 +244,7 @@ def _packed(codes: jax.Array, bits: int) -> jax.Array:
     if codes_per_group == 1:
         return codes.astype(jnp.uint8)
     groups = sharding.blocked(codes, codes_per_group)
-    words = sum(groups[..., i] << bits * i for i in range(codes_per_group))
+    words = functools.reduce(jnp.bitwise_or, (groups[..., i] << bits * i for i in range(codes_per_group)))
     parts = [(words >> 8 * i & 0xFF).astype(jnp.uint8) for i in range(bytes_per_group)]
     return sharding.merged(jnp.stack(parts, axis=-1))
 
@@ -255,6 +255,6 @@ def _unpacked(packed: jax.Array, n: int, bits: int) -> jax.Array:
     if codes_per_group == 1:
         return packed.astype(jnp.int32)
     groups = sharding.blocked(packed, bytes_per_group).astype(jnp.int32)
-    words = sum(groups[..., i] << 8 * i for i in range(bytes_per_group))
+    words = functools.reduce(jnp.bitwise_or, (groups[..., i] << 8 * i for i in range(bytes_per_group)))
     codes = jnp.stack([words >> bits * i & 2**bits - 1 for i in range(codes_per_group)], axis=-1)
     return jax.lax.slice_in_dim(sharding.merged(codes), 0, n, axis=-1)
