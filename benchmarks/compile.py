@@ -13,6 +13,7 @@ a second call of the jitted update would be traced again.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 
@@ -20,7 +21,7 @@ import jax
 import optax
 from _common import compile_for_tpu
 
-from galore_jax.presets import PRESETS
+from galore_jax.presets import FULL_RANK, PRESETS
 
 SHAPES = {  # hidden, keys and values, MLP, vocabulary
     "small": (64, 32, 176, 256),
@@ -63,7 +64,10 @@ def optimizers(presets: list[str], name: str) -> dict[str, Callable[[], optax.Gr
     return {
         BASELINE: lambda: optax.adamw(1e-3),
         OPTAX: lambda: optax.contrib.galore(1e-3, rank=int(RANK * SHAPES[name][0])),
-        **{preset: lambda build=PRESETS[preset]: build(1e-3, rank=RANK) for preset in presets},
+        **{
+            preset: functools.partial(PRESETS[preset], 1e-3, **({} if preset in FULL_RANK else {"rank": RANK}))
+            for preset in presets
+        },
     }
 
 

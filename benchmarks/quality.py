@@ -57,6 +57,11 @@ def preset(make, **settings):
     return lambda learning_rate, rank: make(learning_rate, **({"rank": rank} | settings))
 
 
+def full_rank(make, **settings):
+    """(learning rate, rank) -> a preset without a rank."""
+    return lambda learning_rate, rank: make(learning_rate, **settings)
+
+
 def direction(make):
     """(learning rate, rank) -> what ``make`` returns, which answers in the direction of the gradient."""
     return lambda learning_rate, rank: optax.chain(make(), optax.scale_by_learning_rate(learning_rate))
@@ -82,7 +87,7 @@ def contestants(steps: int) -> dict:
     """Each optimizer of the comparison, a function of learning rate and rank.
 
     Bases are refreshed eight times in a run, those of galore_muon four times.  Adam trains low-rank weights too (lora, relora,
-    low_rank), and relora merges three times.
+    low_rank), and relora merges three times.  "muon" is Optax's, with a momentum of 0.95.
     """
     gap = max(1, steps // 8)
     galore_muon = functools.partial(preset, galore_jax.galore_muon)
@@ -116,11 +121,20 @@ def contestants(steps: int) -> dict:
         "galore_muon, power": galore_muon(update_proj_gap=2 * gap, projector="power"),
         "galore_muon, power, c = 8": galore_muon(update_proj_gap=2 * gap, projector="power", factor=8.0),
         "galore_muon, power, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, projector="power", factor=30.0),
+        **{
+            f"{make.__name__}, {name}": full_rank(make, **settings)
+            for make in (galore_jax.muon, galore_jax.muon_8bit, galore_jax.muon_4bit)
+            for name, settings in MUONS.items()
+        },
         "galore_muon, 8-bit": functools.partial(galore_muon_8bit, update_proj_gap=2 * gap),
         "galore_muon, 8-bit, r = 1/2": lambda rate, rank: galore_muon_8bit(rate, 2 * rank, update_proj_gap=2 * gap),
     }
 
 
+MUONS = {
+    "b = 0.9": {"momentum": 0.9},
+    "b = 0.9, NorMuon": {"momentum": 0.9, "neuron_decay": 0.95},
+}
 SHORT = (ADAMW, MUON, "galore_adamw", "fira_adamw", "galore_muon")
 
 

@@ -5,6 +5,7 @@
 from galore_jax import matrix_view as matrix_view, projectors as projectors, refresh as refresh, residual as residual
 from galore_jax.description import describe as describe
 from galore_jax.limiter import limit_norm_growth as limit_norm_growth
+from galore_jax.matrix_codec import MatrixCodec as MatrixCodec
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.presets import (
@@ -18,6 +19,9 @@ from galore_jax.presets import (
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
     ldadam as ldadam,
+    muon as muon,
+    muon_4bit as muon_4bit,
+    muon_8bit as muon_8bit,
     q_apollo_mini as q_apollo_mini,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
     recommended as recommended,

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in 8 bits, block by block, and in bfloat16 by stochastic rounding.
+"""Arrays in 8 bits, block by block, and in bfloat16 by stochastic rounding; :mod:`galore_jax.matrix_codec` has fewer bits.
 
 **Blocks.**  The last axis is cut into blocks of 256; the last block may be shorter.  A block stores its element s of largest
 magnitude, with its sign.  For each x it stores the index of the value nearest to x / s in the dynamic map of 8-bit optimizers
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from galore_jax import sharding
+from galore_jax.matrix_codec import CodedMatrix
 
 BLOCK = 256
 _DECADES = 7
@@ -140,7 +141,8 @@ class Bfloat16(NamedTuple):
         return self.values.astype(jnp.float32)
 
 
-Coded = SignedBlocks | UnsignedBlocks | Bfloat16
+_Elementwise = SignedBlocks | UnsignedBlocks | Bfloat16
+Coded = _Elementwise | CodedMatrix
 
 
 def is_coded(node: Any) -> bool:
@@ -160,12 +162,14 @@ def decoded(leaf: Any) -> Any:
 
 def scales_like(array: Any, leaf: Any) -> Any:
     """The scales of ``array`` in the codec of ``leaf``; None if ``leaf`` is not encoded or has no scales."""
-    return type(leaf).scales_of(array) if isinstance(leaf, Coded) else None
+    return type(leaf).scales_of(array) if isinstance(leaf, _Elementwise) else None
 
 
 def encoded_like(array: Any, leaf: Any, key: jax.Array | None = None, scales: Any = None) -> Any:
     """``array`` in the codec of ``leaf``, with the scales of :func:`scales_like` if they are known."""
-    return type(leaf).encode(array, key, scales) if isinstance(leaf, Coded) else array
+    if isinstance(leaf, CodedMatrix):
+        return leaf.renewed(array, None if key is None else jax.random.bits(key, (), jnp.uint32))
+    return type(leaf).encode(array, key, scales) if isinstance(leaf, _Elementwise) else array
 
 
 @functools.partial(jax.jit, static_argnames="signed", inline=True)

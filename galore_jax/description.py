@@ -27,8 +27,8 @@ class ParameterRecord:
     shape: tuple[int, ...]
     matrix: tuple[int, int] | None  # (m, n) of each of its matrices; None if it is left whole
     batch: tuple[int, ...]  # the shape of its batch axes
-    rank: int | None
-    side: str  # of the basis: "left" (m), "right" (n) or "both"; empty if it is left whole
+    rank: int | None  # None if it has no basis
+    side: str  # of the basis: "left" (m), "right" (n) or "both"; empty without a basis
     state_bytes: int
     reason: str  # why it is left whole; empty if it is projected
 
@@ -90,7 +90,8 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
     """
     with matrix_view.recorded() as decisions, warnings.catch_warnings():
         warnings.simplefilter("ignore", GaLoreMemoryWarning)  # the reasons are in the description
-        state = jax.eval_shape(tx.init, params)
+        # A function of its own, because an init that was traced before would not be traced again, and record nothing.
+        state = jax.eval_shape(lambda params: tx.init(params), params)
     sizes = _bytes_by_parameter(state, params)
     records = []
     for path, leaf, size in zip(matrix_view.paths_of(params), jax.tree.leaves(params), sizes, strict=True):
@@ -104,8 +105,11 @@ def describe(tx: optax.GradientTransformation, params: Any) -> Description:
 def _record(path: str, shape: tuple[int, ...], decision: MatrixView | str, size: int) -> ParameterRecord:
     if isinstance(decision, str):
         return ParameterRecord(path, shape, None, (), None, "", size, decision)
-    side = "both" if decision.left and decision.right else "left" if decision.left else "right"
-    return ParameterRecord(path, shape, decision.matrix_shape, decision.batch_shape, decision.rank, side, size, "")
+    side = {(True, True): "both", (True, False): "left", (False, True): "right"}.get(
+        (decision.left, decision.right), ""
+    )
+    rank = decision.rank if side else None
+    return ParameterRecord(path, shape, decision.matrix_shape, decision.batch_shape, rank, side, size, "")
 
 
 def _row(record: ParameterRecord) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ from galore_jax._core.trees import is_box, paths_of as paths_of
 from galore_jax.layouts import LORA_FACTOR, Layout, kind_of, layouts
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
+# The view of a method that works on whole matrices.
+NO_BASIS = "none"
 
 Rank = int | float | Mapping[str, int | float | None] | Callable[[str, tuple[int, ...]], int | float | None]
 _T = TypeVar("_T")
@@ -55,7 +57,7 @@ class GaLoreDimensionNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MatrixView:
-    """One parameter as a batch of m x n matrices, with the rank and the side or sides of its basis."""
+    """One parameter as a batch of m x n matrices, with the rank and the side or sides of its basis, if it has one."""
 
     path: str
     shape: tuple[int, ...]
@@ -544,6 +546,7 @@ def _sides(proj_type: str, m: int, n: int) -> tuple[bool, bool]:
         "left": (True, False),
         "right": (False, True),
         "full": (True, True),
+        NO_BASIS: (False, False),
     }[proj_type]
 
 

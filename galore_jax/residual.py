@@ -7,7 +7,9 @@
     sign          α P N + c sign(S)                                  FRUGAL with signSGD outside
     channel       α G diag(φ)                                        APOLLO, Zhu et al. 2024, arXiv 2412.05270
     tensor        α φ G,  φ = ‖N‖ / ‖R‖                              APOLLO-Mini, same paper
-    orthogonal    α 0.2 √max(m, n) NS(P N + c S)                     Muon's step (K. Jordan 2024) from a low-rank momentum
+    orthogonal    α 0.2 √max(m, n) NS(P N + c S)                     Muon's step (K. Jordan 2024) from a low-rank momentum;
+                                                                     with NorMuon's division of O = NS(...), if asked for:
+                  v_j <- b v_j + (1 - b) mean_i O_ij²,   O_ij / √v_j at the norm of O         (arXiv 2510.05491)
 
 The index j runs over the columns for a basis on the left, and over the rows for one on the right.  S is orthogonal to an
 orthonormal P, and α does not scale it.  fira, channel and tensor bound the growth of the norm of what they scale, S diag(φ),
@@ -58,12 +60,12 @@ class Parts(NamedTuple):
 class Residual(NamedTuple):
     """A rule: ``combine(parts, state)`` returns the update (m, n) of one matrix and the new state.
 
-    ``init(batch_shape)`` returns the states of a stack of matrices, arrays of (*batch, ...).
+    ``init(view)`` returns the states of a parameter's matrices, arrays of (*batch, ...).
     """
 
     name: str
     combine: Callable[[Parts, Any], tuple[jax.Array, Any]]
-    init: Callable[[tuple[int, ...]], Any] = lambda batch_shape: ()
+    init: Callable[[MatrixView], Any] = lambda view: ()
 
 
 def fira(growth: float | None = GAMMA) -> Residual:
@@ -111,17 +113,18 @@ def tensor(growth: float | None = GAMMA) -> Residual:
     return _scaled("tensor", lambda parts: _ratio(parts, (-2, -1)), growth)
 
 
-def orthogonal(factor: float | jax.Array = 16.0) -> Residual:
+def orthogonal(factor: float | jax.Array = 16.0, neuron_decay: float | jax.Array | None = None) -> Residual:
     """The direction P N + ``factor`` S with all singular values moved to about 1, scaled to the root mean square of AdamW.
 
-    With a momentum inside, N sums about 1/(1-β) gradients, so S needs a factor of that order.
+    With a momentum inside, N sums about 1/(1-β) gradients, so S needs a factor of that order.  With ``neuron_decay``, the part of
+    each output neuron is divided as :func:`divided_by_neuron` does.
     """
 
     def combine(parts: Parts, state: Any) -> tuple[jax.Array, Any]:
-        whole = newton_schulz(_with_outside(parts._replace(alpha=1.0), factor))
-        return parts.alpha * (0.2 * max(whole.shape) ** 0.5) * whole, state
+        whole, state = muon_step(_with_outside(parts._replace(alpha=1.0), factor), state, neuron_decay)
+        return parts.alpha * whole, state
 
-    return Residual("orthogonal", combine)
+    return Residual("orthogonal", combine, lambda view: neuron_squares(view, neuron_decay))
 
 
 RESIDUALS: dict[str, Callable[[], Residual]] = {
@@ -253,6 +256,51 @@ def newton_schulz(matrices: jax.Array) -> jax.Array:
     return matrix_by_matrix(lambda matrix, _: _orthogonalized(matrix), matrices, (), matrices.ndim - 2)
 
 
+def muon_step(direction: jax.Array, squares: Any, neuron_decay: float | jax.Array | None) -> tuple[jax.Array, Any]:
+    """0.2 √max(m, n) NS(direction) of one matrix (m, n), and the mean squares of its neurons.
+
+    The root mean square of the step is about that of AdamW's (arXiv 2502.16982, section 2.2).
+
+    Args:
+      direction: (m, n), at least float32.
+      squares: The state that :func:`neuron_squares` makes for one matrix.
+      neuron_decay: NorMuon's decay rate, or None.
+    """
+    whole = newton_schulz(direction)
+    if neuron_decay is not None:
+        whole, squares = divided_by_neuron(whole, squares, neuron_decay)
+    return 0.2 * max(whole.shape) ** 0.5 * whole, squares
+
+
+def neuron_squares(view: MatrixView, neuron_decay: float | jax.Array | None) -> Any:
+    """NorMuon's state of a parameter's matrices: float32 zeros (*batch, n); () without ``neuron_decay``."""
+    return () if neuron_decay is None else jnp.zeros((*view.batch_shape, view.matrix_shape[1]), jnp.float32)
+
+
+def divided_by_neuron(matrix: jax.Array, squares: jax.Array, decay: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Divides each column by the root of its mean square over time, and keeps the norm of the matrix (NorMuon, arXiv 2510.05491).
+
+    A column of a kernel (inputs, outputs) is an output neuron.  The orthogonalization leaves rows and columns of different norms
+    where a matrix is not square, or where singular values stay below 1.
+
+    Args:
+      matrix: (m, n).
+      squares: (n,), the mean squares so far.
+      decay: The decay rate of the mean squares.
+
+    Returns:
+      The matrix and the new mean squares.
+
+    >>> divided, squares = divided_by_neuron(jnp.array([[3.0, 0.0], [0.0, 4.0]]), jnp.zeros(2), 0.5)
+    >>> divided.round(3).tolist(), squares.tolist()
+    ([[3.5360000133514404, 0.0], [0.0, 3.5360000133514404]], [2.25, 4.0])
+    """
+    squares = decay * squares + (1 - decay) * jnp.mean(jnp.square(matrix), axis=0)
+    divided = matrix * jax.lax.rsqrt(jnp.maximum(squares, 1e-10))[None, :]
+    before, after = norm_of(matrix, (-2, -1)), norm_of(divided, (-2, -1))
+    return divided * (before / jnp.where(after > 0, after, 1)), squares
+
+
 def _orthogonalized(matrix: jax.Array) -> jax.Array:
     """:func:`newton_schulz` of one matrix."""
     tall = matrix.shape[0] > matrix.shape[1]
@@ -288,12 +336,12 @@ def _ratio(parts: Parts, axes: int | tuple[int, int]) -> jax.Array:
     return jnp.where(below > 0, norm_of(parts.reply, axes) / jnp.where(below > 0, below, 1), 0)
 
 
-def _norms(growth: float | None) -> Callable[[tuple[int, ...]], Any]:
+def _norms(growth: float | None) -> Callable[[MatrixView], Any]:
     """[*batch] float32, 0 before the first update; no state without a bound."""
     if growth is None:
-        return lambda batch_shape: ()
+        return lambda view: ()
     check_growth(growth, "growth")
-    return lambda batch_shape: jnp.zeros(batch_shape, jnp.float32)
+    return lambda view: jnp.zeros(view.batch_shape, jnp.float32)
 
 
 def _bounded(matrix: Callable[[], jax.Array], before: Any, growth: float | None) -> tuple[Any, Any]:

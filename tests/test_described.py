@@ -142,3 +142,11 @@ def test_a_run_is_described_with_its_own_optimizer(tmp_path, capsys):
     assert ranks == {4, None}
     assert {tuple(record["batch"]) for record in found["parameters"] if record["matrix"]} == {(2,)}
     assert described(capsys, tmp_path, "--optimizer", "adamw")["state_bytes"] > found["state_bytes"]
+
+
+def test_a_transformation_that_was_initialized_before_is_described_too():
+    """JAX doesn't trace a function again for shapes that it knows."""
+    tx, params = galore_jax.galore_adamw(0.1, rank=8), {"w": jnp.ones((16, 32))}
+    galore_jax.state_bytes(tx, params)
+    for _ in range(2):
+        assert galore_jax.describe(tx, params).projected

@@ -26,6 +26,7 @@ OPTIMIZERS = {
     "galore_adamw, reset": lambda: galore_jax.galore_adamw(0.1, rank=8, transport="reset", update_proj_gap=1),
     "apollo_adamw": lambda: galore_jax.apollo_adamw(0.1, rank=8),
     "galore_muon": lambda: galore_jax.galore_muon(0.1, rank=8),
+    "muon_4bit": lambda: galore_jax.muon_4bit(0.1),
 }
 
 

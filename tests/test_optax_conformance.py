@@ -34,6 +34,7 @@ PRESETS = [
     (galore_jax.golore_adamw, {"random_from": 1}),
     (galore_jax.ldadam, {"weight_decay": 0.1}),
     (galore_jax.galore_muon, {"weight_decay": 0.1}),
+    (galore_jax.muon, {"weight_decay": 0.1}),
 ]
 # Arguments that fix shapes or the program, which Optax can inject no arrays for.
 STATIC = ("rank", "update_proj_gap", "min_dim_size_to_factor", "random_from")
@@ -44,8 +45,13 @@ presets = pytest.mark.parametrize(("preset", "kwargs"), PRESETS, ids=[preset.__n
 def build(preset, kwargs, **overrides):
     """The preset with a small rank; the SVD compiles three times as fast as the default projector."""
     chosen = {"learning_rate": 0.01, "rank": RANK, "update_proj_gap": 2, "projector": "svd"} | kwargs | overrides
-    if preset_of(preset) is galore_jax.ldadam:  # its subspaces move at every update, in one way
+    if preset_of(preset) in (
+        galore_jax.ldadam,
+        galore_jax.muon,
+    ):  # its subspaces move at every update, or there are none
         del chosen["update_proj_gap"], chosen["projector"]
+    if preset_of(preset) is galore_jax.muon:
+        del chosen["rank"]
     return preset(**chosen)
 
 
@@ -62,7 +68,12 @@ def preset_of(preset):
 
 
 def assert_projected(state):
-    """The one node with bases inside ``state``, with its fields by their names in a GaLoreState."""
+    """The one node of the matrices inside ``state``, with its fields by their names in a GaLoreState."""
+    for _, node in optax.tree.get_all_with_path(state, "ScaleByMuonState"):
+        assert {name: node.momentum[name].shape for name in ("kernel", "stack")} == {
+            name: SHAPES[name] for name in ("kernel", "stack")
+        }
+        return types.SimpleNamespace(left=node.momentum, right=node.momentum, count=node.count)
     ldadam = [node for _, node in optax.tree.get_all_with_path(state, "LDAdamState")]
     if not ldadam:
         return assert_galore(state)

@@ -16,7 +16,7 @@ from reference import Adam
 import galore_jax
 from galore_jax.accumulate import low_rank_mean, update_from_low_rank
 from galore_jax.layerwise import BlockStack, layerwise
-from galore_jax.presets import PRESETS, WHOLE_GRADIENT
+from galore_jax.presets import FULL_RANK, PRESETS, WHOLE_GRADIENT
 
 RANK, ALPHA = 4, 0.25
 both_sides = pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
@@ -152,15 +152,16 @@ BYTES = {
     "grass_adamw": (lambda r, k, K: 8 * r * K + 8 * r + 4, COUNTS, {}),
     "galore_muon": (lambda r, k, K: 4 * r * (k + K), COUNTS, {}),
     "ldadam": (lambda r, k, K: dense(r, k, K) + 4 * k * K, 2 * 4, {}),
+    "muon": (lambda r, k, K: 4 * k * K, 2 * 4, {}),
 }
 
 
 @pytest.mark.parametrize("name", BYTES)
 def test_the_bytes_are_those_of_the_formula(name):
     of_a_matrix, rest, arguments = BYTES[name]
-    arguments = {"rank": RANK} | arguments
+    arguments = ({} if name in FULL_RANK else {"rank": RANK}) | arguments
     params = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in TREE.items()}
-    expected = sum(of_a_matrix(arguments["rank"], k, K) for k, K in MATRICES) + 8 * UNPROJECTED + rest
+    expected = sum(of_a_matrix(arguments.get("rank"), k, K) for k, K in MATRICES) + 8 * UNPROJECTED + rest
     assert galore_jax.state_bytes(PRESETS[name](0.1, **arguments), params) == expected
 
 
@@ -185,6 +186,7 @@ FAMILY = {
     "golore_adamw": {"random_from": 3},
     "ldadam": {},
     "galore_muon": {"factor": 4.0},
+    "muon": {"neuron_decay": 0.9},
 }
 family = pytest.mark.parametrize("name", FAMILY)
 
@@ -250,6 +252,9 @@ def test_its_moments_can_be_kept_in_8_bits(name):
     params = {"w": normal(0, (64, 4200))}
     state = jax.eval_shape(tx.init, params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.uint8]
+    if name == "muon":
+        assert sorted(leaf.size for leaf in moments) == [64 * 4200]
+        return
     number = 1 if name == "galore_muon" else 2
     error = [64 * 4200] if name == "ldadam" else []
     assert sorted(leaf.size for leaf in moments) == [FAMILY[name].get("rank", RANK) * 4200] * number + error
@@ -284,7 +289,7 @@ def test_micro_batches_are_summed_in_the_subspaces_or_it_is_said_why_not(name):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("name", ["apollo_mini", "grass_adamw", "ldadam", "galore_muon"])
+@pytest.mark.parametrize("name", ["apollo_mini", "grass_adamw", "ldadam", "galore_muon", "muon"])
 def test_sharded_it_is_the_same_and_types_are_stable(name):
     """On a mesh with explicit axes, where the sharding is part of each type; both kinds of side."""
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)

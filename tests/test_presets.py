@@ -16,8 +16,14 @@ from problems import assert_trees_close, leniency, normal
 import galore_jax
 from galore_jax import codecs
 from galore_jax.codecs import SignedBlocks, UnsignedBlocks
-from galore_jax.presets import PRESETS, RANK_ONE
-from galore_jax.presets._arguments import AdamW8bitArguments, AdamWArguments, GaLoreArguments, MuonArguments
+from galore_jax.presets import FULL_RANK, PRESETS, RANK_ONE
+from galore_jax.presets._arguments import (
+    AdamW8bitArguments,
+    AdamWArguments,
+    CodedMuonArguments,
+    GaLoreArguments,
+    MuonArguments,
+)
 
 PARAMS = {
     "embed": {"embedding": normal(0, (50, 16))},
@@ -105,15 +111,23 @@ ARGUMENTS = {
 }
 
 
+def rank_of(name):
+    """A rank for matrices of 16 x 24, if the preset has one."""
+    return {} if name in FULL_RANK else {"rank": 1 if name in RANK_ONE else 4}
+
+
 @pytest.mark.covering(1)
 @every_preset
 def test_a_preset_can_be_injected_and_its_learning_rate_changed(name):
     """Every other number is an array then, such as update_proj_gap, seed, momentum or random_from."""
-    arguments = {"rank": 1 if name in RANK_ONE else 4} | ARGUMENTS.get(name, {})
-    injected = optax.inject_hyperparams(ALL[name], static_args="rank")(learning_rate=0.1, **arguments)
+    arguments = rank_of(name) | ARGUMENTS.get(name, {})
+    injected = optax.inject_hyperparams(ALL[name], static_args=("rank",) if "rank" in arguments else ())(
+        learning_rate=0.1, **arguments
+    )
     plain = ALL[name](0.2, **arguments)
     state, expected_state = injected.init(PARAMS), plain.init(PARAMS)
-    assert {"learning_rate", "weight_decay", "seed"} <= state.hyperparams.keys()
+    numbers = {"learning_rate", "weight_decay", "seed"} & inspect.signature(ALL[name]).parameters.keys()
+    assert numbers <= state.hyperparams.keys()
     state.hyperparams["learning_rate"] = jnp.float32(0.2)
     with leniency():
         update, expected_update = jax.jit(injected.update), jax.jit(plain.update)
@@ -158,7 +172,15 @@ ADAM = [name for name in ALL if "mu_dtype" in inspect.signature(ALL[name]).param
 
 
 def test_presets_on_adam_take_mu_dtype():
-    assert set(ALL) - set(ADAM) == {"galore_adafactor", "galore_adamw_8bit", "q_galore_adamw_8bit", "q_apollo_mini"}
+    without = {
+        "galore_adafactor",
+        "galore_adamw_8bit",
+        "q_galore_adamw_8bit",
+        "q_apollo_mini",
+        "muon_8bit",
+        "muon_4bit",
+    }
+    assert set(ALL) - set(ADAM) == without
 
 
 @pytest.mark.covering(1)
@@ -171,7 +193,7 @@ def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
     make = functools.partial(ALL[name], 0.1, **{key: value for key, value in arguments.items() if key in taken})
     tx = make(mu_dtype="bfloat16")
     # The moments of LDAdam's matrices stay in float32.
-    of_the_matrix = 0 if name == "ldadam" else arguments["rank"] * 24
+    of_the_matrix = {"ldadam": 0, "muon": 16 * 24}.get(name, arguments["rank"] * 24)
     numbers = of_the_matrix + 50 * 16 + 16 + 16 * 50
     assert galore_jax.state_bytes(make(), params) - galore_jax.state_bytes(tx, params) == 2 * numbers
 
@@ -201,11 +223,12 @@ def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
         (AdamWArguments, galore_jax.galore_adamw),
         (AdamW8bitArguments, galore_jax.galore_adamw_8bit),
         (MuonArguments, galore_jax.galore_muon),
+        (CodedMuonArguments, galore_jax.muon_8bit),
     ],
 )
 def test_type_checkers_see_the_arguments_of_a_preset(arguments, preset):
     names = set(inspect.signature(preset).parameters) - {"learning_rate", "inner"}
-    assert typing.get_type_hints(arguments).keys() == names | {"residual"}
+    assert typing.get_type_hints(arguments).keys() == names | ({"residual"} if "rank" in names else set())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from problems import leniency, normal
 import galore_jax
 from galore_jax import galore, residual
 from galore_jax.accumulate import update_from_low_rank
+from galore_jax.matrix_view import select
 
 RANK, B1, B2, EPS, ALPHA = 4, 0.9, 0.999, 1e-8, 0.25
 
@@ -281,7 +282,8 @@ def test_the_workspace_of_a_rule_is_a_few_matrices_whatever_the_stack(name, dtyp
                 ((batch, m, rank), jnp.float32),
             ]
         ]
-        states = jax.eval_shape(lambda: rule.init((batch,)))
+        [view] = select(jnp.broadcast_to(0.0, stack), rank=rank)
+        states = jax.eval_shape(lambda: rule.init(view))
         combine = functools.partial(residual.combine, rule, lift=lambda x, p: p @ x, alpha=0.25, axis=-2)
         return memory(combine, *arrays, states, donate=(0, 5))
 

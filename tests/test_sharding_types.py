@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from problems import assert_trees_close, galore_states, leniency, normal
 
 import galore_jax
-from galore_jax.presets import PRESETS
+from galore_jax.presets import FULL_RANK, PRESETS
 from galore_jax.projectors import PROJECTORS
 
 RANK = 3
@@ -241,7 +241,8 @@ def test_in_shard_map_a_model_on_each_device_is_updated_as_it_is_alone(name):
     """With ``check_vma``, which asks loops and branches for equal types: the state starts as constants that do not vary."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))
     extra = {"random_from": 1} if name == "golore_adamw" else {}
-    tx = PRESETS[name](0.01, rank=4, **extra)
+    extra |= {} if name in FULL_RANK else {"rank": 4}
+    tx = PRESETS[name](0.01, **extra)
     kernels = normal(0, (2, 12, 20))
 
     def two_updates(kernel):

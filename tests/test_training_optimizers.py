@@ -24,7 +24,7 @@ def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(na
     tx = make_optimizer(config, optax.constant_schedule(1e-3))
     state = tx.init(params)
     updates, state = jax.jit(tx.update)(params, state, params)
-    coded = {"uint8"} if name.endswith("8bit") else set()
+    coded = {"uint8"} if name.endswith("bit") else set()
     bases = {"bfloat16"} if name == "galore_adamw_8bit" else set()
     seeds = {"uint32"} if "apollo" in name else set()
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"} | coded | bases | seeds

@@ -18,7 +18,7 @@ from problems import normal
 import galore_jax
 from galore_jax import GaLoreDimensionNumbers, galore
 from galore_jax.matrix_view import PROJ_TYPES
-from galore_jax.presets import PRESETS
+from galore_jax.presets import FULL_RANK, PRESETS
 
 PROJECTORS = ("power", "randomized", "svd", "eigh")  # tests/test_projectors.py has the others
 SHAPES = [(12, 20), (20, 12), (14, 14)]
@@ -441,7 +441,8 @@ def test_the_state_of_a_preset_has_one_count(name):
     extra = {"random_from": 5} if name == "golore_adamw" else {}
     extra |= {"min_dim_size_to_factor": 2} if name == "galore_adafactor" else {}
     params = {"w": normal(0, (12, 20)), "b": normal(1, (20,))}
-    tx = PRESETS[name](0.1, rank=4, **extra)
+    extra |= {} if name in FULL_RANK else {"rank": 4}
+    tx = PRESETS[name](0.1, **extra)
     _, state = tx.update(params, tx.init(params), params)
     assert int(optax.tree.get(state, "count")) == 1
 

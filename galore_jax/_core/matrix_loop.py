@@ -72,6 +72,9 @@ def _loop(function: Callable[[Carried, Any], Carried], carried: Carried, given: 
         old = jax.tree.map(take, carried)
         return jax.tree.map(put, carried, old, function(old, jax.tree.map(take, given)))
 
+    # A loop keeps the types of its carry, so inside shard_map all of it has to vary over the devices as the results do.
+    zero = sharding.varying_zero((carried, given))
+    carried = jax.tree.map(lambda x: x + zero.astype(x.dtype), carried)
     # A static number of rounds, so that reverse mode can go through.
     return jax.lax.fori_loop(0, math.prod(shape), body, carried)
 

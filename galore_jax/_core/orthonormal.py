@@ -88,13 +88,15 @@ def defect(basis: jax.Array) -> jax.Array:
 
 
 def noise(shape: tuple[int, ...], dtype: jnp.dtype, seed: int | jax.Array = 0) -> jax.Array:
-    """Returns a matrix of numbers in [-1, 1), a hash of the seed and their positions.
+    """Returns matrices (*batch, m, n) of numbers in [-1, 1], a hash of the seed and their positions in the matrix.
 
-    It compiles to a tenth of the program of ``jax.random``, and is good enough to start a power iteration from.
+    It compiles to a tenth of the program of ``jax.random``, and is good enough to start a power iteration from, or as dither.  A
+    seed may be an array (*batch,).
     """
-    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    rows, columns = (jax.lax.broadcasted_iota(jnp.uint32, shape, len(shape) - axis) for axis in (2, 1))
+    start = jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
     # From 1, because this hash of 0 is 0.
-    x = 1 + rows * shape[1] + columns + jnp.asarray(seed).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    x = 1 + rows * shape[-1] + columns + jnp.broadcast_to(start[..., None, None], shape)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(dtype) * 2.0**-31

@@ -183,7 +183,7 @@ class Step:
 
     def _residual_of(self, views: list[MatrixView | None], treedef: Any) -> Any:
         rule = self.residual
-        return () if rule is None else treedef.unflatten(() if v is None else rule.init(v.batch_shape) for v in views)
+        return () if rule is None else treedef.unflatten(() if v is None else rule.init(v) for v in views)
 
     def _inner_of(self, views: list[MatrixView | None]) -> optax.GradientTransformationExtraArgs:
         """A bias-correction count that all matrices share cannot be reset for one, so each matrix gets its own inner state."""

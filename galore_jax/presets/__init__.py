@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import optax
 
+from galore_jax.presets.full_muon import muon, muon_4bit, muon_8bit
 from galore_jax.presets.full_rank import apollo_adamw, apollo_mini, fira_adamw, q_apollo_mini
 from galore_jax.presets.ldadam import ldadam
 from galore_jax.presets.low_rank import (
@@ -18,7 +19,7 @@ from galore_jax.presets.low_rank import (
     grass_adamw,
     q_galore_adamw_8bit,
 )
-from galore_jax.presets.muon import galore_muon, recommended as recommended
+from galore_jax.presets.low_rank_muon import galore_muon, recommended as recommended
 
 Preset = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -32,11 +33,16 @@ LOW_RANK: dict[str, Preset] = _by_name(
 )
 """Presets that need only the gradient in the subspaces, so micro-batches can be summed there."""
 
-WHOLE_GRADIENT: dict[str, Preset] = _by_name(fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon)
+WHOLE_GRADIENT: dict[str, Preset] = _by_name(
+    fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon, muon, muon_8bit, muon_4bit
+)
 """Presets that need the whole gradient."""
 
 PRESETS: dict[str, Preset] = LOW_RANK | WHOLE_GRADIENT
 """All presets by name."""
+
+FULL_RANK = ("muon", "muon_8bit", "muon_4bit")
+"""Presets that have no subspaces, and no rank."""
 
 RANK_ONE = ("apollo_mini", "q_apollo_mini")
 """Presets that are defined by their default rank, 1."""

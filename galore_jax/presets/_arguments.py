@@ -18,6 +18,7 @@ import jax
 import optax
 
 from galore_jax import projectors, refresh as policies, residual as residuals
+from galore_jax.matrix_codec import MatrixCodec
 from galore_jax.matrix_view import Rank
 
 _Preset = TypeVar("_Preset", bound=Callable[..., optax.GradientTransformationExtraArgs])
@@ -66,6 +67,29 @@ class MuonArguments(AdamWArguments, total=False):
     adam_scale: float | jax.Array
 
 
+class FullMuonArguments(TypedDict, total=False):
+    """The keyword arguments of :func:`galore_jax.muon`, without ``mu_dtype``."""
+
+    momentum: float | jax.Array
+    nesterov: bool
+    neuron_decay: float | jax.Array | None
+    b1: float | jax.Array
+    b2: float | jax.Array
+    eps: float | jax.Array
+    adam_scale: float | jax.Array
+    weight_decay: float | jax.Array
+    weight_decay_mask: Any
+    mask: Any
+    weight_dimension_numbers: Any
+
+
+class CodedMuonArguments(FullMuonArguments, total=False):
+    """The keyword arguments of :func:`galore_jax.muon_8bit`."""
+
+    codec: MatrixCodec
+    seed: int | jax.Array
+
+
 def with_arguments_of(
     base: Callable, *, rank: Rank | None = None, without: str | None = None, **defaults: Any
 ) -> Callable[[_Preset], _Preset]:
@@ -101,7 +125,7 @@ def with_arguments_of(
         def with_defaults(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            if bound.arguments["rank"] is None:
+            if rank is not None and bound.arguments["rank"] is None:
                 bound.arguments["rank"] = rank
             return preset(*bound.args, **bound.kwargs)
 

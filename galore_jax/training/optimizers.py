@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
-from galore_jax.matrix_view import is_matrix_name
 from galore_jax.presets import PRESETS
 from galore_jax.training import column_normalized
 from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
@@ -139,31 +138,8 @@ def _adafactor(config: PretrainConfig, schedule: optax.Schedule) -> optax.Gradie
     return in_float32(adafactor)
 
 
-def _muon(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    muon = optax.contrib.muon(
-        schedule,
-        weight_decay=config.weight_decay,
-        adam_weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=_muon_dimension_numbers,
-        # The usual size of AdamW's updates, so that its learning rate carries over (arXiv 2502.16982, section 2.2).
-        consistent_rms=0.2,
-    )
-    return in_float32(muon)
-
-
 def _scale(config: PretrainConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     return in_float32(column_normalized.scale(schedule, weight_decay=config.weight_decay))
-
-
-def _muon_dimension_numbers(params: optax.Params) -> Any:
-    """The two last axes of every kernel of the blocks, stacked or not; None, which is Adam, for all other parameters."""
-    matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-
-    def numbers(path: tuple, leaf: jax.Array) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return matrix if leaf.ndim >= 2 and is_matrix_name(name) else None
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
 
 
 OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientTransformation]] = {
@@ -171,7 +147,6 @@ OPTIMIZERS: dict[str, Callable[[PretrainConfig, optax.Schedule], optax.GradientT
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
-    "muon": _muon,
     "scale": _scale,
     **dict.fromkeys(LOW_RANK_WEIGHTS, _adamw),
 }

@@ -1,0 +1,260 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""The momentum of a matrix in 8, 4 or 3 bits.
+
+**Grid.**  The scale of an entry follows its row and its column, so that a large row or column does not coarsen the others:
+
+    D_ij = min(max_k |x_ik|, max_k |x_kj|) / (2^(b-1) - 1)
+    q_ij = round(x_ij / D_ij + u_ij)                          decoded as  D_ij (q_ij - u_ij)
+
+The maxima are in bfloat16, rounded up.  The dither u is uniform in [-1/2, 1/2), a hash of a seed and the place of the entry, so
+it takes no bytes.  Subtracted again at decoding, it makes the error independent of x, with mean 0 and the variance of rounding to
+nearest.  With nearest (u = 0), a momentum has a dead zone: as long as D stays, round(β q) = q for |q| < 1 / (2 (1 - β)), so an
+entry without gradient never decays.
+
+**Split.**  The leading directions M ≈ P Rᵀ are stored apart, and the grid holds the rest, whose entries are much smaller
+(4-bit-Muon-GRASP, ICLR 2026; MuonQ, arXiv 2605.11396).  One power step from the last R follows them:
+
+    P = orth(M R),   R = MᵀP,   rest = M - P Rᵀ               with k = min(m, n) / 16 columns
+
+P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  A step that orthogonalizes a momentum
+lifts all singular values to the same size, and most of them are small.  Noise that is small beside the largest entries would be
+large beside those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax import sharding
+from galore_jax._core.matrix_loop import matrix_by_matrix
+from galore_jax._core.orthonormal import noise, orthonormal
+
+BITS = (8, 4, 3)
+_MIN_SIZE = 4096
+_MIN_SIDE = 16
+# Bit patterns of bfloat16: infinity, a NaN, and 2^-119.  The step of a smaller scale would be below the normal numbers.
+_INFINITY, _NAN, _LEAST = 0x7F80, 0x7FC0, 0x0400
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Matrices (*batch, m, n) with a scale for each row and column.
+
+    >>> grid = Grid.encode(jnp.array([[8.0, 0.5, -1.0], [2.0, 0.25, -0.3]]), bits=4)
+    >>> grid.codes.shape, grid.rows.tolist(), grid.columns.tolist()
+    ((2, 2), [8.0, 2.0], [8.0, 0.5, 1.0])
+    >>> [round(x, 2) for x in grid.decode()[1].tolist()]  # in steps of 2/7, 0.5/7 and 1/7
+    [2.0, 0.29, -0.29]
+    """
+
+    codes: jax.Array  # uint8 (*batch, m, bytes): q + 2^(b-1) in b bits, two codes a byte or eight in three bytes
+    rows: jax.Array  # bfloat16 (*batch, m); NaN if an entry is not finite, and then the row decodes to NaN
+    columns: jax.Array  # bfloat16 (*batch, n)
+    seed: jax.Array | None  # uint32 (*batch,); None rounds to nearest
+    bits: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.rows.shape, self.columns.shape[-1])
+
+    @classmethod
+    def encode(cls, array: jax.Array, seed: jax.Array | None = None, *, bits: int) -> Grid:
+        """Encodes (*batch, m, n); ``seed`` is that of the dither, uint32 (*batch,)."""
+        codes, rows, columns = _encoded(array, seed, bits)
+        return cls(codes, rows, columns, seed, bits)
+
+    def decode(self) -> jax.Array:
+        """The matrices in float32."""
+        return _decoded(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedMatrix:
+    """Matrices (*batch, m, n) as a grid, and their leading directions apart if ``left`` is not None."""
+
+    rest: Grid
+    left: Grid | None  # Pᵀ, (*batch, k, m)
+    right: Grid | None  # Rᵀ, (*batch, k, n)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rest.shape
+
+    def decode(self) -> jax.Array:
+        """The matrices in float32."""
+        return self.rest.decode() + _product(self.left, self.right) if self.left and self.right else self.rest.decode()
+
+    def renewed(self, array: jax.Array, seed: jax.Array | None = None) -> CodedMatrix:
+        """Encodes other matrices of the same shape in the same way, one after the other.
+
+        Args:
+          array: Finite matrices (*batch, m, n).
+          seed: The seed of the dither, uint32, which all matrices of a stack share.  None keeps the last one.
+        """
+        seeds = self.rest.seed
+        if seeds is not None and seed is not None:
+            seeds = sharding.like(jnp.broadcast_to(seed, seeds.shape), seeds)
+        return matrix_by_matrix(_renewed, self, (array.astype(jnp.float32), seeds), array.ndim - 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixCodec:
+    """How the matrices of a linear state are stored.
+
+    At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits 0.5.
+
+    Args:
+      bits: 8, 4 or 3 bits for each entry.
+      leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
+      leading_bits: 8, 4 or 3 bits for each entry of these.
+      dither: If True, subtractive dither; otherwise rounding to nearest.
+
+    Raises:
+      ValueError: An argument is out of range.
+
+    >>> x = jax.random.normal(jax.random.key(0), (128, 64))
+    >>> coded = MatrixCodec(bits=4).encode(x)
+    >>> coded = coded.renewed(x, jnp.uint32(1))
+    >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
+    ((128, 32), (4, 128), True)
+    """
+
+    bits: int = 4
+    leading: float = 1 / 16
+    leading_bits: int = 8
+    dither: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "leading_bits"):
+            if getattr(self, name) not in BITS:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, BITS))}.")
+        if not 0 <= self.leading <= 0.5:
+            raise ValueError(f"leading is {self.leading!r}; expected a share of the smaller side in [0, 0.5].")
+
+    def applies_to(self, shape: tuple[int, ...]) -> bool:
+        """Whether arrays of this shape are encoded: matrices, or stacks, of 4,096 entries or more with sides of 16 or more."""
+        return len(shape) >= 2 and min(shape[-2:]) >= _MIN_SIDE and math.prod(shape) >= _MIN_SIZE
+
+    def encode(self, array: jax.Array) -> CodedMatrix:
+        """Encodes (*batch, m, n), mostly zeros.  The first :meth:`CodedMatrix.renewed` finds the leading directions."""
+        spec = sharding.spec_of(array)
+        *batch, m, n = array.shape
+        *lead, first, second = spec or (None,) * array.ndim
+        seed = sharding.zeros(tuple(batch), jnp.uint32, spec and tuple(lead), array) if self.dither else None
+        rest = Grid.encode(array, seed, bits=self.bits)
+        if self.leading == 0:
+            return CodedMatrix(rest, None, None)
+        count = max(1, int(self.leading * min(m, n)))
+
+        def zeros(side: int, entry: Any) -> Grid:
+            shape = (*batch, count, side)
+            return Grid.encode(
+                sharding.zeros(shape, jnp.float32, spec and (*lead, None, entry), array), bits=self.leading_bits
+            )
+
+        return CodedMatrix(rest, zeros(m, first), zeros(n, second))
+
+
+def _renewed(old: CodedMatrix, given: tuple[jax.Array, jax.Array | None]) -> CodedMatrix:
+    """:meth:`CodedMatrix.renewed` of one matrix."""
+    matrix, seed = given
+    if old.left is None or old.right is None:
+        return CodedMatrix(Grid.encode(matrix, seed, bits=old.rest.bits), None, None)
+    last = old.right.decode()
+    # A momentum that was zero has no directions yet.
+    last = jnp.where(jnp.any(last != 0), last, noise(last.shape, last.dtype))
+    basis = orthonormal(jnp.matmul(matrix, last.T, precision=_HIGHEST))
+    left = Grid.encode(basis.T, bits=old.left.bits)
+    right = Grid.encode(jnp.matmul(left.decode(), matrix, precision=_HIGHEST), bits=old.right.bits)
+    return CodedMatrix(Grid.encode(matrix - _product(left, right), seed, bits=old.rest.bits), left, right)
+
+
+@functools.partial(jax.jit, static_argnames="bits", inline=True)
+def _encoded(array: jax.Array, seed: jax.Array | None, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The codes and the scales of :class:`Grid`."""
+    array = array.astype(jnp.float32)
+    magnitudes = jax.lax.bitcast_convert_type(array, jnp.uint32) & 0x7FFFFFFF
+    rows, columns = (_rounded_up(jnp.max(magnitudes, axis=axis)) for axis in (-1, -2))
+    scales = _scales(rows, columns)
+    top = _top(bits)
+    numbers = jnp.where(scales > 0, array / jnp.where(scales > 0, scales, 1) * top, 0)
+    if seed is not None:
+        numbers += _dither(seed, array)
+    # No conversion to an integer accepts a NaN.
+    numbers = jnp.where(jnp.isnan(numbers), 0, jnp.clip(jnp.round(numbers), -top - 1, top))
+    return _packed(numbers.astype(jnp.int32) + top + 1, bits), rows, columns
+
+
+@functools.partial(jax.jit, inline=True)
+def _decoded(grid: Grid) -> jax.Array:
+    scales = _scales(grid.rows, grid.columns)
+    top = _top(grid.bits)
+    numbers = (_unpacked(grid.codes, grid.shape[-1], grid.bits) - (top + 1)).astype(jnp.float32)
+    numbers = sharding.like(numbers, scales)
+    if grid.seed is not None:
+        numbers -= _dither(grid.seed, scales)
+    return numbers * (scales / top)
+
+
+def _product(left: Grid, right: Grid) -> jax.Array:
+    """P Rᵀ, (*batch, m, n)"""
+    return jnp.matmul(jnp.swapaxes(left.decode(), -1, -2), right.decode(), precision=_HIGHEST)
+
+
+def _top(bits: int) -> int:
+    """The largest q; the smallest is one less than its negative, which the dither reaches."""
+    return 2 ** (bits - 1) - 1
+
+
+def _scales(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """(*batch, m, n) in float32"""
+    return jnp.minimum(rows.astype(jnp.float32)[..., :, None], columns.astype(jnp.float32)[..., None, :])
+
+
+def _dither(seed: jax.Array, array: jax.Array) -> jax.Array:
+    return sharding.like(noise(array.shape, jnp.float32, seed) / 2, array)
+
+
+def _rounded_up(magnitudes: jax.Array) -> jax.Array:
+    """The bit patterns of nonnegative float32 numbers -> bfloat16, so that no entry exceeds its scale."""
+    finite = magnitudes < _INFINITY << 16
+    upper = jnp.minimum((jnp.minimum(magnitudes, _INFINITY << 16) + 0xFFFF) >> 16, _INFINITY - 1)
+    upper = jnp.where(upper < _LEAST, 0, upper)
+    return jax.lax.bitcast_convert_type(jnp.where(finite, upper, _NAN).astype(jnp.uint16), jnp.bfloat16)
+
+
+def _group(bits: int) -> tuple[int, int]:
+    """How many codes are in how many bytes."""
+    return {8: (1, 1), 4: (2, 1), 3: (8, 3)}[bits]
+
+
+def _packed(codes: jax.Array, bits: int) -> jax.Array:
+    """(*lead, n) int32 -> (*lead, bytes) uint8"""
+    codes_per_group, bytes_per_group = _group(bits)
+    if codes_per_group == 1:
+        return codes.astype(jnp.uint8)
+    groups = sharding.blocked(codes, codes_per_group)
+    words = functools.reduce(jnp.bitwise_or, (groups[..., i] << bits * i for i in range(codes_per_group)))
+    parts = [(words >> 8 * i & 0xFF).astype(jnp.uint8) for i in range(bytes_per_group)]
+    return sharding.merged(jnp.stack(parts, axis=-1))
+
+
+def _unpacked(packed: jax.Array, n: int, bits: int) -> jax.Array:
+    """The inverse of :func:`_packed`, (*lead, n) int32."""
+    codes_per_group, bytes_per_group = _group(bits)
+    if codes_per_group == 1:
+        return packed.astype(jnp.int32)
+    groups = sharding.blocked(packed, bytes_per_group).astype(jnp.int32)
+    words = functools.reduce(jnp.bitwise_or, (groups[..., i] << 8 * i for i in range(bytes_per_group)))
+    codes = jnp.stack([words >> bits * i & 2**bits - 1 for i in range(codes_per_group)], axis=-1)
+    return jax.lax.slice_in_dim(sharding.merged(codes), 0, n, axis=-1)
