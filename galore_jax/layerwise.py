@@ -45,13 +45,17 @@ class BlockStack(NamedTuple):
     ``layers`` holds the parameters of the blocks, with leaves (L, ...), and ``rest`` holds all others.  Both keep the paths of
     the whole tree, as in {"layers": ...} and {"embed": ..., "head": ...}: paths decide which parameters are projected and when
     they are refreshed.
+
+    Blocks of equal parameters that compute different things, such as local and global attention, are told apart by ``flags``:
+    arrays (L, ...) that are not trained, of which each block is given its own as a third argument.
     """
 
     split: Callable[[Params], tuple[Params, Params]]  # params -> layers, rest
     join: Callable[[Params, Params], Params]  # its inverse
     embed: Callable[[Params, Any], Activations]  # rest, batch -> x
-    block: Callable[[Params, Activations], Activations]  # one layer, leaves without the layer axis; x -> x
+    block: Callable[..., Activations]  # one layer, leaves without the layer axis; x, and the layer's flags if any -> x
     loss: Callable[[Params, Activations, Any], jax.Array]  # rest, x, batch -> scalar, a mean over the batch
+    flags: Any = None  # leaves (L, ...)
 
 
 class LayerwiseState(NamedTuple):
@@ -154,7 +158,7 @@ def layerwise(
     @in_whole_tree
     def init(params: Params) -> LayerwiseState:
         layers, rest = model.split(params)
-        check_stack(layers)
+        _check_flags(model.flags, check_stack(layers))
         layers, rest = dequantize(layers), dequantize(rest)
         one = _one_layer(layers)
         if one not in checked:
@@ -259,6 +263,14 @@ def check_stack(layers: Params) -> int:
     return next(iter(sizes.values()))[0]
 
 
+def _check_flags(flags: Any, number: int) -> None:
+    for path, leaf in zip(paths_of(flags), jax.tree.leaves(flags), strict=True):
+        if jnp.shape(leaf)[:1] != (number,):
+            raise ValueError(
+                f"flags[{path!r}] has the shape {jnp.shape(leaf)}, but the stack has {number} layers: give it that first axis."
+            )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Stack:
@@ -312,13 +324,17 @@ class _Run(NamedTuple):
     def forward(self, layers: Params) -> tuple[Activations, Activations]:
         """Returns the inputs of all blocks, with leaves (L, K, ...), and the output of the last, (K, ...)."""
 
-        def through(x: Activations, layer: Params) -> tuple[Activations, Activations]:
-            weights = dequantize(layer)
-            return _each(lambda one: self.model.block(weights, one), x), x
+        def through(x: Activations, layer: tuple[Params, Any]) -> tuple[Activations, Activations]:
+            weights, block = dequantize(layer[0]), self._block(layer[1])
+            return _each(lambda one: block(weights, one), x), x
 
         start = _each(lambda batch: self.model.embed(self.rest, batch), self.batches)
-        last, inputs = jax.lax.scan(through, start, layers)
+        last, inputs = jax.lax.scan(through, start, (layers, self.model.flags))
         return inputs, last
+
+    def _block(self, flags: Any) -> Callable[[Params, Activations], Activations]:
+        """The block of one layer."""
+        return self.model.block if flags is None else lambda weights, x: self.model.block(weights, x, flags)
 
     def loss(self, last: Activations) -> tuple[jax.Array, Activations]:
         """Returns the mean loss and the gradients of the micro-batches' losses in their activations, leaves (K, ...)."""
@@ -346,11 +362,11 @@ class _Run(NamedTuple):
         def body(n: jax.Array, both: tuple) -> tuple:
             carry, cotangent = both
             i = self.number - 1 - n
-            weights = dequantize(layer_of(carry, i))
+            weights, block = dequantize(layer_of(carry, i)), self._block(_at(self.model.flags, i))
 
             def one(pair: tuple) -> tuple[Params, Activations]:
                 x, back = pair
-                return jax.vjp(self.model.block, weights, x)[1](back)
+                return jax.vjp(block, weights, x)[1](back)
 
             grads, cotangent = _mean_gradient(one, (_at(inputs, i), cotangent))
             return visit(i, grads, carry), cotangent

@@ -4,8 +4,8 @@
 
     python tests/huggingface_models.py      with transformers and torch; records tests/data/huggingface.json
 
-The record holds, for each model, the config.json that each version of transformers wrote, and the logits of TOKENS.  A second
-version of transformers adds its config.json, and its logits must be those of the first.
+The record holds, for each model, the config.json that each version of transformers wrote, and the logits of TOKENS.  Another
+major version of transformers adds its config.json, and its logits must be those of the first.
 """
 
 import json
@@ -27,6 +27,12 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 128,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+NO_SPECIALS = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+THETAS = {
+    "rope_theta": 100.0, "rope_local_base_freq": 10.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}  # fmt: skip
 VARIETIES = {
     "llama1": ("Llama", {"rms_norm_eps": 1e-6}),
     "llama2-grouped": ("Llama", {"num_attention_heads": 4, "hidden_size": 32}),
@@ -37,6 +43,23 @@ VARIETIES = {
     "mistral-full": ("Mistral", {"head_dim": 12, "num_key_value_heads": 1, "sliding_window": None}),
     "smollm": ("Llama", {"num_attention_heads": 3, "hidden_size": 24, "num_key_value_heads": 1, "rope_theta": 100000.0,
                          "tie_word_embeddings": True}),
+    "biases": ("Llama", {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    # Longer than the 8 tokens that it was trained on, which stretches its wavelengths.
+    "dynamic": ("Llama", {"max_position_embeddings": 8, "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}),
+    "yarn": ("Qwen3", {"rope_theta": 100.0, "head_dim": 16, "rope_scaling": YARN}),
+    "yarn-mscale": ("Llama", {"rope_theta": 50.0, "rope_scaling": YARN | {
+        "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False}}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2-windows": ("Qwen2", {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 4,
+                                "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 1, "head_dim": 12, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "rope_theta": 100.0, "tie_word_embeddings": True, **NO_SPECIALS}),
+    "smollm3-windows": ("SmolLM3", {"num_hidden_layers": 3, "rope_theta": 100.0, "no_rope_layers": [1, 0, 1],
+                                    "use_sliding_window": True, "sliding_window": 3, **NO_SPECIALS}),
+    "gemma3": ("Gemma3Text", {"num_hidden_layers": 3, "head_dim": 12, "num_key_value_heads": 1, "query_pre_attn_scalar": 20,
+                              "sliding_window": 4, "layer_types": LAYERS, "tie_word_embeddings": True, **THETAS}),
+    "gemma3-local": ("Gemma3Text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4,
+                                    "tie_word_embeddings": True, **THETAS}),
 }  # fmt: skip
 TOKENS = np.array([[3, 17, 0, 8, 8, 1, 12, 5, 9, 18]], np.int32)
 
@@ -52,20 +75,29 @@ def shapes(config):
         "self_attn.o_proj": [hidden, queries], "mlp.gate_proj": [inner, hidden], "mlp.up_proj": [inner, hidden],
         "mlp.down_proj": [hidden, inner],
     }  # fmt: skip
-    tied = config.get("tie_word_embeddings", False)
+    kind = config["model_type"]
+    if kind == "gemma3_text":
+        layer |= {"pre_feedforward_layernorm": [hidden], "post_feedforward_layernorm": [hidden]}
+    if kind in ("qwen3", "gemma3_text"):
+        layer |= {"self_attn.q_norm": [size], "self_attn.k_norm": [size]}
+    biased = ["q_proj", "k_proj", "v_proj"] if kind == "qwen2" or config.get("attention_bias") else []
+    biased += ["o_proj"] * config.get("attention_bias", False)
+    biased += ["gate_proj", "up_proj", "down_proj"] * config.get("mlp_bias", False)
+    tied = config.get("tie_word_embeddings", config["model_type"] in ("smollm3", "gemma3_text"))
     ends = {"model.embed_tokens": [vocab, hidden], "model.norm": [hidden]} | (
         {} if tied else {"lm_head": [vocab, hidden]}
     )
     layers = {f"model.layers.{i}.{k}": v for i in range(config["num_hidden_layers"]) for k, v in layer.items()}
-    return {f"{name}.weight": shape for name, shape in (ends | layers).items()}
+    found = {f"{name}.weight": shape for name, shape in (ends | layers).items()}
+    return found | {f"{k}.bias": v[:1] for k, v in layers.items() if k.split(".")[-1] in biased}
 
 
 def weights(config):
     """Random tensors that are the same with every version of NumPy, whose new generators may change their stream."""
     draw = np.random.RandomState(0).standard_normal
-    means = {1: 1.0, 2: 0.0}
+    of_norms = 0.0 if config["model_type"] == "gemma3_text" else 1.0  # those of Gemma multiply by 1 + weight
     return {
-        name: (means[len(shape)] + 0.3 * draw(shape)).astype(np.float32)
+        name: (of_norms * name.endswith("norm.weight") + 0.3 * draw(shape)).astype(np.float32)
         for name, shape in sorted(shapes(config).items())
     }
 
@@ -98,9 +130,12 @@ def record():
 
     known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     for name, (kind, changes) in VARIETIES.items():
+        if any(version[0] == transformers.__version__[0] for version in known.get(name, {"configs": ()})["configs"]):
+            continue
         with tempfile.TemporaryDirectory() as temporary:
             folder = pathlib.Path(temporary)
-            config = getattr(transformers, f"{kind}Config")(**BASE | changes, architectures=[f"{kind}ForCausalLM"])
+            architecture = kind.removesuffix("Text") + "ForCausalLM"
+            config = getattr(transformers, f"{kind}Config")(**BASE | changes, architectures=[architecture])
             config.save_pretrained(folder)
             config = json.loads((folder / "config.json").read_text())
             write(folder, config)

@@ -15,17 +15,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_models import BASE, LLAMA3, RECORD, TOKENS, VARIETIES, write
+from huggingface_models import BASE, LLAMA3, RECORD, TOKENS, VARIETIES, YARN, write
 from safetensors.numpy import load_file, save_file
 from test_llama import forward
 
-from galore_jax.models import LlamaConfig, huggingface, load_hf, save_hf
+from galore_jax.models import Llama, LlamaConfig, huggingface, load_hf, save_hf
 from galore_jax.models.huggingface_config import config_from_huggingface, config_to_huggingface
 from galore_jax.weights import quantize_weights
 
 RECORDED = json.loads(RECORD.read_text())
 CASES = [(name, version) for name, entry in RECORDED.items() for version in entry["configs"]]
 PLAIN = BASE | {"model_type": "llama"}
+QWEN = {"model_type": "qwen2", "use_sliding_window": True}
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_transformers_computes_the_same_with_what_is_saved(name, tmp_path):
         ("llama3", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 64}}),
         ("mistral", {"sliding_window": None}),
         ("llama1", {"rope_theta": 100.0}),
+        ("dynamic", {"rope_scaling": None, "max_position_embeddings": 16}),
+        ("yarn", {"rope_scaling": None}),
+        ("yarn-mscale", {"rope_scaling": YARN}),
+        ("qwen2-windows", {"max_window_layers": 2, "layer_types": None}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}),
+        ("smollm3-windows", {"layer_types": ["full_attention"] * 3}),
+        ("gemma3", {"rope_scaling": None}),
+        ("gemma3", {"rope_local_base_freq": 100.0}),
+        ("gemma3", {"query_pre_attn_scalar": 12}),
+        ("gemma3", {"layer_types": ["sliding_attention"] * 3}),
+        ("gemma3", {"hidden_activation": "silu"}),
     ],
 )
 def test_the_recorded_models_tell_such_settings_apart(name, change, tmp_path):
@@ -118,6 +130,23 @@ def test_what_is_saved_is_what_was_loaded(name, version, tmp_path):
     assert config_to_huggingface(model.config)["model_type"] == RECORDED[name]["configs"][version]["model_type"] or (
         name == "mistral-full"  # without its window it is a LLaMA
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"qk_norm": True, "rope_layers": "10"}, "rope_layers='10' does not occur in the nearest model_type, 'qwen3'"),
+        ({"sandwich_norms": True}, "qk_norm=False does not occur in the nearest model_type, 'gemma3_text'"),
+        ({"attention_output_bias": True}, "attention_output_bias=True does not occur in"),
+        ({"query_pre_attn_scalar": 3.0}, "query_pre_attn_scalar=3.0 does not occur in"),
+    ],
+)
+def test_a_model_that_transformers_lacks_is_not_saved(overrides, says, tmp_path):
+    config = LlamaConfig.preset("demo", num_hidden_layers=2, vocab_size=3, **overrides)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=says):
+        save_hf(model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_large_model_is_cut_into_shards_with_an_index(folder, tmp_path, monkeypatch):
@@ -204,6 +233,51 @@ def test_a_missing_or_truncated_shard_is_named(folder, tmp_path, monkeypatch):
     refuses(cut, f"{cut / 'model.safetensors.index.json'} is damaged")
 
 
+def test_the_index_decides_from_which_file_each_tensor_is_read(folder):
+    """A tensor in two files, with the right values in the file of either name, and one that no file should have."""
+    tensors = tensors_in(folder)
+    (folder / "model.safetensors").unlink()
+    name, other = "model.embed_tokens.weight", "model.norm.weight"
+    wrong = {key: value + 1 for key, value in tensors.items() if key in (name, other)}
+    right = {key: value for key, value in tensors.items() if key != other}
+    places = dict.fromkeys(tensors, "a.safetensors") | {other: "b.safetensors"}
+    save_file(right | {other: wrong[other]}, folder / "a.safetensors")
+    save_file({other: tensors[other], name: wrong[name], "stray": np.zeros(3, np.float32)}, folder / "b.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.warns(
+        UserWarning, match=r"Left aside 3 tensors of .* the first of them model.norm.weight in a.safetensors"
+    ):
+        model = load_hf(folder)
+    np.testing.assert_array_equal(model.embed_tokens.embedding[...], tensors[name])
+    np.testing.assert_array_equal(model.norm.scale[...], tensors[other])
+    index.write_text(json.dumps({"weight_map": places | {"model.layers.0.mlp.up_proj.weight": "b.safetensors"}}))
+    refuses(
+        folder,
+        "b.safetensors has no tensor model.layers.0.mlp.up_proj.weight, which model.safetensors.index.json places",
+    )
+    index.write_text(json.dumps({"weight_map": {key: place for key, place in places.items() if key != name}}))
+    with pytest.warns(UserWarning, match="Left aside"):
+        refuses(folder, f"has no tensor {name}")
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_of_a_model_that_sees_images_is_loaded(prefix, tmp_path):
+    config = RECORDED["gemma3"]["configs"]["4.57.6"]
+    tensors = write(tmp_path, config)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": config, "vision_config": {}})
+    )
+    theirs = {key.replace("model.", prefix, 1): value for key, value in tensors.items()}
+    save_file(theirs | {"vision_tower.patch.weight": np.zeros((2, 2), np.float32)}, tmp_path / "model.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"Left aside 1 tensor of .* not of the text model, the first of them vision_tower"
+    ):
+        model = load_hf(tmp_path)
+    save_hf(model, tmp_path / "text")
+    assert_same_tensors(tensors_in(tmp_path / "text"), tensors)
+
+
 def test_a_tensor_that_is_missing_or_does_not_fit_is_named(folder):
     tensors = tensors_in(folder)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -233,12 +307,17 @@ def test_a_head_beside_a_tied_embedding_is_left_aside(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama' and 'mistral' are supported"),
-        ({"mlp_bias": True}, "has mlp_bias=true; a LLaMA with biases is not supported"),
-        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; only 'silu' is supported"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama', 'mistral', 'qwen2', 'qwen3', 'smollm3', "),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; only 'silu', 'gelu_pytorch_tanh' are supported"),
+        ({"hidden_activation": "relu"}, "has hidden_activation 'relu'; only"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping 30.0; only None is supported"),
+        ({"use_bidirectional_attention": True}, "has use_bidirectional_attention True; only False is supported"),
+        (QWEN | {"layer_types": ["chunked_attention"] * 2}, "has layer_types 'chunked_attention'; only 'sliding_attention' and"),
+        (QWEN | {"layer_types": ["full_attention"]}, "has 1 layer_types for 2 layers"),
         ({"quantization_config": {"quant_method": "gptq"}}, "has a quantization_config"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "has rope_type 'dynamic'; only default, linear, llama3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "has rope_type 'yarn'; only default, linear, llama3"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "has rope_type 'longrope'; only default, linear, dynamic, yarn"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks factor, which rope_type 'yarn' needs"),
+        ({"rope_parameters": {"sliding_attention": {"rope_type": "yarn"}}}, "has rope_type 'yarn' for its local layers"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, which rope_type 'llama3' needs"),
         ({"rope_scaling": "linear"}, "has rope parameters 'linear'; they must be an object"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "has partial_rotary_factor 0.5"),
@@ -256,18 +335,32 @@ def test_a_config_that_is_not_json_or_not_complete_is_refused(folder):
         (folder / "config.json").write_text(text)
         refuses(folder, says)
     (folder / "config.json").write_text(json.dumps({k: v for k, v in PLAIN.items() if k != "intermediate_size"}))
-    refuses(folder, "lacks 'intermediate_size'; name the complete config.json of a LLaMA.")
+    refuses(folder, "lacks 'intermediate_size'; name the complete config.json of a model.")
 
 
 def test_fields_that_are_not_there_mean_what_they_mean_to_transformers(folder):
-    sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-    bare = {name: BASE[name] for name in sizes}
-    found = {}
-    for kind in ("llama", "mistral"):
-        (folder / "config.json").write_text(json.dumps(bare | {"model_type": kind, "num_attention_heads": 8}))
-        found[kind] = config_from_huggingface(folder / "config.json")
-    common = bare | {"num_attention_heads": 8}
-    assert found["llama"] == LlamaConfig(**common, max_position_embeddings=2048)
-    assert found["mistral"] == LlamaConfig(
-        **common, max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096
-    )
+    bare = {"hidden_size": 64, "intermediate_size": 24, "num_hidden_layers": 7, "num_attention_heads": 32}
+    theirs = {
+        "llama": {"max_position_embeddings": 2048},
+        "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        "qwen2": {
+            "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32, "attention_bias": True,
+        },
+        "qwen3": {
+            "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128,
+            "qk_norm": True,
+        },
+        "smollm3": {
+            "vocab_size": 128256, "max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2e6,
+            "tie_word_embeddings": True, "rope_layers": "1110111",
+        },
+        "gemma3_text": {
+            "vocab_size": 262208, "max_position_embeddings": 131072, "num_key_value_heads": 4, "head_dim": 256,
+            "rope_theta": 1e6, "rope_local_theta": 1e4, "sliding_window": 4096, "local_layers": "1111101", "qk_norm": True,
+            "query_pre_attn_scalar": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+            "sandwich_norms": True, "zero_centered_norms": True, "scaled_embeddings": True,
+        },
+    }  # fmt: skip
+    for kind, fields in theirs.items():
+        (folder / "config.json").write_text(json.dumps(bare | {"model_type": kind}))
+        assert config_from_huggingface(folder / "config.json") == LlamaConfig(**bare, **fields), kind

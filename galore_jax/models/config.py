@@ -1,12 +1,13 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes and numerics of a LLaMA model, and the sizes people train.
+"""Shapes and numerics of a decoder of the LLaMA kind, and the sizes people train.
 
 With hidden size d, intermediate size f, L layers, N query heads and K key-value heads of size h, V tokens,
 
     num_params = V d + L (2 d N h + 2 d K h + 3 d f + 2 d) + d + V d
 
-whose terms are the embedding, the blocks, the last norm, and the output head (absent when it is tied).
+whose terms are the embedding, the blocks, the last norm, and the output head (absent when it is tied).  Biases, norms of
+queries and keys (2 h a block) and norms of a block's outputs (2 d) come on top where a model has them.
 
 Sources of the presets: 60m, 130m, 350m, 1b and 7b are the models of the GaLore paper (arXiv:2403.03507,
 section 5); 13b is LLaMA 13B (arXiv:2302.13971), llama3-8b is LLaMA 3 8B (arXiv:2407.21783).
@@ -19,12 +20,13 @@ import math
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that defines a LLaMA model except its weights.
+    """Everything that defines a decoder except its weights: a LLaMA, or what other families change of it.
 
     Every field is a number, a string, a bool or None, so `dataclasses.asdict(config)` is JSON.
 
@@ -57,17 +59,50 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
     rope_type: str = "default"
-    """What stretches the wavelengths: default (nothing), linear (all by rope_factor), or llama3 (the long ones)."""
+    """What stretches the wavelengths: default (nothing), linear (all by rope_factor), dynamic (by the length of the sequence),
+    yarn or llama3 (the long ones)."""
     rope_factor: float = 1.0
-    """How far linear and llama3 stretch."""
+    """How far all but default stretch; dynamic accepts so many times max_position_embeddings tokens."""
     rope_low_freq_factor: float = 1.0
     """llama3: wavelengths that fit less often than this into the original context are stretched in full."""
     rope_high_freq_factor: float = 4.0
     """llama3: wavelengths that fit more often than this are left alone; between the two it is interpolated."""
     rope_original_max_position_embeddings: int | None = None
-    """llama3: the context before it was stretched. None: max_position_embeddings."""
+    """llama3, yarn: the context before it was stretched. None: max_position_embeddings."""
+    rope_beta_fast: float = 32.0
+    """yarn: pairs that turn more often than this in the original context are left alone."""
+    rope_beta_slow: float = 1.0
+    """yarn: pairs that turn less often than this are stretched in full; between the two it is interpolated."""
+    rope_truncate: bool = True
+    """yarn: Whether the two bounds are rounded outward to whole pairs."""
+    rope_attention_factor: float | None = None
+    """yarn: factor of rotated queries and keys. None: 0.1 log(rope_factor) + 1."""
+    rope_layers: str | None = None
+    """A character a layer, 1 where queries and keys are rotated and 0 where they are not. None: 1 everywhere."""
     sliding_window: int | None = None
     """A token attends to so many tokens, itself included. None: to all before it."""
+    local_layers: str | None = None
+    """A character a layer, 1 where attention is local, within sliding_window, and 0 where it is global. None: 1 everywhere."""
+    rope_local_theta: float | None = None
+    """Base of the wavelengths, which are not stretched, of the local layers. None: those of the global ones."""
+    query_pre_attn_scalar: float | None = None
+    """Attention's logits are divided by the root of this. None: head_dim."""
+    attention_bias: bool = False
+    """Whether the projections to queries, keys and values have biases."""
+    attention_output_bias: bool = False
+    """Whether the projection of attention's output has a bias."""
+    mlp_bias: bool = False
+    """Whether the matrices of the feed-forward network have biases."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys are normalized before they are rotated."""
+    sandwich_norms: bool = False
+    """Whether what attention and the feed-forward network add to the residual stream is normalized too."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + scale, with a scale of zeros at first, instead of by scale."""
+    scaled_embeddings: bool = False
+    """Whether embedded tokens are multiplied by the root of hidden_size."""
+    hidden_act: str = "silu"
+    """Activation of the gated feed-forward network: silu (SwiGLU) or gelu_pytorch_tanh (GeGLU)."""
     tie_word_embeddings: bool = False
     """Use the embedding as the output head as well."""
     initializer_range: float = 0.02
@@ -87,20 +122,38 @@ class LlamaConfig:
                 _check_size(name, getattr(self, name))
         for name in _NUMBERS:
             value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
             if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r} must be a positive finite number.")
-        for name in ("dtype", "param_dtype"):
+        for name, known in _CHOICES.items():
             value = getattr(self, name)
-            if value not in DTYPES:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(DTYPES)}.")
-        if self.rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type={self.rope_type!r} is not known; choose one of {', '.join(ROPE_TYPES)}.")
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}.")
         if self.rope_high_freq_factor <= self.rope_low_freq_factor:
             raise ValueError(
                 f"rope_high_freq_factor={self.rope_high_freq_factor} must be greater than "
                 f"rope_low_freq_factor={self.rope_low_freq_factor}."
             )
+        if self.rope_type == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_theta={self.rope_theta} must be greater than 1 for rope_type='yarn'.")
         self._check_heads()
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        for name in ("rope_layers", "local_layers"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, str) and len(value) == self.num_hidden_layers and set(value) <= {"0", "1"}
+            ):
+                raise ValueError(
+                    f"{name}={value!r} must be a string of 0 and 1, one for each of the {self.num_hidden_layers} layers."
+                )
+        for name in ("local_layers", "rope_local_theta"):
+            if getattr(self, name) is not None and self.sliding_window is None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is of local layers, and without a sliding_window there are none."
+                )
 
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
@@ -120,6 +173,9 @@ class LlamaConfig:
                 "set an even head_dim, or change hidden_size or num_attention_heads."
             )
 
+        if self.rope_type == "dynamic" and self.head_size < 4:
+            raise ValueError("rope_type='dynamic' needs heads of more than one pair; set a greater head_dim.")
+
     @property
     def kv_heads(self) -> int:
         """Number of key-value heads, with None resolved."""
@@ -131,11 +187,23 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
+    def longest(self) -> int:
+        """Number of tokens in the longest sequence that the model accepts.
+
+        >>> LlamaConfig.preset("demo", rope_type="dynamic", rope_factor=4.0).longest
+        4096
+        """
+        stretched = self.rope_factor if self.rope_type == "dynamic" else 1
+        return int(self.max_position_embeddings * stretched)
+
+    @property
     def num_params(self) -> int:
         """Number of parameters, in closed form."""
-        d = self.hidden_size
-        attention = 2 * d * self.head_size * (self.num_attention_heads + self.kv_heads)
-        block = attention + 3 * d * self.intermediate_size + 2 * d
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_size
+        block = 2 * d * h * (self.num_attention_heads + self.kv_heads) + 3 * d * f + 2 * d
+        block += self.attention_bias * h * (self.num_attention_heads + 2 * self.kv_heads)
+        block += self.attention_output_bias * d + self.mlp_bias * (2 * f + d)
+        block += self.qk_norm * 2 * h + self.sandwich_norms * 2 * d
         token_matrices = 1 if self.tie_word_embeddings else 2
         return token_matrices * self.vocab_size * d + self.num_hidden_layers * block + d
 
@@ -173,8 +241,15 @@ _NUMBERS = (
     "rope_factor",
     "rope_low_freq_factor",
     "rope_high_freq_factor",
+    "rope_beta_fast",
+    "rope_beta_slow",
+    "rope_attention_factor",
+    "rope_local_theta",
+    "query_pre_attn_scalar",
     "initializer_range",
 )
+_MAY_BE_NONE = ("rope_attention_factor", "rope_local_theta", "query_pre_attn_scalar")
+_CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "rope_type": ROPE_TYPES, "hidden_act": ACTIVATIONS}
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of LLaMA models from and for Hugging Face: a folder with ``config.json`` and safetensors, without torch.
+"""Weights from and for Hugging Face: a folder with ``config.json`` and safetensors, without torch.
 
 A weight there is (out, in), the transpose of a kernel here, and every layer has tensors of its own, which are stacked here.
 Tensors are read and written one by one, so that no second copy of the model is held.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,18 +36,28 @@ SHARD_BYTES = 5 * 10**9
 _LM_HEAD = "lm_head.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_LAYER = {
-    "input_norm/scale": "input_layernorm",
-    "attention/q_proj/kernel": "self_attn.q_proj",
-    "attention/k_proj/kernel": "self_attn.k_proj",
-    "attention/v_proj/kernel": "self_attn.v_proj",
-    "attention/o_proj/kernel": "self_attn.o_proj",
-    "post_attention_norm/scale": "post_attention_layernorm",
-    "mlp/gate_proj/kernel": "mlp.gate_proj",
-    "mlp/up_proj/kernel": "mlp.up_proj",
-    "mlp/down_proj/kernel": "mlp.down_proj",
+_PROJECTIONS = {
+    "attention/q_proj": "self_attn.q_proj",
+    "attention/k_proj": "self_attn.k_proj",
+    "attention/v_proj": "self_attn.v_proj",
+    "attention/o_proj": "self_attn.o_proj",
+    "mlp/gate_proj": "mlp.gate_proj",
+    "mlp/up_proj": "mlp.up_proj",
+    "mlp/down_proj": "mlp.down_proj",
 }
-"""Path of a parameter in a layer -> name of the module there."""
+_NORMS = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm"}
+_SANDWICH = {
+    "input_norm": "input_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "post_attention_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_QK_NORMS = {"attention/q_norm": "self_attn.q_norm", "attention/k_norm": "self_attn.k_norm"}
+"""Path of a module in a layer -> its name there."""
+
+_OF_TEXT = ("language_model.model.", "model.language_model.")
+_OF_IMAGES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+"""What names begin with where a model also sees images, of transformers 4 and 5."""
 
 _FLOATS = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -68,8 +79,21 @@ class _Tensor(NamedTuple):
         return self.path.endswith("/kernel")
 
 
+class _Stored(NamedTuple):
+    """A tensor in a file."""
+
+    file: Any
+    name: str
+
+    def slice(self) -> Any:
+        return self.file.get_slice(self.name)
+
+
 def load_hf(path: str | Path, dtype: Any = None) -> Llama:
-    """The model in a Hugging Face folder: a LLaMA (1, 2, 3), Mistral or SmolLM.
+    """The model in a Hugging Face folder: LLaMA (1, 2, 3), Mistral, Qwen (2, 2.5, 3), SmolLM (1, 2, 3), or the text of Gemma 3.
+
+    Where there is an index, it decides which file a tensor is read from.  Tensors that it does not place there, and those of
+    a vision tower, are left aside with a warning.
 
     Args:
       path: a folder with ``config.json`` and ``model.safetensors``, or its shards and their index.
@@ -90,7 +114,7 @@ def load_hf(path: str | Path, dtype: Any = None) -> Llama:
         found = _open(folder, stack)
         if dtype is None:
             stored = found.get("model.embed_tokens.weight")
-            halved = stored is not None and stored.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
+            halved = stored is not None and stored.slice().get_dtype() == "BF16"
             config = _with_dtype(config, "bfloat16" if halved else "float32")
         model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
         graphdef, abstract = nnx.split(model, nnx.Param)
@@ -107,11 +131,12 @@ def save_hf(model: Llama | LlamaClassifier, path: str | Path) -> None:
     The tokenizer is not part of the model: copy its ``tokenizer.json`` there.
 
     Args:
-      model: what to write; a classifier as ``LlamaForSequenceClassification`` (or Mistral's), without adapters of LoRA.
+      model: what to write; a classifier as ``LlamaForSequenceClassification`` (or its family's), without adapters of LoRA.
       path: the folder; made if it is not there.
 
     Raises:
-      ValueError: the folder holds a ``config.json`` or weights already; nothing is written over.
+      ValueError: the folder holds a ``config.json`` or weights already; nothing is written over.  Or no model of transformers
+        has this configuration.
     """
     folder = Path(path)
     taken = [folder / "config.json", *sorted(folder.glob("*.safetensors")), folder / _INDEX]
@@ -149,26 +174,41 @@ def _tensors(config: LlamaConfig) -> Iterator[_Tensor]:
     """Every tensor of a model, in the order in which it is computed."""
     yield _Tensor("model.embed_tokens.weight", "embed_tokens/embedding", None)
     for layer in range(config.num_hidden_layers):
-        for path, name in _LAYER.items():
-            yield _Tensor(f"model.layers.{layer}.{name}.weight", f"layers/{path}", layer)
+        for path, name in _names(config).items():
+            yield _Tensor(f"model.layers.{layer}.{name}", f"layers/{path}", layer)
     yield _Tensor("model.norm.weight", "norm/scale", None)
     if not config.tie_word_embeddings:
         yield _Tensor(_LM_HEAD, "lm_head/kernel", None)
 
 
-def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Name of each tensor in the folder -> the open file that holds it."""
+def _names(config: LlamaConfig) -> dict[str, str]:
+    """Path of a parameter in a layer -> name of its tensor there."""
+    norms = (_SANDWICH if config.sandwich_norms else _NORMS) | (_QK_NORMS if config.qk_norm else {})
+    biased = ["q_proj", "k_proj", "v_proj"] * config.attention_bias + ["o_proj"] * config.attention_output_bias
+    biased += ["gate_proj", "up_proj", "down_proj"] * config.mlp_bias
+    return (
+        {f"{path}/scale": f"{name}.weight" for path, name in norms.items()}
+        | {f"{path}/kernel": f"{name}.weight" for path, name in _PROJECTIONS.items()}
+        | {f"{path}/bias": f"{name}.bias" for path, name in _PROJECTIONS.items() if path.split("/")[1] in biased}
+    )
+
+
+def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, _Stored]:
+    """Name of each tensor of a text model -> where it is stored."""
     index = folder / _INDEX
+    places: dict[str, str] | None = None
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            files = sorted(set(places.values()))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); download it again.") from error
     elif (folder / _SINGLE).is_file():
         files = [_SINGLE]
     else:
         raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}; other formats are not read.")
-    found: dict[str, Any] = {}
+    found: dict[str, _Stored] = {}
+    aside: list[str] = []
     for name in files:
         file = folder / name
         if not file.is_file():
@@ -177,12 +217,39 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
             opened = stack.enter_context(safe_open(file, framework="numpy"))
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or incomplete ({error}); download it again.") from error
-        found |= dict.fromkeys(opened.keys(), opened)
-    return found
+        keys = set(opened.keys())
+        placed = keys if places is None else {tensor for tensor, place in places.items() if place == name}
+        if placed - keys:
+            raise ValueError(
+                f"{file} has no tensor {min(placed - keys)}, which {index.name} places there; "
+                "download the files again, all from one place."
+            )
+        aside += [f"{tensor} in {name}" for tensor in sorted(keys - placed)]
+        found |= {tensor: _Stored(opened, tensor) for tensor in placed}
+    images = [name for name in found if name.startswith(_OF_IMAGES)]
+    _warn(aside, f"of {folder} that {index.name} does not place there")
+    _warn(sorted(images), f"of {folder} that are not of the text model")
+    return {_of_text(name): stored for name, stored in found.items() if name not in images}
+
+
+def _of_text(name: str) -> str:
+    """The name of a tensor in a model that sees no images."""
+    prefix = next((prefix for prefix in _OF_TEXT if name.startswith(prefix)), None)
+    if prefix is not None:
+        return "model." + name.removeprefix(prefix)
+    return name.removeprefix("language_model.")
+
+
+def _warn(aside: list[str], whose: str) -> None:
+    if aside:
+        warnings.warn(
+            f"Left aside {len(aside)} tensor{'s' * (len(aside) > 1)} {whose}, the first of them {aside[0]}.",
+            stacklevel=4,
+        )
 
 
 def _check(
-    folder: Path, found: dict[str, Any], tensors: list[_Tensor], leaves: dict[str, Any], config: LlamaConfig
+    folder: Path, found: dict[str, _Stored], tensors: list[_Tensor], leaves: dict[str, Any], config: LlamaConfig
 ) -> None:
     """ValueError for the first tensor that is missing, of another shape or type, or of no use."""
     for tensor in tensors:
@@ -191,7 +258,7 @@ def _check(
                 f"{folder} has no tensor {tensor.name}, which the model of its config.json needs; "
                 "download the files again, all from one place."
             )
-        stored = found[tensor.name].get_slice(tensor.name)
+        stored = found[tensor.name].slice()
         shape, wanted = list(stored.get_shape()), _shape(tensor, leaves[tensor.path].shape)
         if shape != wanted:
             raise ValueError(
@@ -209,7 +276,7 @@ def _check(
     if others:
         raise ValueError(
             f"{folder} has a tensor {others[0]}, which the model of its config.json does not have; "
-            "it is not a LLaMA, or its config.json is of another model."
+            "its config.json is of another model."
         )
 
 
@@ -219,11 +286,12 @@ def _shape(tensor: _Tensor, shape: tuple[int, ...]) -> list[int]:
     return list(own[::-1] if tensor.transposed else own)
 
 
-def _read(tensors: list[_Tensor], found: dict[str, Any], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(tensors: list[_Tensor], found: dict[str, _Stored], leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One parameter, filled tensor by tensor."""
     whole = np.empty(leaf.shape, leaf.dtype)
     for tensor in tensors:
-        value = found[tensor.name].get_tensor(tensor.name)
+        stored = found[tensor.name]
+        value = stored.file.get_tensor(stored.name)
         whole[... if tensor.layer is None else tensor.layer] = value.T if tensor.transposed else value
     return jnp.asarray(whole)
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA in Flax nnx: a decoder-only transformer whose blocks are stacked and scanned.
+"""LLaMA and its relatives in Flax nnx: a decoder-only transformer whose blocks are stacked and scanned.
 
 One block, on the residual stream x (one row a token):
 
@@ -16,13 +16,25 @@ the token embedding, and a last RMSNorm with the output head. With a sliding win
 last W tokens only, itself included. Models for a context longer than the one of C tokens that they were first
 trained on turn more slowly, by a factor f:
 
-    linear:  w_i / f        llama3:  w_i (s + (1 - s) / f) ,    s = clip((C w_i / 2 pi - low) / (high - low), 0, 1)
+    linear:   w_i / f
+    llama3:   w_i (s + (1 - s) / f) ,    s = clip((C w_i / 2 pi - low) / (high - low), 0, 1)
+    yarn:     w_i (s + (1 - s) / f) ,    s = 1 - clip((i - i_fast) / (i_slow - i_fast), 0, 1) ,    and Q, K times 0.1 log f + 1
+    dynamic:  w_i with theta (f n / C - f + 1)^(h / (h - 2)) in the place of theta, for a sequence of n > C tokens
+
+where i_fast and i_slow are the pairs that turn beta_fast and beta_slow times in C tokens.
+
+What other families change is in the configuration: biases (Qwen2), norms of each head's queries and keys (Qwen3), layers whose
+queries and keys are not turned (SmolLM3), and Gemma 3's norms of what a block adds to x, GeGLU, embeddings times sqrt(D), and
+local layers, with a window and a theta of their own, between global ones. The blocks of all layers have the same parameters.
+What else differs between layers is a flag, which is scanned along with them.
 
 To continue a text, `model.extend` runs new tokens on the keys and values that a cache keeps of those before.
 
 Sources: LLaMA (arXiv:2302.13971), RMSNorm (arXiv:1910.07467), RoPE (arXiv:2104.09864; with the pairs of
 Hugging Face's weights), SwiGLU (arXiv:2002.05202), grouped-query attention (arXiv:2305.13245), sliding window
-(Mistral, arXiv:2310.06825), linear (arXiv:2306.15595), llama3 (as in the code of LLaMA 3.1).
+(Mistral, arXiv:2310.06825), linear (arXiv:2306.15595), llama3 (as in the code of LLaMA 3.1), yarn (arXiv:2309.00071), dynamic
+(its appendix B), Qwen2 (arXiv:2407.10671), Qwen3 (arXiv:2505.09388), Gemma 3 (arXiv:2503.19786), and transformers 5.24 for what
+the papers leave open.
 
 Shapes in comments: B sequences, T tokens, D hidden size, F intermediate size, N query heads, K key-value
 heads, H head size, V vocabulary, L layers, S tokens that a cache has room for.
@@ -30,11 +42,13 @@ heads, H head size, V vocabulary, L layers, S tokens that a cache has room for.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
@@ -53,8 +67,15 @@ class Cache(NamedTuple):
     values: jax.Array  # [L, B, S, K, H]
 
 
+class LayerFlags(NamedTuple):
+    """What one layer computes where layers differ, bool scalars; in a stack bool [L]."""
+
+    local: np.ndarray | jax.Array  # attention has the window
+    rotated: np.ndarray | jax.Array  # queries and keys are
+
+
 class Llama(nnx.Module):
-    """A LLaMA language model with random weights: normal(initializer_range) matrices, norms of ones.
+    """A language model with random weights: normal(initializer_range) matrices, biases of zeros, norms that scale by one.
 
     `model(tokens)` maps int32 [batch, sequence] to float32 logits [batch, sequence, vocab_size]; it is
     `model.head(model.run_layers(model.embed(tokens)))`. Every parameter of `model.layers` has a leading layer
@@ -82,7 +103,7 @@ class Llama(nnx.Module):
         )
         layer_keys = jax.random.split(rngs.params(), config.num_hidden_layers)
         self.layers = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(layer_keys)
-        self.norm = RMSNorm(config)
+        self.norm = RMSNorm(config, config.hidden_size)
         if not config.tie_word_embeddings:
             self.lm_head = linear(config, config.hidden_size, config.vocab_size, rngs)
 
@@ -93,27 +114,30 @@ class Llama(nnx.Module):
         """Token ids, int32 [batch, sequence], to the residual stream, [batch, sequence, hidden]."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, sequence], but their shape is {tokens.shape}.")
-        longest = self.config.max_position_embeddings
+        longest = self.config.longest
         if tokens.shape[1] > longest:
             raise ValueError(
                 f"A sequence of {tokens.shape[1]} tokens is longer than max_position_embeddings={longest}; "
                 "shorten it or raise max_position_embeddings."
             )
-        return _spread(self.embed_tokens(tokens).astype(self.config.dtype))  # [B, T, D]
+        hidden = self.embed_tokens(tokens).astype(self.config.dtype)  # [B, T, D]
+        if self.config.scaled_embeddings:
+            hidden = hidden * jnp.asarray(math.sqrt(self.config.hidden_size), hidden.dtype)
+        return _spread(hidden)
 
     def run_layers(self, hidden: jax.Array) -> jax.Array:
         """The residual stream, [batch, sequence, hidden], after all blocks, in order."""
         graphdef, stacked = nnx.split(self.layers)
 
-        def run_block(hidden, layer):
-            return nnx.merge(graphdef, dequantize(layer))(
-                hidden
-            ), None  # weights in 8 bits are widened here, block by block
+        def run_block(hidden, layer_and_flags):
+            layer, flags = layer_and_flags
+            # Weights in 8 bits are widened here, block by block.
+            return nnx.merge(graphdef, dequantize(layer))(hidden, flags), None
 
         if self.config.remat:
             # The loop itself keeps XLA from merging the recomputation with the forward pass.
             run_block = jax.checkpoint(run_block, prevent_cse=False)
-        return jax.lax.scan(run_block, hidden, stacked)[0]
+        return jax.lax.scan(run_block, hidden, (stacked, layer_flags(self.config)))[0]
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache with room for `length` tokens of each sequence."""
@@ -125,18 +149,19 @@ class Llama(nnx.Module):
         """The residual stream of `tokens`, int32 [batch, new], after all blocks, and the cache with them in it.
 
         They stand at positions `start`, `start` + 1, ..., and `cache` holds the tokens before; it must have room.
-        The result is that of `run_layers` on the whole sequence, at these positions.
+        The result is that of `run_layers` on the whole sequence, at these positions. With the rope_type dynamic, it is that in a
+        sequence as long as the cache has room for.
         """
         graphdef, stacked = nnx.split(self.layers)
 
         def run_block(carry, indexed):
             hidden, cache = carry
-            layer, index = indexed
-            return nnx.merge(graphdef, dequantize(layer)).extend(hidden, cache, index, start), None
+            layer, flags, index = indexed
+            return nnx.merge(graphdef, dequantize(layer)).extend(hidden, cache, index, start, flags), None
 
         # The cache is carried, not scanned over, so that it is updated in place.
         indices = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
-        return jax.lax.scan(run_block, (self.embed(tokens), cache), (stacked, indices))[0]
+        return jax.lax.scan(run_block, (self.embed(tokens), cache), (stacked, layer_flags(self.config), indices))[0]
 
     def losses(self, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         """Cross-entropy of each target, float32 [batch, sequence], from the residual stream after all blocks.
@@ -170,23 +195,36 @@ class Llama(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder block: [batch, sequence, hidden] to the same, positions counted from 0."""
+    """One decoder block: [batch, sequence, hidden] to the same, positions counted from 0.
+
+    Where layers differ, it is called with the flags of its own.
+    """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config)
+        self.input_norm = RMSNorm(config, config.hidden_size)
         self.attention = Attention(config, rngs=rngs)
-        self.post_attention_norm = RMSNorm(config)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config, config.hidden_size)
+        self.mlp = GatedMLP(config, rngs=rngs)
+        if config.sandwich_norms:
+            self.attention_output_norm = RMSNorm(config, config.hidden_size)
+            self.mlp_output_norm = RMSNorm(config, config.hidden_size)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        hidden = _spread(hidden + self.attention(self.input_norm(hidden)))
-        return _spread(hidden + self.mlp(self.post_attention_norm(hidden)))
+    def __call__(self, hidden: jax.Array, flags: LayerFlags | None = None) -> jax.Array:
+        return _spread(self._add_mlp(_spread(self._add(hidden, self.attention(self.input_norm(hidden), flags)))))
 
-    def extend(self, hidden: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, hidden: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, flags: LayerFlags | None = None
+    ) -> tuple[jax.Array, Cache]:
         """The same for tokens at positions from `start`, on `cache`, where this is block number `layer`."""
-        mixed, cache = self.attention.extend(self.input_norm(hidden), cache, layer, start)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_norm(hidden)), cache
+        mixed, cache = self.attention.extend(self.input_norm(hidden), cache, layer, start, flags)
+        return self._add_mlp(self._add(hidden, mixed)), cache
+
+    def _add(self, hidden: jax.Array, mixed: jax.Array) -> jax.Array:
+        return hidden + (self.attention_output_norm(mixed) if hasattr(self, "attention_output_norm") else mixed)
+
+    def _add_mlp(self, hidden: jax.Array) -> jax.Array:
+        added = self.mlp(self.post_attention_norm(hidden))
+        return hidden + (self.mlp_output_norm(added) if hasattr(self, "mlp_output_norm") else added)
 
 
 class Attention(nnx.Module):
@@ -196,79 +234,129 @@ class Attention(nnx.Module):
         self.config = config
         query_size = config.num_attention_heads * config.head_size
         kv_size = config.kv_heads * config.head_size
-        self.q_proj = linear(config, config.hidden_size, query_size, rngs)
-        self.k_proj = linear(config, config.hidden_size, kv_size, rngs)
-        self.v_proj = linear(config, config.hidden_size, kv_size, rngs)
-        self.o_proj = linear(config, query_size, config.hidden_size, rngs)
+        self.q_proj = linear(config, config.hidden_size, query_size, rngs, config.attention_bias)
+        self.k_proj = linear(config, config.hidden_size, kv_size, rngs, config.attention_bias)
+        self.v_proj = linear(config, config.hidden_size, kv_size, rngs, config.attention_bias)
+        self.o_proj = linear(config, query_size, config.hidden_size, rngs, config.attention_output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config, config.head_size)
+            self.k_norm = RMSNorm(config, config.head_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        q, k, v = self._heads(x, jnp.zeros([], jnp.int32))
-        window = self.config.sliding_window
-        if window is not None and window < x.shape[1]:
-            mask = self._visible(x.shape[1], x.shape[1], jnp.zeros([], jnp.int32))
-            return self._output(jax.nn.dot_product_attention(q, k, v, mask=mask))
-        return self._output(jax.nn.dot_product_attention(q, k, v, is_causal=True))  # the softmax is float32
+    def __call__(self, x: jax.Array, flags: LayerFlags | None = None) -> jax.Array:
+        length = x.shape[1]
+        q, k, v = self._heads(x, jnp.zeros([], jnp.int32), length, flags)
+        window = self._window(length, flags)
+        mask = None if window is None else _visible(length, length, jnp.zeros([], jnp.int32), window)
+        return self._output(q, k, v, mask)
 
-    def extend(self, x: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, x: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, flags: LayerFlags | None = None
+    ) -> tuple[jax.Array, Cache]:
         """The same for tokens at positions from `start`, whose keys and values are added to `cache`."""
-        q, k, v = self._heads(x, start)
+        room = cache.keys.shape[2]
+        q, k, v = self._heads(x, start, room, flags)
         place = (layer, 0, start, 0, 0)
         cache = Cache(
             jax.lax.dynamic_update_slice(cache.keys, k[None], place),
             jax.lax.dynamic_update_slice(cache.values, v[None], place),
         )
         keys, values = (jax.lax.dynamic_index_in_dim(all_layers, layer, keepdims=False) for all_layers in cache)
-        mask = self._visible(x.shape[1], keys.shape[1], start)
-        return self._output(jax.nn.dot_product_attention(q, keys, values, mask=mask)), cache
+        mask = _visible(x.shape[1], room, start, self._window(room, flags))
+        return self._output(q, keys, values, mask), cache
 
-    def _heads(self, x: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H] of tokens at positions from `start`."""
+    def _heads(
+        self, x: jax.Array, start: jax.Array, sequence: int, flags: LayerFlags | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H] of tokens at positions from `start` in a sequence of that length."""
         batch, length, _ = x.shape
         q, k, v = (
             projection(x).reshape(batch, length, -1, self.config.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         positions = start + jnp.arange(length, dtype=jnp.int32)
-        frequencies = rotary_frequencies(self.config)
-        q, k = (rotate(heads, positions, frequencies).astype(x.dtype) for heads in (q, k))
+        frequencies, factor = self._rotation(sequence, flags)
+        q, k = (rotate(heads, positions, frequencies, factor).astype(x.dtype) for heads in (q, k))
         return q, k, v
 
-    def _visible(self, queries: int, keys: int, start: jax.Array) -> jax.Array:
-        """Which keys each query attends to, bool [1, 1, queries, keys]; the first query is at `start`, the first key at 0."""
-        ahead = jnp.arange(keys, dtype=jnp.int32)[None] - jnp.arange(queries, dtype=jnp.int32)[:, None] - start
-        visible = ahead <= 0
-        if self.config.sliding_window is not None:
-            visible &= ahead > -self.config.sliding_window
-        return visible[None, None]
+    def _rotation(self, sequence: int, flags: LayerFlags | None) -> tuple[jax.Array, jax.Array | float]:
+        """Radians a position, float32 [H / 2], and the factor of what is rotated."""
+        config = self.config
+        frequencies, factor = rotary_frequencies(config, sequence), rotary_factor(config)
+        if config.rope_local_theta is not None:
+            local = _unstretched(config.rope_local_theta, config.head_size)
+            if flags is None:
+                return local, 1.0
+            frequencies = jnp.where(flags.local, local, frequencies)
+            factor = jnp.where(flags.local, 1.0, factor)
+        if config.rope_layers is not None and flags is not None:
+            frequencies = jnp.where(flags.rotated, frequencies, 0.0)
+            factor = jnp.where(flags.rotated, factor, 1.0)
+        return frequencies, factor
 
-    def _output(self, mixed: jax.Array) -> jax.Array:
+    def _window(self, sequence: int, flags: LayerFlags | None) -> int | jax.Array | None:
+        """How many tokens one attends to in a sequence of that length; None: to all before it."""
+        window = self.config.sliding_window
+        if window is None or window >= sequence:
+            return None
+        return window if flags is None else jnp.where(flags.local, window, sequence)
+
+    def _output(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """What attention adds to the residual stream, [B, T, D]; without a mask a token attends to all before it."""
+        scale = self.config.query_pre_attn_scalar
+        scale = None if scale is None else scale**-0.5
+        # The softmax is float32.
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))  # [B, T, N, H] -> [B, T, D]
 
 
-class SwiGLU(nnx.Module):
+class GatedMLP(nnx.Module):
     """The gated feed-forward network."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.activation = config.hidden_act
+        self.gate_proj = linear(config, config.hidden_size, config.intermediate_size, rngs, config.mlp_bias)
+        self.up_proj = linear(config, config.hidden_size, config.intermediate_size, rngs, config.mlp_bias)
+        self.down_proj = linear(config, config.intermediate_size, config.hidden_size, rngs, config.mlp_bias)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, F] -> [B, T, D]
+        return self.down_proj(
+            _ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x)
+        )  # [B, T, F] -> [B, T, D]
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation of [batch, sequence, hidden], computed in float32."""
+    """Root-mean-square normalization along the last axis, of that size, of [batch, sequence, ...], computed in float32."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, size: int):
         self.eps = config.rms_norm_eps
         self.dtype = config.dtype
-        self.scale = nnx.Param(jnp.ones(config.hidden_size, config.param_dtype))
+        self.offset = 1.0 if config.zero_centered_norms else 0.0
+        self.scale = nnx.Param(jnp.full(size, 1.0 - self.offset, config.param_dtype))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[None, None].astype(jnp.float32)).astype(self.dtype)
+        scale = self.scale[...].astype(jnp.float32) + self.offset
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+def layer_flags(config: LlamaConfig) -> LayerFlags | None:
+    """The flags of all layers, bool [layers]; None if layers are alike.
+
+    >>> layer_flags(LlamaConfig.preset("demo", sliding_window=8, local_layers="1110")).local.tolist()
+    [True, True, True, False]
+    """
+    if config.local_layers is None and config.rope_layers is None:
+        return None
+    number = config.num_hidden_layers
+    local = config.local_layers or ("0" if config.sliding_window is None else "1") * number
+    rotated = config.rope_layers or "1" * number
+    return LayerFlags(*(np.array([flag == "1" for flag in flags]) for flags in (local, rotated)))
 
 
 def block_stack(config: LlamaConfig) -> BlockStack:
@@ -288,40 +376,87 @@ def block_stack(config: LlamaConfig) -> BlockStack:
         split=lambda params: ({"layers": params["layers"]}, {k: v for k, v in params.items() if k != "layers"}),
         join=lambda layers, rest: layers | rest,
         embed=lambda rest, batch: nnx.merge(ends, rest).embed(batch[:, :-1]),
-        block=lambda layer, hidden: nnx.merge(block, layer["layers"])(hidden),
+        block=lambda layer, hidden, flags=None: nnx.merge(block, layer["layers"])(hidden, flags),
         loss=lambda rest, hidden, batch: jnp.mean(nnx.merge(ends, rest).losses(hidden, batch[:, 1:])),
+        flags=layer_flags(config),
     )
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions int32 [sequence].
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array, factor: jax.Array | float = 1.0) -> jax.Array:
+    """Rotary position embedding of heads [batch, sequence, heads, head_size] at positions int32 [sequence], times a factor.
 
     Angles, rotation and result are float32: bfloat16 cannot tell position 257 from 256.
     """
     angles = jnp.outer(positions.astype(jnp.float32), frequencies)[None, :, None]  # [1, T, 1, H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def rotary_frequencies(config: LlamaConfig) -> jax.Array:
-    """Radians a position that each pair of a head is turned by, float32 [head_size / 2].
+def rotary_frequencies(config: LlamaConfig, length: int = 1) -> jax.Array:
+    """Radians a position that each pair of a head is turned by, float32 [head_size / 2], in a sequence of that length.
 
     >>> config = LlamaConfig.preset("demo", rope_type="linear", rope_factor=4.0)
     >>> float(rotary_frequencies(config)[0])
     0.25
     """
-    size, factor = config.head_size, config.rope_factor
-    frequencies = config.rope_theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    if config.rope_type == "linear":
-        return frequencies / factor
-    if config.rope_type == "llama3":
-        low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-        context = config.rope_original_max_position_embeddings or config.max_position_embeddings
-        turns = context / (2 * math.pi) * frequencies
-        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-        return frequencies * (kept + (1 - kept) / factor)
-    return frequencies
+    size, theta, factor = config.head_size, config.rope_theta, config.rope_factor
+    context = config.rope_original_max_position_embeddings or config.max_position_embeddings
+    match config.rope_type:
+        case "linear":
+            return _unstretched(theta, size) / factor
+        case "dynamic":
+            most = config.max_position_embeddings
+            longer = factor * max(length, most) / most - (factor - 1)
+            return _unstretched(theta * longer ** (size / (size - 2)), size)
+        case "yarn":
+            first, last = (
+                size * math.log(context / (2 * math.pi * turns)) / (2 * math.log(theta))
+                for turns in (config.rope_beta_fast, config.rope_beta_slow)
+            )
+            if config.rope_truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, size - 1)
+            # Equal bounds make a step, as transformers has it.
+            ramp = (jnp.arange(size // 2, dtype=jnp.float32) - first) / (last - first or 0.001)
+            return _stretched(_unstretched(theta, size), 1 - jnp.clip(ramp, 0.0, 1.0), factor)
+        case "llama3":
+            low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+            frequencies = _unstretched(theta, size)
+            turns = context / (2 * math.pi) * frequencies
+            return _stretched(frequencies, jnp.clip((turns - low) / (high - low), 0.0, 1.0), factor)
+    return _unstretched(theta, size)
+
+
+def rotary_factor(config: LlamaConfig) -> float:
+    """Factor of rotated queries and keys.
+
+    >>> round(rotary_factor(LlamaConfig.preset("demo", rope_type="yarn", rope_factor=4.0)), 4)
+    1.1386
+    """
+    if config.rope_type != "yarn":
+        return 1.0
+    if config.rope_attention_factor is not None:
+        return config.rope_attention_factor
+    return max(0.1 * math.log(config.rope_factor) + 1, 1.0)
+
+
+def _unstretched(theta: float, size: int) -> jax.Array:
+    return theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+
+
+def _stretched(frequencies: jax.Array, kept: jax.Array, factor: float) -> jax.Array:
+    """Frequencies that are divided by the factor, except for the share that is kept, in [0, 1]."""
+    return frequencies * (kept + (1 - kept) / factor)
+
+
+def _visible(queries: int, keys: int, start: jax.Array, window: int | jax.Array | None) -> jax.Array:
+    """Which keys each query attends to, bool [1, 1, queries, keys]; the first query is at `start`, the first key at 0."""
+    ahead = jnp.arange(keys, dtype=jnp.int32)[None] - jnp.arange(queries, dtype=jnp.int32)[:, None] - start
+    visible = ahead <= 0
+    if window is not None:
+        visible &= ahead > -window
+    return visible[None, None]
 
 
 def _spread(hidden: jax.Array) -> jax.Array:
@@ -345,12 +480,12 @@ def _divisor(length: int, at_least: float) -> int:
     return next((d for d in range(1, length) if length % d == 0 and d >= at_least), length)
 
 
-def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A layer without a bias, normal(initializer_range), in the dtypes of ``config``."""
+def linear(config: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
+    """A layer, normal(initializer_range), in the dtypes of ``config``."""
     return nnx.Linear(
         inputs,
         outputs,
-        use_bias=False,
+        use_bias=bias,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=nnx.initializers.normal(config.initializer_range),

@@ -37,7 +37,7 @@ class LoRALinear(nnx.Module):
     """A linear layer and its adapter: ``base``, and the float32 ``nnx.LoRAParam`` ``lora_a`` and ``lora_b``.
 
     Args:
-      base: the layer, without a bias; its kernel is [*batch, inputs, outputs].
+      base: the layer; its kernel is [*batch, inputs, outputs].
       rank: of the adapter, at least 1.
       alpha: the adapter's product is multiplied by alpha / rank.
       key: PRNG key of ``lora_a``.
@@ -85,10 +85,12 @@ class FactoredLinear(nnx.Module):
         left, right = jax.random.split(key)
         self.left = nnx.Param((of_each * jax.random.normal(left, (*batch, inputs, rank))).astype(param_dtype))
         self.right = nnx.Param((of_each * jax.random.normal(right, (*batch, rank, outputs))).astype(param_dtype))
+        self.bias = base.bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         left, right = (factor[...].astype(x.dtype) for factor in (self.left, self.right))
-        return (x @ left) @ right
+        product = (x @ left) @ right
+        return product if self.bias is None else product + self.bias[None, None].astype(x.dtype)
 
     def merged(self) -> nnx.Linear:
         """An ordinary layer, whose kernel is the product."""
@@ -98,6 +100,7 @@ class FactoredLinear(nnx.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": kernel.dtype}
         layer = nnx.eval_shape(lambda: nnx.Linear(inputs, outputs, use_bias=False, rngs=nnx.Rngs(0), **dtypes))
         layer.kernel = nnx.Param(kernel)
+        layer.bias, layer.use_bias = self.bias, self.bias is not None
         return layer
 
 

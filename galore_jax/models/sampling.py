@@ -121,7 +121,7 @@ def _checked(
         raise ValueError(f"top_k={top_k} must be at least 1; None draws from all tokens.")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be greater than 0 and at most 1; None draws from all tokens.")
-    longest = model.config.max_position_embeddings
+    longest = model.config.longest
     if prompt.size + length > longest:
         raise ValueError(
             f"A prompt of {prompt.size} tokens and {length} new ones exceed "

@@ -323,7 +323,7 @@ def _check_mesh(config: PretrainConfig, mesh: str) -> None:
 
 def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
     """Raises a ValueError if the model's positions are too few for the sequences or for the sample."""
-    longest = model.max_position_embeddings
+    longest = model.longest
     if config.seq > longest:
         raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
     if config.sample_tokens + PROMPT_TOKENS > longest:

@@ -188,7 +188,7 @@ class _Parts(NamedTuple):
 
 def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) -> Run:
     """The examples, the model and the optimizer; ``facts`` are those of the run to resume."""
-    longest = config_from_huggingface(config.model / "config.json").max_position_embeddings
+    longest = config_from_huggingface(config.model / "config.json").longest
     if config.seq > longest:
         raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
     tokenizer = model_tokenizer(config.model)

@@ -77,7 +77,7 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
     prompt = source.encode(config.prompt)
     if not prompt.size:
         raise ValueError("--prompt is empty; give the model some text to continue.")
-    longest = source.model_config.max_position_embeddings
+    longest = source.model_config.longest
     if prompt.size + config.max_new_tokens > longest:
         raise ValueError(
             f"--prompt has {prompt.size} tokens, and with --max-new-tokens {config.max_new_tokens} they are more than the "

@@ -104,7 +104,8 @@ def param_shardings(mesh: Mesh, params: Any) -> Any:
         rule = next((_RULES[part] for part in parts if part in _RULES), None)
         if rule is None:
             return NamedSharding(mesh, PartitionSpec())
-        wanted = (*(None,) * (len(leaf.shape) - 2), *rule)
+        rule = rule[1:] if parts[-1] == "bias" else rule
+        wanted = (*(None,) * (len(leaf.shape) - len(rule)), *rule)
         fitting = (
             axis if size % _parts(mesh, axis) == 0 else None for size, axis in zip(leaf.shape, wanted, strict=True)
         )
