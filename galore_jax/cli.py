@@ -3,7 +3,8 @@
 """The command line: ``galore-jax COMMAND [flags]``.
 
 A mistake in the flags, a path or a file ends with one sentence on stderr and exit code 2; a run that had to give up
-ends with one sentence and exit code 1; anything else that goes wrong is a bug and keeps its traceback.
+ends with one sentence and exit code 1; one that was told to stop by SIGINT or SIGTERM ends with 130 or 143; anything else that
+goes wrong is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import io
 import json
 import logging
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
@@ -31,7 +34,7 @@ class UsageError(Exception):
 def pretrain(arguments: Sequence[str]) -> int:
     """Pre-train a LLaMA model, or --resume a run."""
     with needed_packages("pretrain", extra="train"):
-        from galore_jax.training import checkpoint, config, loop, processes, recipes, run_folder
+        from galore_jax.training import checkpoint, config, divergence, loop, processes, recipes, run_folder
 
         with usage_errors():
             arguments, default = recipes.without_recipe(arguments)
@@ -48,13 +51,13 @@ def pretrain(arguments: Sequence[str]) -> int:
             config.check(settings)
             processes.join()
         run = loop.prepare(settings)
-    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError)
+    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError, divergence.Diverged)
 
 
 def finetune(arguments: Sequence[str]) -> int:
     """Fine-tune a LLaMA from Hugging Face, or --resume a run."""
     with needed_packages("finetune", extra="train"):
-        from galore_jax.training import checkpoint, finetune as loop, finetune_config
+        from galore_jax.training import checkpoint, divergence, finetune as loop, finetune_config
 
         kind, default = finetune_config.FinetuneConfig, None
         if "--resume" in arguments:  # which needs neither --model nor --data
@@ -64,17 +67,41 @@ def finetune(arguments: Sequence[str]) -> int:
         if settings.resume and settings.out is not None:
             settings = parse(kind, arguments, "finetune", finetune_config.load_config(settings.out)[0])
         run = loop.prepare(settings)
-    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError)
+    return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError, divergence.Diverged)
 
 
-def _carried_out(train: Callable[[], Any], checkpoint_error: type[Exception]) -> int:
-    """The exit code of a training run, which ends with one sentence where nothing can be written."""
+def _carried_out(train: Callable[[], Any], *reasons: type[Exception]) -> int:
+    """The exit code of a training run, which ends with one sentence where it cannot go on for one of the ``reasons``."""
     try:
-        train()
-    except (checkpoint_error, OSError) as error:
+        with _sigterm_raises():
+            train()
+    except (*reasons, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except _Terminated:
+        return 128 + signal.SIGTERM
     return 0
+
+
+class _Terminated(BaseException):
+    """SIGTERM was received: what KeyboardInterrupt is to SIGINT."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """A run that SIGTERM has stopped passes the signal on, which here becomes an exception."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def plan(arguments: Sequence[str]) -> int:
@@ -161,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # as a shell reports a program that SIGINT ended
+        return 128 + signal.SIGINT  # as a shell reports a program that a signal ended
     finally:
         if not program:  # the background threads of a program may outlive this function
             restore()
@@ -171,6 +198,7 @@ def parse(kind: type[Settings], arguments: Sequence[str], command: str, default:
     """The dataclass ``kind`` from flags, one for each field; UsageError if they are wrong, SystemExit after --help."""
     import tyro
 
+    _refuse_empty(arguments)
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -182,6 +210,15 @@ def parse(kind: type[Settings], arguments: Sequence[str], command: str, default:
         if exit_.code == 0:
             raise
         raise UsageError(f"{_first_sentence(message.getvalue())}; see galore-jax {command} --help.") from None
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """UsageError for an empty value, which as a path would be the current folder; a prompt may be empty."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        name, _, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if not value and (not word or word.endswith("=")) and name != "--prompt":
+            named = name if name.startswith("--") else "An argument"
+            raise UsageError(f"{named} is empty; give it a value, or leave it out.")
 
 
 @contextlib.contextmanager

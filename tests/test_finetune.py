@@ -22,7 +22,7 @@ from test_llama import forward
 
 from galore_jax.cli import main
 from galore_jax.models import load_hf
-from galore_jax.training import FinetuneConfig, run_finetune
+from galore_jax.training import FinetuneConfig, checkpoint, run_finetune
 from galore_jax.training.examples import TrainingBatches
 from galore_jax.training.finetune_config import load_config
 from galore_jax.training.metrics import read_metrics
@@ -171,18 +171,40 @@ def test_lora_trains_adapters_and_the_head_and_writes_ordinary_weights(shop, lor
 
 @pytest.mark.slow
 def test_the_best_weights_are_kept_when_later_ones_are_worse(shop):
-    rates = {"learning_rate": 30.0, "warmup_steps": 19, "optimizer": "adamw", "steps": 20, "eval_every": 1, "clip": 0.0}
-    summary = run(settings(shop, "diverged", seq=32, **rates))
-    records = [r for r in read_metrics(shop / "diverged") if "val_loss" in r]
+    rates = {"learning_rate": 3.0, "warmup_steps": 19, "optimizer": "adamw", "steps": 20, "eval_every": 1, "clip": 0.0}
+    summary = run(settings(shop, "worse", seq=32, **rates))
+    records = [r for r in read_metrics(shop / "worse") if "val_loss" in r]
     order = sorted(
         records, key=lambda r: (-r["val_accuracy"], np.inf if r["val_loss"] is None else r["val_loss"], r["step"])
     )
     assert summary["best_step"] == order[0]["step"] < 20
     assert summary["best_val_accuracy"] == order[0]["val_accuracy"]
-    best, last = (tensors(shop / "diverged" / name)["score.weight"] for name in ("best", "last"))
+    best, last = (tensors(shop / "worse" / name)["score.weight"] for name in ("best", "last"))
     assert np.any(best != last)
-    assert {path.name for path in (shop / "diverged").iterdir()} >= {"best", "last"}
-    assert not [path for path in (shop / "diverged").iterdir() if path.suffix in (".partial", ".old")]
+    assert {path.name for path in (shop / "worse").iterdir()} >= {"best", "last"}
+    assert not [path for path in (shop / "worse").iterdir() if path.suffix in (".partial", ".old")]
+
+
+def test_a_diverged_run_ends_with_the_way_back_and_writes_no_weights(shop, capsys):
+    config = settings(shop, "diverged")
+    flags = ["--learning-rate=1e30", "--clip=0", "--optimizer=adamw", "--steps=12", "--eval-every=1", "--save-every=1"]
+    paths = [
+        f"--model={config.model}",
+        f"--data={config.data}",
+        f"--eval-data={config.eval_data}",
+        f"--out={config.out}",
+    ]
+    with leniency():
+        assert main(["finetune", *paths, *flags, "--seq=32", "--batch=8", "--warmup-steps=2"]) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "error: The run diverged: " in error
+    assert f"galore-jax finetune --resume --out {config.out} --learning-rate 5e+29" in error
+    step = checkpoint.saved_steps(config.out / "checkpoints")[-1]
+    assert f"continue from the checkpoint of step {step} at a lower learning rate" in error
+    assert not (config.out / "last").exists()
+    assert all(np.all(np.isfinite(value)) for value in tensors(config.out / "best").values())
+    summary = run(dataclasses.replace(load_config(config.out)[0], learning_rate=1e-3))
+    assert (summary["steps"], summary["resumed_from_step"]) == (12, step)
 
 
 def test_transformers_opens_what_is_written(shop, labels, answers):
@@ -247,8 +269,11 @@ def test_a_run_that_was_told_to_stop_goes_on_from_the_command_line(shop, labels,
     config = settings(shop, "stopped", optimizer="adamw", steps=24)
     with monkeypatch.context() as patch:
         interrupted_at(patch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        received = []
+        patch.setattr(signal, "raise_signal", received.append)  # to whoever called this
         summary = run(config)
-    assert (summary["steps"], summary["best_step"]) == (14, 12)
+    assert (summary["steps"], summary["best_step"], summary["stopped"]) == (14, 12, "SIGTERM")
+    assert received == [signal.SIGTERM]
     command = capsys.readouterr().out.splitlines()[-1]
     assert command.endswith(f"galore-jax finetune --resume --out {shop / 'stopped'}")
     with leniency():

@@ -1,12 +1,9 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The loop in this process: a run that resumes, and its signals.  From outside: test_cli.py."""
+"""The loop in this process: a run that resumes.  How runs end: test_run_ends.py.  From outside: test_cli.py."""
 
 import dataclasses
 import json
-import signal
-import subprocess
-import sys
 
 import pytest
 from problems import leniency
@@ -46,20 +43,3 @@ def test_a_run_of_adamw_has_no_subspaces_and_resumes_though_its_config_is_older_
         summary = run_pretrain(dataclasses.replace(load_config(folder)[0], steps=4))
     assert (summary["steps"], summary["resumed_from_step"]) == (4, 2)
     assert [record["step"] for record in metrics.read_metrics(folder) if "loss" in record] == [1, 2, 3, 4]
-
-
-def test_the_first_signal_is_noted_and_the_second_kills():
-    script = (
-        "import os, signal\n"
-        "from galore_jax.training.loop import StopSignals\n"
-        "with StopSignals() as signals:\n"
-        "    assert not signals.received\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert signals.received\n"
-        "    print('stopping', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    print('still here', flush=True)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (-signal.SIGTERM, "stopping\n")
-    assert "Stopping after this step" in result.stderr

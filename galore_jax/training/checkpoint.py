@@ -19,7 +19,7 @@ import collections
 import dataclasses
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,23 +52,50 @@ class Checkpoint:
     losses: list[float]  # of the steps since the last line of metrics.jsonl
 
 
+@dataclasses.dataclass
+class Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """Which checkpoints are kept: the newest ones, and two however old they are.
+
+    They are the one that did best on held-out text, and the last one from which training is known to go on well.
+    """
+
+    newest: int
+    best: int | None = None
+    sound: int | None = None
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        del context
+        newest = {info.step for info in checkpoints[-self.newest :]}
+        return [info.step in newest or info.step in (self.best, self.sound) for info in checkpoints]
+
+
 class CheckpointWriter:
     """Writes checkpoints into ``folder``, a context manager; at its end the last one is complete.
 
     Args:
       folder: made if it does not exist; unfinished checkpoints that an interrupted run left there are removed.
-      keep: the newest ones to keep.
+      keep: the newest ones to keep; for the others see :attr:`kept`.
       command: that continues the run, for messages.
     """
 
     def __init__(self, folder: Path, keep: int, command: str = "pretrain"):
-        self.folder, self._command = folder, command
-        self._manager = _manager(folder, keep, create=True)
+        self.folder, self.command = folder, command
+        self.kept = Kept(keep)
+        self._manager = _manager(folder, self.kept, create=True)
         self._saving: int | None = None
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Start to write a checkpoint, after the one before it is complete; CheckpointError if either fails."""
+    def save(self, checkpoint: Checkpoint, sound: int = 0) -> None:
+        """Start to write a checkpoint, after the one before it is complete; CheckpointError if either fails.
+
+        Of the checkpoints of steps before ``sound`` the last one is kept, too.
+        """
         self.wait()
+        self.kept.sound = max((step for step in saved_steps(self.folder) if step < sound), default=None)
         meta = {
             "format": FORMAT,
             "step": checkpoint.step,
@@ -87,6 +114,15 @@ class CheckpointWriter:
                 ),
             )
         )
+
+    def go_back(self, sound: int) -> int | None:
+        """Delete the checkpoints from the step ``sound`` on, but leave one; returns the step of the last one that is left."""
+        self.wait()
+        steps = saved_steps(self.folder)
+        for step in steps[1:]:
+            if step >= sound:
+                self._manager.delete(step)
+        return max((step for step in steps if step < sound), default=next(iter(steps), None))
 
     def check(self) -> None:
         """CheckpointError if the checkpoint being written has failed already; does not wait."""
@@ -119,7 +155,7 @@ class CheckpointWriter:
         run = self.folder.parent
         return (
             f"{start}; the last good one is of step {good[-1]}: make room in {self.folder} and continue with "
-            f"`{resume_command(run, self._command)}`."
+            f"`{resume_command(run, self.command)}`."
         )
 
 
@@ -246,10 +282,10 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [checksum(leaf) for leaf in leaves]
 
 
-def _manager(folder: Path, keep: int | None = None, *, create: bool = False) -> ocp.CheckpointManager:
+def _manager(folder: Path, kept: Kept | None = None, *, create: bool = False) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(
         folder.absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, cleanup_tmp_directories=create),
+        options=ocp.CheckpointManagerOptions(preservation_policy=kept, create=create, cleanup_tmp_directories=create),
         item_handlers={
             "params": ocp.StandardCheckpointHandler(),
             "opt_state": ocp.StandardCheckpointHandler(),

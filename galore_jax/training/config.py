@@ -226,6 +226,7 @@ def check(config: PretrainConfig) -> None:
         if getattr(config, name) is not None:
             at_least(name, getattr(config, name), 1)
     at_least("sample_tokens", config.sample_tokens, 0)
+    not_empty("data", config.data)
     for name in ("clip", "weight_decay"):
         value = getattr(config, name)
         if not (value >= 0 and math.isfinite(value)):
@@ -331,6 +332,12 @@ def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
             f"--sample-tokens {config.sample_tokens} and a prompt of {PROMPT_TOKENS} are longer than the {longest} "
             f"positions of --model {config.model}; ask for at most {longest - PROMPT_TOKENS}."
         )
+
+
+def not_empty(name: str, value: str | None) -> None:
+    """Raises a ValueError if the field ``name`` is an empty string, which as a path would be the current folder."""
+    if value == "":
+        raise ValueError(f"{flag(name)} is empty; name a file or a folder.")
 
 
 def at_least(name: str, value: int, least: int) -> None:

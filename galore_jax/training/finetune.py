@@ -13,6 +13,7 @@ bit.  With LoRA the checkpoints hold the adapters only, and the model's own weig
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import shutil
@@ -37,7 +38,7 @@ from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatch
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
 from galore_jax.training.generation import end_ids
 from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
-from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics, validation_words
+from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, rank, read_metrics, validation_words
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import add_updates, optimizer_metrics
 from galore_jax.training.tokenizer import model_tokenizer
@@ -69,6 +70,7 @@ class Run:
     facts: dict[str, Any]  # for config.json
     sizes: dict[str, int]  # for summary.json
     description: str
+    lock: contextlib.ExitStack  # of the folder, held until the end of the training
 
 
 def run_finetune(config: FinetuneConfig) -> Record:
@@ -77,29 +79,43 @@ def run_finetune(config: FinetuneConfig) -> Record:
     Raises:
       ValueError, FileNotFoundError: a setting, the model, the examples, the run folder or a checkpoint cannot be used.
       CheckpointError: a checkpoint could not be written.
+      Diverged: the loss or the parameters are not finite any more, or nothing is learned any more.
+
+    SIGINT and SIGTERM do what they do to :func:`galore_jax.training.loop.run_pretrain`.
     """
     return train(prepare(config))
 
 
 def prepare(config: FinetuneConfig) -> Run:
     """Check everything, and make or restore the state of a run; only a new run's folder is created."""
-    if config.resume:
-        folder = config.out
-        if folder is None:
-            raise ValueError("--resume needs --out, the folder of the run to continue.")
-        saved, facts = finetune_config.load_config(folder)
-        config = run_folder.as_started(config, saved)
-        run_folder.check_same_run(config, saved, finetune_config.MAY_CHANGE)
-        finetune_config.check(config)
-        read_metrics(folder)  # a damaged line is found before anything is written
-        return _load(config, folder, facts)
-    finetune_config.check(config)
-    with run_folder.new_folder(dataclasses.replace(config.training, optimizer=config.optimizer)) as folder:
-        return _load(config, folder, None)
+    with contextlib.ExitStack() as lock:
+        if config.resume:
+            folder = run_folder.to_resume(config)
+            saved, facts = finetune_config.load_config(folder)
+            lock.enter_context(run_folder.locked(folder))
+            config = run_folder.as_started(config, saved)
+            run_folder.check_same_run(config, saved, finetune_config.MAY_CHANGE)
+            finetune_config.check(config)
+            read_metrics(folder)  # a damaged line is found before anything is written
+        else:
+            finetune_config.check(config)
+            named = dataclasses.replace(config.training, optimizer=config.optimizer)
+            folder, facts = lock.enter_context(run_folder.new_folder(named)), None
+        run = _load(config, folder, facts)
+        run.lock = lock.pop_all()
+    return run
 
 
 def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
+    signals = StopSignals()
+    with run.lock:
+        summary = _train(run, signals)
+    signals.pass_on()
+    return summary
+
+
+def _train(run: Run, signals: StopSignals) -> Record:
     config, folder = run.config, run.folder
     began = time.perf_counter()
     finished = _finished(run)
@@ -113,7 +129,7 @@ def train(run: Run) -> Record:
     lengths, tokens = run.train.shapes(config.seed, config.steps)
     meter = Meter(learning_rates(config.training), tokens, config.log_every, run.losses)
     with (
-        StopSignals() as signals,
+        signals,
         MetricsLog(folder, run.step) as log,
         Progress(run.step, config.steps) as progress,
         CheckpointWriter(folder / "checkpoints", config.keep, "finetune") as writer,
@@ -128,7 +144,10 @@ def train(run: Run) -> Record:
             evaluate=lambda: _evaluated(run, jitted),
         )  # fmt: skip
     _export(run, LAST)
-    summary = _summary(run, seconds, int(tokens[: run.step].sum())) | {"wall_seconds": time.perf_counter() - began}
+    summary = _summary(run, seconds, int(tokens[: run.step].sum())) | {
+        "stopped": signals.name if run.step < config.steps else None,
+        "wall_seconds": time.perf_counter() - began,
+    }
     run_folder.write_json(folder / "summary.json", summary)
     report.plot_loss(
         folder, f"{config.model.name}, {config.optimizer}", "text" if run.train.task == "label" else "token"
@@ -211,6 +230,7 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
         sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
         f"epochs\n{description}",
+        lock=contextlib.ExitStack(),
     )  # fmt: skip
     _make_state(run)
     run.sizes = report.memory(config.training, (run.params, run.frozen), run.opt_state, parts.whole) | {
@@ -286,7 +306,7 @@ def _evaluated(run: Run, scores: Any) -> Record:
     """The record of a validation; weights that are better than all before are written into ``best``."""
     record = {"step": run.step} | evaluate(run, scores)
     before = [other for other in read_metrics(run.folder) if "val_loss" in other and other["step"] < run.step]
-    if all(_rank(record) < _rank(other) for other in before):
+    if math.isfinite(record["val_loss"]) and all(rank(record) < rank(other) for other in before):
         _export(run, BEST)
     return record
 
@@ -300,13 +320,6 @@ def evaluate(run: Run, scores: Callable[[Any, Any, Batch], dict[str, jax.Array]]
         return {"val_loss": loss, "val_accuracy": sum(int(part["correct"]) for part in found) / count}
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         return {"val_loss": loss, "val_perplexity": float(np.exp(np.float64(loss)))}
-
-
-def _rank(record: Record) -> tuple[float, float]:
-    """What is smaller the better a validation was."""
-    loss = record["val_loss"]
-    loss = loss if loss is not None and math.isfinite(loss) else math.inf
-    return -record.get("val_accuracy", 0.0), loss
 
 
 def _export(run: Run, name: str) -> None:
@@ -337,7 +350,7 @@ def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
     validations = [record for record in read_metrics(run.folder) if "val_loss" in record]
     quantities = ("val_loss", "val_accuracy" if run.train.task == "label" else "val_perplexity")
     last = validations[-1] if validations else {}
-    best = min(validations, key=_rank, default={})
+    best = min(validations, key=rank, default={})
     return {
         "steps": run.step,
         "tokens": tokens,

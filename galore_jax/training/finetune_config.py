@@ -20,9 +20,10 @@ from galore_jax.training.optimizers import OPTIMIZERS
 LORA = "lora"
 
 MAY_CHANGE = {
-    "model", "data", "eval_data", "steps", "save_every", "keep", "eval_every", "log_every", "out", "resume",
+    "model", "data", "eval_data", "steps", "learning_rate", "save_every", "keep", "eval_every", "log_every", "out", "resume",
 }  # fmt: skip
-"""Fields that a resumed run may set anew, the paths because fingerprints tell what they hold; any other would be another run."""
+"""Fields that a resumed run may set anew: paths because fingerprints tell what they hold, the learning rate because a run that
+diverged needs a lower one; any other would be another run."""
 
 _RANK, _SCALE, _PRETRAINING_SCALE = 8, 2.0, 0.25
 """GaLore's rank and scale in the paper's fine-tuning (arXiv 2403.03507, table 7), and the scale of its pre-training."""
@@ -136,6 +137,7 @@ def check(config: FinetuneConfig) -> None:
     ValueError: --lora-rank 0 must be at least 1.
     """
     settings.at_least("lora_rank", config.lora_rank, 1)
+    settings.not_empty("eval_data", config.eval_data)
     known = (LORA, *(name for name in OPTIMIZERS if name not in settings.LOW_RANK_WEIGHTS))
     if config.optimizer not in known:
         raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(known)}.")

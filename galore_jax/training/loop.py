@@ -9,9 +9,11 @@ that was killed and resumed gives the same numbers, bit for bit, as one that was
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import statistics
 import threading
@@ -28,11 +30,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from galore_jax.models import LlamaConfig, generate
 from galore_jax.training import checkpoint, config as settings, processes, report, run_folder
 from galore_jax.training.adapters import part
-from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
+from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter, saved_steps
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
+from galore_jax.training.divergence import Diverged
 from galore_jax.training.mesh import batch_parts, make_mesh
-from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics
+from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, rank, read_metrics
 from galore_jax.training.optimizers import check_optimizer, make_schedule
 from galore_jax.training.program import Program, full_rank, program
 from galore_jax.training.step import make_eval_step
@@ -54,6 +57,7 @@ class Run:
     step: int
     losses: list[float]  # of the steps since the last line of metrics.jsonl
     resumed_from: int | None
+    lock: contextlib.ExitStack  # of the folder, held until the end of the training
 
 
 def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Record:
@@ -66,22 +70,28 @@ def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None
     Raises:
       ValueError, FileNotFoundError: a setting, the text, the run folder or a checkpoint cannot be used.
       CheckpointError: a checkpoint could not be written.
+      Diverged: the loss or the parameters are not finite any more, or nothing is learned any more.
 
-    With ``config.distributed`` every process calls this, after :func:`galore_jax.training.processes.join`.
+    SIGINT and SIGTERM end the run after the current step with a checkpoint, and ``stopped`` in what is returned names the signal;
+    it is then passed on to the handler that there was before.  With ``config.distributed`` every process calls this, after
+    :func:`galore_jax.training.processes.join`.
     """
     return train(prepare(config, model_config))
 
 
 def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Run:
     """Check everything, and make or restore the state of a run; only a new run's folder is created."""
-    if config.resume:
-        config, folder, saved_model, fingerprints = _saved_run(config)
-        settings.check(config)
-        run = _load(config, folder, model_config or saved_model, fingerprints)
-    else:
-        settings.check(config)
-        with run_folder.new_folder(config) as folder:
-            run = _load(config, folder, model_config, None)
+    with contextlib.ExitStack() as lock:
+        if config.resume:
+            folder = run_folder.to_resume(config)
+            saved, saved_model, fingerprints = run_folder.load_config(folder)
+            lock.enter_context(run_folder.locked(folder))
+            config, model_config = _as_saved(config, folder, saved, fingerprints), model_config or saved_model
+        else:
+            settings.check(config)
+            folder, fingerprints = lock.enter_context(run_folder.new_folder(config)), None
+        run = _load(config, folder, model_config, fingerprints)
+        run.lock = lock.pop_all()
     processes.wait_for_all("prepared")  # nobody writes into the folder before all have looked into it
     return run
 
@@ -115,6 +125,14 @@ def _load(
 
 def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
+    signals = StopSignals()
+    with run.lock:
+        summary = _train(run, signals)
+    signals.pass_on()
+    return summary
+
+
+def _train(run: Run, signals: StopSignals) -> Record:
     config, folder = run.config, run.folder
     began = time.perf_counter()
     sizes = report.memory(config, run.params, run.opt_state, full_rank(config, run.model_config))
@@ -131,9 +149,9 @@ def train(run: Run) -> Record:
         if run.resumed_from is None:
             run.data.tokenizer.save(folder / "tokenizer.json")
         run_folder.save_config(config, run.model_config, folder, run.data.fingerprint)
-    validated = processes.any_of_them(first and is_validated(run))
+    validated = bool(processes.largest(first and is_validated(run)))
     with (
-        StopSignals() as signals,
+        signals,
         MetricsLog(folder, run.step) if first else processes.Silent() as log,
         Progress(run.step, config.steps) if first else processes.Silent() as progress,
         CheckpointWriter(folder / "checkpoints", config.keep) as writer,
@@ -163,6 +181,7 @@ def train(run: Run) -> Record:
     last = validation[-1] if validation else {"val_loss": None, "val_perplexity": None}
     summary = {
         "steps": run.step,
+        "stopped": signals.name if run.step < config.steps else None,
         "tokens": run.step * config.batch * config.seq,
         "final_val_loss": last["val_loss"],
         "final_val_perplexity": last["val_perplexity"],
@@ -213,8 +232,13 @@ def take_steps(
       compile_step: gives ``step(params, opt_state, batch) -> (params, opt_state, metrics)``; called once, after the checkpoint
         of step 0.
       evaluate: the record of a validation of ``run`` as it is now.
+
+    Raises:
+      CheckpointError: a checkpoint could not be written.
+      Diverged: the run cannot go on; all checkpoints are from before, and finite.
     """
     config = run.config
+    ranks = _ranks_of_checkpoints(run, writer)
 
     def note(record: Record | None) -> None:
         if record is not None:
@@ -224,35 +248,68 @@ def take_steps(
 
     def pause(*, validate: bool, save: bool) -> None:
         note(meter.finish())
+        if validate or save:
+            meter.watch.check_parameters(run.step, run.params)
         if validate:
-            note(evaluate())
-        if save:
+            note(record := evaluate())
+            meter.watch.check_validation(run.step, record["val_loss"])
+            if save:
+                ranks[run.step] = rank(record)
+                writer.kept.best = min(ranks, key=lambda step: ranks[step])
+        if save and (not meter.watch.stuck or run.step == config.steps):
             state = run.batches.get_state()
-            writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)))
+            writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)), meter.watch.sound)
         meter.start()
 
     def stopped() -> bool:
-        if not processes.several():
-            return signals.received
-        return run.step % config.log_every == 0 and processes.any_of_them(signals.received)  # all at the same step
+        if not processes.several() or run.step % config.log_every == 0:  # all at the same step
+            signals.received = processes.largest(signals.received)
+            return signals.received != 0
+        return False
 
-    saved, validated_at = run.resumed_from, run.step if validated else None
-    if saved is None:
-        pause(validate=False, save=True)
-        saved = 0
-    train_step = compile_step()
-    meter.start()
-    while run.step < config.steps and not stopped():
-        run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
-        run.step += 1
-        note(meter.add(run.step, metrics))
-        progress.advance()
-        validate, save = run.step % config.eval_every == 0, run.step % config.save_every == 0
-        if validate or save:
-            pause(validate=validate, save=save)
-            saved, validated_at = run.step if save else saved, run.step if validate else validated_at
-    pause(validate=run.step == config.steps and validated_at != run.step, save=saved != run.step)
+    def steps() -> None:
+        saved, validated_at = run.resumed_from, run.step if validated else None
+        if saved is None:
+            pause(validate=False, save=True)
+            saved = 0
+        train_step = compile_step()
+        meter.start()
+        while run.step < config.steps and not stopped():
+            run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
+            run.step += 1
+            note(meter.add(run.step, metrics))
+            progress.advance()
+            last = run.step == config.steps
+            validate, save = (last or run.step % every == 0 for every in (config.eval_every, config.save_every))
+            if validate or save:
+                pause(validate=validate, save=save)
+                saved, validated_at = run.step if save else saved, run.step if validate else validated_at
+        pause(validate=run.step == config.steps and validated_at != run.step, save=saved != run.step)
+
+    try:
+        steps()
+    except Diverged as error:
+        raise Diverged(f"{error}; {_way_back(run, writer, meter.watch.sound)}") from error
     return meter.seconds
+
+
+def _ranks_of_checkpoints(run: Any, writer: CheckpointWriter) -> dict[int, tuple[float, float]]:
+    """How good the validations were of the steps that have checkpoints."""
+    saved = saved_steps(writer.folder)
+    records = [record for record in read_metrics(run.folder) if record["step"] in saved and "val_loss" in record]
+    ranks = {record["step"]: rank(record) for record in records}
+    writer.kept.best = min(ranks, key=lambda step: ranks[step], default=None)
+    return ranks
+
+
+def _way_back(run: Any, writer: CheckpointWriter, sound: int) -> str:
+    """What to do about a run that diverged after the step ``sound``."""
+    step = writer.go_back(sound)
+    if step is None or not sound:
+        return "it started so, which no learning rate mends: check the model and the data"
+    command = run_folder.resume_command(run.folder, writer.command)
+    rate = run.config.learning_rate / 2
+    return f"continue from the checkpoint of step {step} at a lower learning rate: {command} --learning-rate {rate:g}"
 
 
 def learning_rates(config: PretrainConfig) -> np.ndarray:
@@ -301,8 +358,19 @@ class StopSignals:
     """While this context lasts, the first SIGINT or SIGTERM asks to stop after the current step; the next one kills."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = 0
+        """The number of the signal."""
         self._previous: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str | None:
+        """SIGINT or SIGTERM, if one was received."""
+        return signal.Signals(self.received).name if self.received else None
+
+    def pass_on(self) -> None:
+        """After the context: give the signal that was received to the handler that there was before."""
+        if self.received:
+            signal.raise_signal(self.received)
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
@@ -315,18 +383,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
-        self.received = True
+        self.received = number
         for other in self._previous:
             signal.signal(other, signal.SIG_DFL)
         os.write(2, b"\nStopping after this step, with a checkpoint; a second signal stops at once.\n")
 
 
-def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfig, dict[str, str]]:
-    """The settings with which a run goes on, its folder, its model, and its fingerprints."""
-    folder = config.out
-    if folder is None:
-        raise ValueError("--resume needs --out, the folder of the run to continue.")
-    saved, model_config, fingerprints = run_folder.load_config(folder)
+def _as_saved(
+    config: PretrainConfig, folder: Path, saved: PretrainConfig, fingerprints: dict[str, str]
+) -> PretrainConfig:
+    """The settings with which the run in ``folder`` goes on."""
     config = run_folder.as_started(config, saved)
     run_folder.check_same_run(config, saved)
     step = checkpoint.last_step(folder / "checkpoints")
@@ -340,7 +406,8 @@ def _saved_run(config: PretrainConfig) -> tuple[PretrainConfig, Path, LlamaConfi
         raise FileNotFoundError(f"{tokenizer_file} does not exist, and the run in {folder} needs it.")
     run_folder.check_same_tokenizer(folder, fingerprints)
     read_metrics(folder)  # a damaged line is found before anything is written
-    return config, folder, model_config, fingerprints
+    settings.check(config)
+    return config
 
 
 def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData) -> Run:
@@ -356,7 +423,10 @@ def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig,
         with run.on_mesh():
             params, opt_state = run.init(jax.random.key(config.seed))
         step, losses, resumed_from = 0, [], None
-    return Run(config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from)
+    return Run(
+        config, folder, model_config, data, batches, run, params, opt_state, step, losses, resumed_from,
+        lock=contextlib.ExitStack(),
+    )  # fmt: skip
 
 
 def is_validated(run: Any) -> bool:
@@ -367,7 +437,7 @@ def is_validated(run: Any) -> bool:
 def _say_goodbye(run: Run, summary: Record, sizes: dict[str, int]) -> None:
     print(report.closing_words(run.config, run.folder, summary, sizes))
     if processes.several():
-        print(f"\nFor a sample: galore-jax generate --model {run.folder}")
+        print(f"\nFor a sample: {shlex.join(['galore-jax', 'generate', '--model', str(run.folder)])}")
     elif run.config.sample_tokens:
         prompt = next(iter(run.data.validation_batches(1)))[0, :PROMPT_TOKENS]
         key = jax.random.fold_in(jax.random.key(run.config.seed), run.step)

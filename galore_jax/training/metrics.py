@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from galore_jax.training.divergence import Watch
 from galore_jax.training.step import COUNTS, Metrics
 
 Record = dict[str, Any]
@@ -93,6 +94,17 @@ def finite_mean(values: Iterable[float | None]) -> float | None:
     """
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else None
+
+
+def rank(validation: Record) -> tuple[float, float]:
+    """What is smaller the better a validation was: by accuracy where there is one, and then by the loss.
+
+    >>> rank({"val_loss": 0.5, "val_accuracy": 0.75}) < rank({"val_loss": 0.25, "val_accuracy": 0.5})
+    True
+    """
+    loss = validation["val_loss"]
+    loss = loss if loss is not None and math.isfinite(loss) else math.inf
+    return -validation.get("val_accuracy", 0.0), loss
 
 
 def subspace_fields(leaves: dict[str, dict[str, np.ndarray]]) -> Record:
@@ -189,6 +201,7 @@ class Meter:
 
     def __post_init__(self) -> None:
         each = np.broadcast_to(np.asarray(self.tokens, np.int64), self.learning_rates.shape)
+        self.watch = Watch(len(self.learning_rates))
         self._tokens_after = np.concatenate([np.zeros(1, np.int64), np.cumsum(each)])  # so many steps
 
     def start(self) -> None:
@@ -196,23 +209,28 @@ class Meter:
         self._clock = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> Record | None:
-        """Take the metrics of a step that was just dispatched; returns the record of the one before, if one is due."""
+        """Take the metrics of a step that was just dispatched; returns the record of the one before, if one is due.
+
+        Raises:
+          Diverged: the step before shows that the run cannot go on.
+        """
         record = self.finish()
         self._pending = (step, metrics)
         return record
 
     def finish(self) -> Record | None:
-        """Wait for the step taken last; returns its record, if one is due."""
+        """Wait for the step taken last; returns its record, if one is due, and raises what :meth:`add` does."""
         if self._pending is None:
             return None
         step, metrics = self._pending
         self._pending = None
-        loss = float(metrics["loss"])
+        loss, grad_norm, skipped = (float(metrics[name]) for name in ("loss", "grad_norm", "skipped"))
         now = time.perf_counter()
         self.seconds.append(now - self._clock)
         self._clock = now
         self._timed += 1
         self.losses.append(loss)
+        self.watch.see(step, loss, grad_norm, int(skipped))
         if step % self.every and step != len(self.learning_rates):
             return None
         metrics = jax.device_get(metrics)
@@ -222,7 +240,7 @@ class Meter:
             "learning_rate": float(self.learning_rates[step - 1]),
             "tokens_per_second": int(self._tokens_after[step] - self._tokens_after[step - self._timed])
             / sum(self.seconds[-self._timed :]),
-            "grad_norm": float(metrics["grad_norm"]),
+            "grad_norm": grad_norm,
             "tokens": int(self._tokens_after[step]),
             **{name: int(metrics[name]) for name in COUNTS},
             **subspace_fields(metrics["subspace"]),

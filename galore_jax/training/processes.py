@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from galore_jax.training.divergence import Diverged
+
 HEARTBEAT_SECONDS = 30
 """So long after its last sign of life a process is taken for dead."""
 
@@ -77,13 +79,13 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def any_of_them(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process; all have to ask.
+def largest(value: int) -> int:
+    """The largest of the values that the processes have; all have to ask.
 
-    >>> any_of_them(True)
-    True
+    >>> largest(15)
+    15
     """
-    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
+    return int(np.max(multihost_utils.process_allgather(np.array(value)))) if several() else value
 
 
 def place(batch: np.ndarray, sharding: Any) -> jax.Array:
@@ -98,10 +100,12 @@ def until_the_dead_are_named() -> Iterator[None]:
     """A collective fails at once where a process has died; only the heartbeats tell which, and the service then ends this one.
 
     So an error in one of several processes is kept until that must have happened.  Above all the first process, which runs the
-    service, must not be gone before.
+    service, must not be gone before.  That a run has diverged all of them find at the same step.
     """
     try:
         yield
+    except Diverged:
+        raise
     except Exception as error:
         if several():
             line = next(iter(str(error).splitlines()), "") or type(error).__name__

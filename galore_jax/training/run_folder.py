@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
+import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,16 +21,30 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from galore_jax.models import LlamaConfig
+from galore_jax.training import processes
 from galore_jax.training.config import OF_THE_PRESET, PretrainConfig, flag
 
 _MAY_CHANGE = {
-    "distributed", "mesh", "steps", "save_every", "keep", "eval_every", "eval_tokens", "log_every", "sample_tokens", "out",
-    "resume",
+    "distributed", "mesh", "steps", "learning_rate", "save_every", "keep", "eval_every", "eval_tokens", "log_every",
+    "sample_tokens", "out", "resume",
 }  # fmt: skip
-"""Fields that a resumed run may set anew; any other would make it a different run."""
+"""Fields that a resumed run may set anew, the learning rate because one that diverged needs a lower one; any other would make it
+a different run."""
 
 _BEFORE_THE_FIELD = {"refresh": "together", "transport": "keep", "diagnostics": False}
 """What a run did whose ``config.json`` is older than these fields."""
+
+_WRITTEN = (
+    "metrics.jsonl",
+    "summary.json",
+    "tokenizer.json",
+    "loss.png",
+    "subspace.png",
+    "tensorboard",
+    "best",
+    "last",
+)
+"""Files and folders that a run writes beside ``config.json`` and ``checkpoints``."""
 
 _ONCE_CALLED = {"param_dtype": "weights"}
 """Fields that an older ``config.json`` has under another name."""
@@ -40,10 +58,20 @@ def resume_command(folder: Path, command: str = "pretrain") -> str:
 
     >>> resume_command(Path("runs/x")).endswith("galore-jax pretrain --resume --out runs/x")
     True
+    >>> resume_command(Path("my runs/x")).endswith("--out 'my runs/x'")
+    True
     """
     started_as = Path(sys.argv[0])
     elsewhere = started_as.name == "galore-jax" and shutil.which("galore-jax") is None
-    return f"{started_as if elsewhere else 'galore-jax'} {command} --resume --out {folder}"
+    program = str(started_as) if elsewhere else "galore-jax"
+    return shlex.join([program, command, "--resume", "--out", str(folder)])
+
+
+def to_resume(config: Any) -> Path:
+    """The folder of the run that ``config`` continues."""
+    if config.out is None:
+        raise ValueError("--resume needs --out, the folder of the run to continue.")
+    return config.out
 
 
 def as_started(config: Any, saved: Any) -> Any:
@@ -88,10 +116,10 @@ def check_same_text(source: str, folder: Path, fingerprint: str, fingerprints: d
 
 @contextlib.contextmanager
 def new_folder(config: PretrainConfig) -> Iterator[Path]:
-    """Creates the folder of a new run; if the ``with`` block fails, what was created is removed again.
+    """Creates and locks the folder of a new run; if the ``with`` block fails, what was created is removed again.
 
     Raises:
-      ValueError: it cannot be created, is a file, or holds a run already.
+      ValueError: it cannot be created, is a file, holds a run already, or is another process's.
     """
     created: list[Path] = []
     try:
@@ -102,7 +130,8 @@ def new_folder(config: PretrainConfig) -> Iterator[Path]:
         except OSError as error:
             place = config.out or "runs"
             raise ValueError(f"--out {place} cannot be created: {error.strerror}; name another folder.") from error
-        yield folder
+        with locked(folder):
+            yield folder
     except BaseException:
         for path in created:
             with contextlib.suppress(OSError):  # it was not reached, or holds something by now
@@ -110,11 +139,51 @@ def new_folder(config: PretrainConfig) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of the folder of a run; the processes of one run share it, and a kill gives it back.
+
+    Raises:
+      ValueError: another process has it, or nothing can be written there.
+    """
+    path = folder / ".lock"
+    held, reason = _take(path) if processes.first() else (None, "its first process says why")
+    if processes.largest(int(processes.first() and held is None)):
+        raise ValueError(f"The run in {folder} cannot be used: {reason}.")
+    try:
+        yield
+    finally:
+        if held is not None:
+            path.unlink(missing_ok=True)
+            os.close(held)
+
+
+def _take(path: Path) -> tuple[int | None, str]:
+    """The descriptor of a lock file that is this process's now; or None, and why it is not."""
+    try:
+        while True:
+            held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(held, 1000).decode()
+                os.close(held)
+                return None, f"{holder or 'another process'} is training there; wait for it, or stop it"
+            # Whoever had it before removes the file, and then this is a lock on nothing.
+            if path.exists() and os.path.samestat(os.fstat(held), path.stat()):
+                os.truncate(held, 0)
+                os.write(held, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return held, ""
+            os.close(held)
+    except OSError as error:
+        return None, f"{path} cannot be written ({error.strerror}); a run needs a folder that it can write to"
+
+
 def choose_folder(config: PretrainConfig) -> Path:
     """The folder of a new run; it is not created here.
 
     Raises:
-      ValueError: ``config.out`` is a file, or holds a run already.
+      ValueError: ``config.out`` is a file, or holds a run already, or a file that a run would write over.
     """
     if config.out is None:
         stem, number = Path("runs", f"{config.model}-{config.optimizer}"), 1
@@ -127,6 +196,9 @@ def choose_folder(config: PretrainConfig) -> Path:
         raise ValueError(
             f"--out {config.out} already holds a run; add --resume to continue it, or name another folder."
         )
+    for name in _WRITTEN:
+        if (config.out / name).exists():
+            raise ValueError(f"--out {config.out} holds {name}, which a run would write over; name another folder.")
     return config.out
 
 
