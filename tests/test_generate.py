@@ -226,7 +226,7 @@ def test_a_tokenizers_special_token_stands_before_the_prompt_and_none_after_it(t
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_weights_are_read(theirs, capsys, monkeypatch, flags, says):
-    monkeypatch.setattr("galore_jax.training.generation.load_hf", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("galore_jax.training.trained.load_hf", lambda *_: pytest.fail("the weights were read"))
     refused(capsys, "--model", theirs, "--prompt", "abc", *flags, says=says)
 
 

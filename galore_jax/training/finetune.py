@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import statistics
 import time
 import zlib
@@ -29,21 +28,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from galore_jax.models import Llama, LlamaClassifier, add_lora, load_hf, merge_lora, save_hf
-from galore_jax.models.huggingface_config import config_from_huggingface
+from galore_jax.models import Llama, LlamaClassifier, add_lora, merge_lora
 from galore_jax.training import checkpoint, finetune_config, report, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter
+from galore_jax.training.config import DTYPES
 from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
+from galore_jax.training.export import write_model
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
-from galore_jax.training.generation import end_ids
 from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, read_metrics, validation_words
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import add_updates, optimizer_metrics
-from galore_jax.training.tokenizer import model_tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-"""Files of the model's folder that are copied beside the new weights, where they exist."""
+from galore_jax.training.tokenizer import Tokenizer
+from galore_jax.training.trained import Trained, open_trained
 
 BEST, LAST = "best", "last"
 """Folders with the weights that did best on the held-out examples, and with the last ones."""
@@ -57,6 +54,7 @@ class Run:
     folder: Path
     train: Examples
     validation: Examples
+    tokenizer: Tokenizer
     eos: int
     graphdef: nnx.GraphDef
     frozen: Any  # parameters that stay as they are
@@ -188,25 +186,27 @@ class _Parts(NamedTuple):
 
 def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) -> Run:
     """The examples, the model and the optimizer; ``facts`` are those of the run to resume."""
-    longest = config_from_huggingface(config.model / "config.json").max_position_embeddings
+    trained = open_trained(config.model)
+    longest = trained.model_config.max_position_embeddings
     if config.seq > longest:
         raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
-    tokenizer = model_tokenizer(config.model)
-    eos = end_ids(config.model, tokenizer)[0]
+    eos = trained.ends[0]
     sizes = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "eos": eos}
-    train, validation, description = load_examples(config.data, config.eval_data, tokenizer, **sizes)
+    train, validation, description = load_examples(
+        config.data, config.eval_data, trained.tokenizer, text_column=config.text_column, **sizes
+    )
     labels = num_labels(train, validation) if train.task == "label" else None
     fingerprint = f"{train.fingerprint} {validation.fingerprint}"
     if facts is not None:
         run_folder.check_same_text(config.data, folder, fingerprint, facts)
-    parts = _model(config, train, labels)
+    parts = _model(config, trained, train, labels)
     if facts is not None and parts.fingerprint != facts["model_fingerprint"]:
         raise ValueError(
             f"--model {config.model} is not the model that the run in {folder} was started with; "
             "put that model back, or start a new run with another --out."
         )
     run = Run(
-        config, folder, train, validation, eos, parts.graphdef, parts.frozen, train.training(config.seed),
+        config, folder, train, validation, trained.tokenizer, eos, parts.graphdef, parts.frozen, train.training(config.seed),
         params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
         sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
@@ -219,8 +219,8 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
     return run
 
 
-def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Parts:
-    body = load_hf(config.model, {"f32": jnp.float32, "bf16": jnp.bfloat16, None: None}[config.dtype])
+def _model(config: FinetuneConfig, trained: Trained, train: Examples, labels: int | None) -> _Parts:
+    body = trained.load(trained.dtype if config.dtype is None else DTYPES[config.dtype])
     largest = max(int(example.tokens.max()) for example in train.examples)
     if largest >= body.config.vocab_size:
         raise ValueError(
@@ -234,11 +234,11 @@ def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Part
     if labels is not None:
         model = LlamaClassifier(body, labels, rngs=nnx.Rngs(params=head_key))
     whole = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    trained: Any = nnx.Param
+    learns: Any = nnx.Param
     if config.optimizer == LORA:
         add_lora(body, config.lora_rank, alpha=config.lora_alpha, key=adapter_key)
-        trained = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
-    graphdef, params, frozen = nnx.split(model, trained, ...)
+        learns = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
+    graphdef, params, frozen = nnx.split(model, learns, ...)
     return _Parts(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), whole, fingerprint)
 
 
@@ -313,24 +313,14 @@ def _export(run: Run, name: str) -> None:
     """Write the model, adapters merged, into the folder ``name``, in the place of the one before when it is complete."""
     model = nnx.merge(run.graphdef, run.params, run.frozen)
     merge_lora(model.body if isinstance(model, LlamaClassifier) else model)
-    folder, partial, old = (run.folder / f"{name}{end}" for end in ("", ".partial", ".old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_hf(model, partial)
-    theirs, ours = (run_folder.read_json(place / "config.json") for place in (run.config.model, partial))
-    ids = {
-        "eos_token_id": run.eos,
-        "pad_token_id": run.eos,
-    }  # which transformers needs to find the last token of a text
-    ids |= {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if theirs.get(key) is not None}
-    run_folder.write_json(partial / "config.json", ours | ids)
-    for file in TOKENIZER_FILES:
-        if (run.config.model / file).is_file():
-            shutil.copyfile(run.config.model / file, partial / file)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    write_model(
+        model,
+        run.folder / name,
+        origin=run.config.model,
+        tokenizer=run.tokenizer,
+        eos=run.eos,
+        labels=run.train.labels,
+    )
 
 
 def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
