@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -107,19 +107,28 @@ def read_rows(path: Path, column: str | None = None) -> Iterator[Row]:
     return _json_rows(path)
 
 
+def rows_of(lines: Iterable[bytes], name: str) -> Iterator[Row]:
+    """The objects in JSON lines; ``name`` is that of their place, for messages.
+
+    >>> list(rows_of([b'{"text": "a"}'], "stdin"))
+    [Row(place='line 1', fields={'text': 'a'})]
+    """
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            place = f"line {number}"
+            yield Row(place, _object(name, place, _parsed(name, place, line)))
+
+
 def _json_rows(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         first = next((line for line in _lines(file) if line.strip()), b"")
     with _opened(path) as file:
-        if first.lstrip().startswith(b"["):
-            values = _parsed(path, "as a whole", file.read().removeprefix(_MARK))
-            for number, value in enumerate(values, 1):
-                yield Row(f"row {number}", _object(path, f"row {number}", value))
+        if not first.lstrip().startswith(b"["):
+            yield from rows_of(_lines(file), str(path))
             return
-        for number, line in enumerate(_lines(file), 1):
-            if line.strip():
-                place = f"line {number}"
-                yield Row(place, _object(path, place, _parsed(path, place, line)))
+        values = _parsed(str(path), "as a whole", file.read().removeprefix(_MARK))
+        for number, value in enumerate(values, 1):
+            yield Row(f"row {number}", _object(str(path), f"row {number}", value))
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
@@ -130,15 +139,15 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
         mark = b""
 
 
-def _parsed(path: Path, place: str, data: bytes) -> Any:
+def _parsed(name: str, place: str, data: bytes) -> Any:
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} {place} is not UTF-8 text (byte {error.start} of it is 0x{data[error.start]:02x}): convert the file."
+            f"{name} {place} is not UTF-8 text (byte {error.start} of it is 0x{data[error.start]:02x}): convert the file."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} {place} is not JSON ({error}); every line must be one object.") from error
+        raise ValueError(f"{name} {place} is not JSON ({error}); every line must be one object.") from error
     return _mended(value) if b"\\u" in data else value
 
 
@@ -153,9 +162,9 @@ def _mended(value: Any) -> Any:
     return value
 
 
-def _object(path: Path, place: str, value: Any) -> dict[str, Any]:
+def _object(name: str, place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{path} {place} is {type(value).__name__} and not an object with fields.")
+        raise ValueError(f"{name} {place} is {type(value).__name__} and not an object with fields.")
     return value
 
 

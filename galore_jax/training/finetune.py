@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,15 @@ from galore_jax.models import Llama, LlamaClassifier, add_lora, merge_lora
 from galore_jax.training import checkpoint, finetune_config, report, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter
 from galore_jax.training.config import DTYPES
-from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
+from galore_jax.training.examples import (
+    NO_LOSS,
+    Batch,
+    Examples,
+    TrainingBatches,
+    label_counts,
+    load_examples,
+    num_labels,
+)
 from galore_jax.training.export import write_model
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
 from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
@@ -67,6 +75,9 @@ class Run:
     facts: dict[str, Any]  # for config.json
     sizes: dict[str, int]  # for summary.json
     description: str
+    confusion: list[list[int]] | None = (
+        None  # of the last validation: held-out examples by label and by likeliest label
+    )
 
 
 def run_finetune(config: FinetuneConfig) -> Record:
@@ -139,7 +150,8 @@ def train(run: Run) -> Record:
 
 
 def make_scores(graphdef: nnx.GraphDef, task: str) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-    """``scores(params, frozen, batch)``: the summed ``loss`` of ``count`` targets; of labels, how many are ``correct``."""
+    """``scores(params, frozen, batch)``: the summed ``loss`` of ``count`` targets; of labels also ``confusion``,
+    int32 [true label, likeliest label]."""
 
     def scores(params: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, params, frozen)
@@ -149,7 +161,8 @@ def make_scores(graphdef: nnx.GraphDef, task: str) -> Callable[[Any, Any, Batch]
         if task == "label":
             logits = model(batch.tokens, batch.lengths)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            right = {"correct": jnp.sum(counted & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.int32)}
+            none = jnp.zeros((logits.shape[-1],) * 2, jnp.int32)
+            right = {"confusion": none.at[targets, jnp.argmax(logits, axis=-1)].add(counted.astype(jnp.int32))}
         else:
             losses = model.losses(model.run_layers(model.embed(batch.tokens)), targets)
         return {"loss": jnp.sum(losses, where=counted), "count": jnp.sum(counted, dtype=jnp.int32)} | right
@@ -210,7 +223,8 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
         params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
         sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
-        f"epochs\n{description}",
+        f"epochs\n{description}"
+        + ("\n" + _class_words(train, validation) if labels else ""),
     )  # fmt: skip
     _make_state(run)
     run.sizes = report.memory(config.training, (run.params, run.frozen), run.opt_state, parts.whole) | {
@@ -297,7 +311,8 @@ def evaluate(run: Run, scores: Callable[[Any, Any, Batch], dict[str, jax.Array]]
     count = sum(int(part["count"]) for part in found)
     loss = math.fsum(float(part["loss"]) for part in found) / count
     if run.validation.task == "label":
-        return {"val_loss": loss, "val_accuracy": sum(int(part["correct"]) for part in found) / count}
+        run.confusion = np.sum([part["confusion"] for part in found], axis=0).tolist()
+        return {"val_loss": loss, "val_accuracy": int(np.trace(run.confusion)) / count}
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         return {"val_loss": loss, "val_perplexity": float(np.exp(np.float64(loss)))}
 
@@ -337,11 +352,57 @@ def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
         "training_examples": len(run.train.examples),
         "validation_examples": len(run.validation.examples),
         "cut_examples": run.train.cut + run.validation.cut,
+        **_label_facts(run),
         **run.sizes,
         "step_seconds_median": statistics.median(seconds) if seconds else None,
         "step_seconds_max": max(seconds, default=None),
         "resumed_from_step": run.resumed_from,
     }
+
+
+def _label_facts(run: Run) -> Record:
+    """Of a classifier, for ``summary.json``."""
+    if run.train.task != "label":
+        return {}
+    names, counts, majority = _classes(run.train, run.validation)
+    return {
+        "labels": names,
+        "label_counts": counts,
+        "majority_val_accuracy": majority,
+        "confusion": run.confusion,
+    }
+
+
+def _classes(train: Examples, validation: Examples) -> tuple[list[str | int], list[int], float]:
+    """The labels, how many training examples each has, and the accuracy of always saying the most frequent one."""
+    counts = label_counts(train)
+    names: list[str | int] = [*train.labels] if train.labels else [*sorted(counts)]
+    most = max(counts, key=lambda label: (counts[label], -label))
+    share = label_counts(validation)[most] / len(validation.examples)
+    return names, [counts[label] for label in range(len(names))], share
+
+
+def _class_words(train: Examples, validation: Examples) -> str:
+    """A line on the labels."""
+    names, counts, share = _classes(train, validation)
+    shown = ", ".join(f"{name}: {count:,}" for name, count in zip(names[:20], counts, strict=False))
+    more = f", and {len(names) - 20:,} others" if len(names) > 20 else ""
+    return f"labels: {shown}{more}; the most frequent one is right on {share:.1%} of the held-out texts"
+
+
+def confusion_table(names: Sequence[str | int], confusion: list[list[int]]) -> str:
+    """A table for people: a row for each label, a column for each answer.
+
+    >>> print(confusion_table(["bad", "good"], [[7, 1], [0, 12]]))
+    held-out texts, by label (rows) and by answer (columns):
+           bad  good
+     bad     7     1
+    good     0    12
+    """
+    cells = [["", *map(str, names)], *([str(name), *map(str, row)] for name, row in zip(names, confusion, strict=True))]
+    width = max(len(cell) for row in cells for cell in row)
+    rows = ("  ".join(cell.rjust(width) for cell in row) for row in cells)
+    return "held-out texts, by label (rows) and by answer (columns):\n" + "\n".join(rows)
 
 
 def _finished(run: Run) -> Record | None:
@@ -358,6 +419,8 @@ def _finished(run: Run) -> Record | None:
 def _say_goodbye(run: Run, summary: Record) -> None:
     final = {name.removeprefix("final_"): value for name, value in summary.items() if name.startswith("final_val")}
     best = {name.removeprefix("best_"): value for name, value in summary.items() if name.startswith("best_val")}
+    if summary.get("confusion") and len(summary["labels"]) <= 20:
+        print(f"\n{confusion_table(summary['labels'], summary['confusion'])}")
     print(
         f"\n{report.memory_table(run.config.optimizer, run.sizes)}\n\n"
         f"{run.folder / LAST}: after {summary['steps']} steps, held-out {validation_words(final)}\n"

@@ -69,7 +69,7 @@ def kind_of(folder: Path) -> FolderKind:
         return "finetuned"
     if "model_config" in fields:
         return "pretrained"
-    if any(str(name).endswith("ForSequenceClassification") for name in fields.get("architectures") or ()):
+    if "ForSequenceClassification" in str(fields.get("architectures")):
         return "classifier"
     return "model" if "model_type" in fields else "nothing"
 
