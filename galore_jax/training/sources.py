@@ -210,7 +210,9 @@ def _files(folder: Path, skip: set[str], left_out: Counter[str]) -> Iterator[Pat
                 left_out["hidden"] += 1
             elif not path.exists():
                 left_out["links that lead nowhere"] += 1
-            elif bare_suffix(path) not in TEXT_SUFFIXES + ROW_SUFFIXES or not path.is_file():
+            elif not path.is_file():
+                left_out["pipes and devices"] += 1
+            elif bare_suffix(path) not in TEXT_SUFFIXES + ROW_SUFFIXES:
                 left_out[bare_suffix(path) or "without a suffix"] += 1
             else:
                 yield path
