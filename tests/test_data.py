@@ -414,7 +414,7 @@ def test_impossible_settings_are_named(folder, settings, message):
 
 
 def test_missing_and_unknown_names(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'pyton' does not exist.*\"python\", a text file"):
+    with pytest.raises(FileNotFoundError, match=r"'pyton' does not exist.*\"python\", a file"):
         load("pyton")
     with pytest.raises(FileNotFoundError, match="'bpee' is unknown"):
         load(folder, tokenizer="bpee")

@@ -262,8 +262,18 @@ def test_the_layout_of_c4_is_streamed_as_it_comes(tmp_path):
     assert next(corpus.train_iterator()).dtype == np.int32
 
 
-def test_a_broken_local_file_is_one_sentence(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "half\n')
-    with pytest.raises(ValueError, match=r"cannot load data source 'hf:.*a\.jsonl': ") as caught:
-        open_stream(f"hf:{tmp_path / 'a.jsonl'}")
-    assert "\n" not in str(caught.value)
+def test_a_broken_local_file_is_one_sentence_at_its_start_and_where_it_breaks_off(tmp_path, caplog):
+    file = tmp_path / "a.jsonl"
+    for bad in ('{"text": "half\n', json.dumps({"text": "\ud800"}) + "\n"):
+        file.write_text(bad)
+        with pytest.raises(ValueError, match=r"cannot load data source 'hf:.*a\.jsonl': ") as caught:
+            open_stream(f"hf:{file}")
+        assert "\n" not in str(caught.value)
+        assert caplog.records == []
+        # The library reads so much at a time.
+        file.write_text("".join(f'{{"text": "row {i} {"x" * 1000}"}}\n' for i in range(11_000)) + bad)
+        train, _, _ = open_stream(f"hf:{file}")
+        with pytest.raises(OSError, match=r"the stream of text broke off .*: mend its source, and continue") as caught:
+            list(stream_texts(train))
+        assert "\n" not in str(caught.value)
+        caplog.clear()

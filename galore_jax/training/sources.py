@@ -252,8 +252,7 @@ def open_stream(
     except SourceError:
         raise
     except Exception as error:  # the libraries below raise many kinds: no such dataset, no network, a damaged file
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
-        raise ValueError(f"cannot load data source {source!r}: {reason}") from error
+        raise ValueError(f"cannot load data source {source!r}: {_reason(error)}") from error
 
 
 class SourceError(ValueError):
@@ -296,14 +295,16 @@ def _splits(
 
 @contextlib.contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Without a network the Hub's library warns of each attempt, and then raises what says it all."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """The libraries log each attempt to reach the hub and each fault of a file, and then raise what says it all."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger, level in zip(loggers, (logging.ERROR, logging.CRITICAL), strict=True):
+            logger.setLevel(level)
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _text_column(source: str, stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
@@ -317,8 +318,22 @@ def _text_column(source: str, stream: datasets.IterableDataset, column: str) -> 
 
 
 def stream_texts(examples: Iterable[dict[str, str | None]]) -> Iterator[str]:
-    """The documents of a stream from `open_stream`."""
-    for example in examples:
+    """The documents of a stream from `open_stream`; OSError where it breaks off."""
+    rows = iter(examples)
+    while True:
+        try:
+            example = next(rows, None)
+        except Exception as error:  # as in open_stream
+            raise OSError(
+                f"the stream of text broke off ({_reason(error)}): mend its source, and continue with --resume."
+            ) from error
+        if example is None:
+            return
         text = example["text"]
         if text is not None and text.strip():
             yield plain_lines(text)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says is the matter."""
+    return str(error.__cause__ or error).strip().partition("\n")[0]
