@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class GenerateConfig:
     model: Path
     """Run folder of galore-jax pretrain, or a Hugging Face folder with config.json, safetensors and tokenizer.json."""
     prompt: str
-    """Text to continue."""
+    """Text to continue; "" for the start of a document, and - for what stands in standard input."""
     step: int | None = None
     """Of a run: step of the checkpoint to take. None: the last one."""
     max_new_tokens: int = 200
@@ -45,6 +46,8 @@ class GenerateConfig:
     """Draw from the fewest likeliest tokens that together have this probability. None: from all."""
     seed: int = 0
     """Another number, another text."""
+    samples: int = 1
+    """Texts to draw: those of --seed, --seed + 1, ..."""
 
 
 def check(config: GenerateConfig) -> None:
@@ -57,9 +60,14 @@ def check(config: GenerateConfig) -> None:
     settings.at_least("max_new_tokens", config.max_new_tokens, 1)
     if config.top_k is not None:
         settings.at_least("top_k", config.top_k, 1)
+    settings.at_least("samples", config.samples, 1)
     settings.check_seed(config.seed)
+    if config.seed + config.samples > 2**31:
+        raise ValueError(f"--seed {config.seed} + --samples {config.samples} must be at most 2**31.")
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise ValueError(f"--temperature {config.temperature} must be a finite number of at least 0.")
+    if config.samples > 1 and config.temperature == 0:
+        raise ValueError(f"--samples {config.samples} are all the same at --temperature 0; leave one of the two out.")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p {config.top_p} must be greater than 0 and at most 1.")
 
@@ -72,25 +80,29 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
     """
     check(config)
     source = open_trained(config.model, config.step)
-    prompt = source.encode(config.prompt)
-    if not prompt.size:
-        raise ValueError("--prompt is empty; give the model some text to continue.")
+    text = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
+    prompt = source.encode(text)
+    if not prompt.size:  # a text begins where the one before it has ended
+        prompt = np.array([source.ends[0]], np.int32)
     longest = source.model_config.max_position_embeddings
     if prompt.size + config.max_new_tokens > longest:
         raise ValueError(
             f"--prompt has {prompt.size} tokens, and with --max-new-tokens {config.max_new_tokens} they are more than the "
             f"{longest} positions of {config.model}; shorten the prompt or ask for fewer tokens."
         )
-    tokens = stream(
-        source.load(None),
-        prompt,
-        config.max_new_tokens,
-        key=jax.random.key(config.seed),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
-    return _pieces(config.prompt, prompt, tokens, source)
+    model = source.load(None)
+    how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    seeds = range(config.seed, config.seed + config.samples)
+    streams = [stream(model, prompt, config.max_new_tokens, key=jax.random.key(seed), **how) for seed in seeds]
+    return _texts(text, prompt, seeds, streams, source)
+
+
+def _texts(text: str, prompt: np.ndarray, seeds: range, streams: list[Iterator[int]], source: Trained) -> Iterator[str]:
+    """The pieces of every text; several have a line with their seed before each."""
+    for seed, tokens in zip(seeds, streams, strict=True):
+        if len(seeds) > 1:
+            yield f"{'' if seed == seeds[0] else chr(10)}--- seed {seed}\n"
+        yield from _pieces(text, prompt, tokens, source)
 
 
 def _pieces(text: str, prompt: np.ndarray, tokens: Iterator[int], source: Trained) -> Iterator[str]:
