@@ -137,6 +137,31 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def classify(arguments: Sequence[str]) -> int:
+    """Label texts with a classifier that finetune has trained."""
+    with needed_packages("classify", extra="train"):
+        from galore_jax.training import classification
+
+        settings = parse(classification.ClassifyConfig, arguments, "classify")
+    with usage_errors():
+        labelled = classification.classify(settings)
+        for line in classification.lines(labelled, as_json=settings.json):
+            print(line, flush=True)
+    return 0
+
+
+def export(arguments: Sequence[str]) -> int:
+    """Write the model of a run as a Hugging Face folder with its tokenizer."""
+    with needed_packages("export", extra="train"):
+        from galore_jax.training import export as exporter
+
+        settings = parse(exporter.ExportConfig, arguments, "export")
+    with usage_errors():
+        exporter.export(settings)
+    print(f"{settings.out}: the model of {settings.run}, for transformers and every command of galore-jax")
+    return 0
+
+
 def describe(arguments: Sequence[str]) -> int:
     """Say which matrices of a model are projected, and what state each parameter costs."""
     with needed_packages("describe", extra="train"):
@@ -154,6 +179,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "plan": plan,
     "generate": generate,
+    "classify": classify,
+    "export": export,
     "describe": describe,
 }
 
@@ -168,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.
+      classify    Label texts with a classifier that finetune has trained.
+      export      Write the model of a run as a Hugging Face folder with its tokenizer.
       describe    Say which matrices of a model are projected, and what state each parameter costs.
     <BLANKLINE>
     galore-jax COMMAND --help lists the flags of a command.

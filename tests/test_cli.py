@@ -322,7 +322,7 @@ def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: 'pretrian' is not a command; choose one of pretrain, finetune, plan, generate, describe.\n"
+        == "error: 'pretrian' is not a command; choose one of pretrain, finetune, plan, generate, classify, export, describe.\n"
     )
 
 

@@ -62,7 +62,7 @@ def rows(batches):
 
 
 def train_windows(folder):
-    train, _ = split_documents(read_documents(str(folder)))
+    train, _ = split_documents(read_documents(str(folder)).documents)
     return cut_windows(encode_documents(load(folder).tokenizer, train), SEQUENCE)
 
 
@@ -102,7 +102,7 @@ def test_documents_are_packed_whole_with_their_end_and_without_padding(folder):
     windows = train_windows(folder)
     stream = np.concatenate([windows[0], windows[1:, 1:].ravel()])
     pieces = np.split(stream, np.flatnonzero(stream == tokenizer.eos_id) + 1)
-    train, _ = split_documents(read_documents(str(folder)))
+    train, _ = split_documents(read_documents(str(folder)).documents)
     texts = [tokenizer.decode(piece) for piece in pieces[:-1]]  # the last may be cut
     assert texts == train[: len(texts)]
     assert len(texts) >= len(train) - 2
@@ -111,7 +111,7 @@ def test_documents_are_packed_whole_with_their_end_and_without_padding(folder):
 def test_validation_is_fixed_whole_and_limited(folder):
     corpus = load(folder, batch_size=2)
     everything = list(corpus.validation_batches(None))
-    _, validation = split_documents(read_documents(str(folder)))
+    _, validation = split_documents(read_documents(str(folder)).documents)
     windows = cut_windows(encode_documents(corpus.tokenizer, validation), SEQUENCE)
     assert len(everything) == len(windows) // 2 > 3
     np.testing.assert_array_equal(np.concatenate(everything), windows[: 2 * len(everything)])
@@ -173,7 +173,7 @@ def test_shards_are_disjoint_and_together_the_whole_epoch(folder, shards):
 
 
 def test_training_and_validation_share_no_document_and_the_division_ignores_order(folder):
-    documents = read_documents(str(folder))
+    documents = read_documents(str(folder)).documents
     train, validation = split_documents(documents)
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(documents)
@@ -204,7 +204,7 @@ def test_the_fingerprint_of_a_local_text_changes_with_any_token_and_with_nothing
     fingerprint = load(folder).fingerprint
     assert load(folder, seed=1, batch_size=2, sequence_length=8).fingerprint == fingerprint
     assert load(folder, tokenizer="bpe", vocab_size=300).fingerprint != fingerprint
-    train, validation = split_documents(read_documents(str(folder)))
+    train, validation = split_documents(read_documents(str(folder)).documents)
     for documents in (train, validation):
         file = next(path for path in folder.rglob("*.txt") if path.read_text() == documents[0])
         file.write_text(documents[0] + "!")
@@ -223,10 +223,10 @@ def test_the_fingerprint_of_a_stream_names_the_source(hub):
 
 
 def test_the_standard_library_is_a_corpus():
-    documents = read_documents("python")
+    documents = read_documents("python").documents
     assert sum(map(len, documents)) > 3_000_000
     assert any("class JSONDecoder" in text for text in documents)
-    assert read_documents("python") == documents
+    assert read_documents("python").documents == documents
     train, validation = split_documents(documents)
     assert 0.04 < sum(map(len, validation)) / sum(map(len, documents)) < 0.06
     assert not set(train) & set(validation)
@@ -250,9 +250,9 @@ def test_a_file_is_divided_at_blank_lines_and_gzip_changes_nothing(tmp_path):
     text = "\n\n".join(f"paragraph {i}\nof two lines" for i in range(50)) + "\n \n\n"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    documents = read_documents(str(tmp_path / "a.txt"))
+    documents = read_documents(str(tmp_path / "a.txt")).documents
     assert documents == [f"paragraph {i}\nof two lines" for i in range(50)]
-    assert read_documents(str(tmp_path / "a.txt.gz")) == documents
+    assert read_documents(str(tmp_path / "a.txt.gz")).documents == documents
     plain, zipped = load(tmp_path / "a.txt"), load(tmp_path / "a.txt.gz")
     np.testing.assert_array_equal(take(plain.train_iterator(), 5), take(zipped.train_iterator(), 5))
 
@@ -271,7 +271,7 @@ def test_a_folder_takes_text_files_and_leaves_the_rest(tmp_path):
         (tmp_path / name).write_text(name)
     (tmp_path / "h.md.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfh.md.gz"))
     (tmp_path / "i.txt").write_text(" \n")
-    assert read_documents(str(tmp_path)) == ["a.txt", "b.md", "c.rst", "d.py", "h.md.gz", "sub/f.txt"]
+    assert read_documents(str(tmp_path)).documents == ["a.txt", "b.md", "c.rst", "d.py", "h.md.gz", "sub/f.txt"]
 
 
 # Hugging Face streams
@@ -415,7 +415,7 @@ def test_impossible_settings_are_named(folder, settings, message):
 
 
 def test_missing_and_unknown_names(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'pyton' does not exist.*\"python\", a text file"):
+    with pytest.raises(FileNotFoundError, match=r"'pyton' does not exist.*\"python\", a file"):
         load("pyton")
     with pytest.raises(FileNotFoundError, match="'bpee' is unknown"):
         load(folder, tokenizer="bpee")
@@ -448,8 +448,14 @@ def test_files_that_are_not_text(folder, tmp_path):
 
 
 def test_unusable_datasets(hub, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"cannot load data source 'hf:/nowhere/at all'"):
-        load("hf:/nowhere/at all")
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    for name in ("/nowhere/at all", "./nowhere", "nowhere/train.JSONL.gz", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match=f"data source 'hf:{name}' does not exist"):
+            load(f"hf:{name}")
+    for name in ("", ":en"):
+        with pytest.raises(ValueError, match=f"data source 'hf:{name}' names no dataset: write hf:NAME"):
+            load(f"hf:{name}")
+    monkeypatch.undo()
     for file in hub.iterdir():
         file.write_text('{"body": "b", "url": "u"}\n')
     with pytest.raises(ValueError, match='no column "text", only body, url'):

@@ -76,10 +76,14 @@ def test_a_table_for_people(folder, capsys):
     ("make", "message"),
     [
         (lambda path: None, "is no folder; name a run folder"),
-        (lambda path: path.mkdir(), "holds neither safetensors nor a run of galore-jax pretrain"),
+        (lambda path: path.mkdir(), "holds no config.json of a model"),
         (
-            lambda path: (path / "best").mkdir(parents=True) or (path / "config.json").write_text("{}"),
-            "name the model in it",
+            lambda path: (path / "best").mkdir(parents=True) or (path / "config.json").write_text('{"task": "text"}'),
+            "is a run of galore-jax finetune",
+        ),
+        (
+            lambda path: path.mkdir() or (path / "config.json").write_text('{"model_type": "llama"}'),
+            "holds a config.json and no safetensors",
         ),
         (lambda path: path.mkdir() or (path / "a.safetensors").write_bytes(b"not"), "is damaged"),
     ],

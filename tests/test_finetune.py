@@ -310,7 +310,7 @@ def spoil(folder, how):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ("config", "config.json does not exist"),
+        ("config", "holds no config.json of a model"),
         ("weights", "model.safetensors is damaged or incomplete"),
         ("tokenizer", "tokenizer.json does not exist"),
     ],
@@ -390,4 +390,5 @@ def test_a_run_goes_on_only_with_what_it_was_started_with(change, says, shop, lo
 
 def test_generate_says_which_folder_of_the_run_it_wants(shop, lora, capsys):
     assert main(["generate", "--model", str(shop / "lora"), "--prompt", "a"]) == 2
-    assert "is a run of galore-jax finetune; name the model in it" in capsys.readouterr().err
+    says = f"is a run of galore-jax finetune; the model in it is for `galore-jax classify --model {shop / 'lora' / 'best'}`."
+    assert says in capsys.readouterr().err

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pathlib
 import re
@@ -172,6 +173,23 @@ def test_a_run_and_a_hugging_face_folder_generate(run, theirs, capsys):
         assert all(text.startswith("A pär") and text.endswith("\n") for text in texts)
 
 
+def test_several_samples_are_those_of_the_seeds_and_the_prompt_may_be_empty_or_standard_input(
+    theirs, capsys, monkeypatch
+):
+    def said(*flags):
+        assert main(["generate", "--model", str(theirs), "--max-new-tokens", "20", *flags]) == 0
+        return capsys.readouterr().out
+
+    one, two = (said("--prompt", "A pär", "--seed", seed) for seed in "67")
+    assert said("--prompt", "A pär", "--seed", "6", "--samples", "2") == f"--- seed 6\n{one}--- seed 7\n{two}"
+    monkeypatch.setattr("sys.stdin", io.StringIO("A pär\n"))
+    assert said("--prompt", "-", "--seed", "6") == one
+    # An empty prompt is the end of the document before.
+    tokens = generate(load_hf(theirs), [256], 20, key=jax.random.key(3), temperature=0.8).tolist()
+    tokens = tokens[: tokens.index(256)] if 256 in tokens else tokens
+    assert said("--prompt", "", "--seed", "3") == ByteTokenizer().decode(tokens) + "\n"
+
+
 @pytest.mark.slow
 def test_the_run_continues_with_the_parameters_of_its_last_checkpoint(run, tmp_path):
     """As a Hugging Face folder the same model says the same."""
@@ -227,11 +245,13 @@ def test_a_tokenizers_special_token_stands_before_the_prompt_and_none_after_it(t
         (["--seed", "-1"], "--seed -1 must be at least 0."),
         (["--max-new-tokens", "62"], "--prompt has 3 tokens, and with --max-new-tokens 62 they are more than the 64 positions"),
         (["--max-new-tokens", "5", "--prompt", "x" * 64], "--prompt has 64 tokens, and with --max-new-tokens 5"),
-        (["--max-new-tokens", "5", "--prompt", ""], "--prompt is empty; give the model some text to continue."),
+        (["--samples", "0"], "--samples 0 must be at least 1."),
+        (["--samples", "2", "--temperature", "0"], "--samples 2 are all the same at --temperature 0"),
+        (["--samples", "2", "--seed", str(2**31 - 1)], "--seed 2147483647 + --samples 2 must be at most 2**31."),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_weights_are_read(theirs, capsys, monkeypatch, flags, says):
-    monkeypatch.setattr("galore_jax.training.generation.load_hf", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("galore_jax.training.trained.load_hf", lambda *_: pytest.fail("the weights were read"))
     refused(capsys, "--model", theirs, "--prompt", "abc", *flags, says=says)
 
 

@@ -4,9 +4,19 @@
 
 from galore_jax.models.classifier import LlamaClassifier
 from galore_jax.models.config import LlamaConfig
-from galore_jax.models.huggingface import load_hf, save_hf
+from galore_jax.models.huggingface import load_hf, load_hf_classifier, save_hf
 from galore_jax.models.llama import Llama
 from galore_jax.models.lora import add_lora, merge_lora
 from galore_jax.models.sampling import generate
 
-__all__ = ["Llama", "LlamaClassifier", "LlamaConfig", "add_lora", "generate", "load_hf", "merge_lora", "save_hf"]
+__all__ = [
+    "Llama",
+    "LlamaClassifier",
+    "LlamaConfig",
+    "add_lora",
+    "generate",
+    "load_hf",
+    "load_hf_classifier",
+    "merge_lora",
+    "save_hf",
+]

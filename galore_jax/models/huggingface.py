@@ -33,7 +33,7 @@ from galore_jax.weights import dequantize
 SHARD_BYTES = 5 * 10**9
 """Bytes of tensors in one file; a larger model is written into several, with an index."""
 
-_LM_HEAD = "lm_head.weight"
+_LM_HEAD, _SCORE = "lm_head.weight", "score.weight"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 _PROJECTIONS = {
@@ -160,6 +160,40 @@ def save_hf(model: Llama | LlamaClassifier, path: str | Path) -> None:
     _write_json(folder / "config.json", config)
 
 
+def load_hf_classifier(path: str | Path, dtype: Any = None) -> LlamaClassifier:
+    """The classifier in a Hugging Face folder, such as :func:`save_hf` and ``galore-jax finetune`` write.
+
+    Args:
+      path: a folder as for :func:`load_hf`, of ``LlamaForSequenceClassification`` or Mistral's.
+      dtype: of parameters and activations, float32 or bfloat16.  None: bfloat16 if the head is stored so, else float32.
+
+    Returns:
+      The model; ``model(tokens, lengths)`` takes int32 [batch, sequence], padded on the right, and int32 [batch].
+
+    Raises:
+      FileNotFoundError, ValueError: as :func:`load_hf`, and if there is no classification head.
+    """
+    folder = Path(path)
+    config = config_from_huggingface(folder / "config.json")
+    with contextlib.ExitStack() as stack:
+        found = _open(folder, stack)
+        if _SCORE not in found:
+            raise ValueError(
+                f"{folder} has no tensor {_SCORE}: it is no classifier, and load_hf reads language models."
+            )
+        score = found[_SCORE].get_slice(_SCORE)
+        stored = "bfloat16" if score.get_dtype() == "BF16" else "float32"
+        config = _with_dtype(config, stored if dtype is None else jnp.dtype(dtype).name)
+        labels = score.get_shape()[0]
+        model = nnx.eval_shape(lambda: LlamaClassifier(Llama(config, rngs=nnx.Rngs(0)), labels, rngs=nnx.Rngs(0)))
+        graphdef, abstract = nnx.split(model, nnx.Param)
+        leaves = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(abstract)}
+        tensors = _described(model)[1]
+        _check(folder, found, tensors, leaves, config)
+        values = {path: _read([t for t in tensors if t.path == path], found, leaf) for path, leaf in leaves.items()}
+    return nnx.merge(graphdef, _nested(values))
+
+
 def _described(model: Llama | LlamaClassifier) -> tuple[dict[str, Any], list[_Tensor]]:
     """The fields of a model's ``config.json``, and its tensors."""
     if isinstance(model, Llama):
@@ -167,7 +201,7 @@ def _described(model: Llama | LlamaClassifier) -> tuple[dict[str, Any], list[_Te
     config = model.body.config
     body = [tensor._replace(path=f"body/{tensor.path}") for tensor in _tensors(config) if tensor.name != _LM_HEAD]
     fields = config_to_huggingface(config, num_labels=model.num_labels)
-    return fields, [*body, _Tensor("score.weight", "classification_head/kernel", None)]
+    return fields, [*body, _Tensor(_SCORE, "classification_head/kernel", None)]
 
 
 def _tensors(config: LlamaConfig) -> Iterator[_Tensor]:

@@ -97,7 +97,10 @@ class PretrainConfig:
     seq: int = 128
     """Tokens of a sequence."""
     data: str = "python"
-    """Text: "python" (the standard library, always there), a text file, a folder, or hf:NAME[:CONFIG]."""
+    """Text: "python" (the standard library, always there), a file, a folder, or hf:NAME[:CONFIG], which is streamed. Files: text,
+    or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst."""
+    text_column: str = "text"
+    """The field of rows that holds the text."""
     tokenizer: str = "bytes"
     """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json."""
     vocab_size: int = 4096

@@ -10,7 +10,7 @@ S + 1 tokens of which the first S are inputs and the last S are targets. Windows
 token except the first is a target exactly once an epoch (a remainder shorter than S at the end is left
 out), and nothing is padded.
 
-Local text is tokenised once and its windows are shuffled anew each epoch by Grain, whose batches are a pure
+Local text is tokenized once and its windows are shuffled anew each epoch by Grain, whose batches are a pure
 function of the seed and the step; its iterator state is one integer. A Hugging Face stream has no random
 access: it is read in blocks of documents, which are shuffled within the block, and its state is the
 position in the stream and the tokens left over from the last batch. Either state is JSON, and a run that
@@ -55,7 +55,7 @@ class TrainIterator(Protocol):
 
 
 class TextData(Protocol):
-    """A corpus as batches of tokens. `description` is one line for the log.
+    """A corpus as batches of tokens. `description` is for the log.
 
     `fingerprint` tells whether a resumed run has the tokens it began with: it changes with any token of a local
     text. A stream is not read whole, so its fingerprint only names the source and what it holds out.
@@ -88,13 +88,14 @@ def load_data(
     shard_index: int = 0,
     shard_count: int = 1,
     tokenizer_file: Path | None = None,
+    text_column: str = "text",
 ) -> TextData:
-    """Opens a corpus: "python", a text file, a folder, or "hf:NAME[:CONFIG]" (see `sources`).
+    """Opens a corpus: "python", a file, a folder, or "hf:NAME[:CONFIG]" (see `sources`).
 
     `batch_size` is that of one shard; the batches of the `shard_count` shards at one step make up the
     global batch. `tokenizer` and `vocab_size` are as in `load_tokenizer`. When `tokenizer_file` exists the
     tokenizer is read from it instead, otherwise shard 0 saves it there, so that a resumed run has the
-    tokenizer it began with.
+    tokenizer it began with. `text_column` is the field of rows that holds their text.
 
     Raises FileNotFoundError for a path that does not exist, and ValueError for unusable arguments,
     unreadable text, or too little of it for one global batch and one validation window.
@@ -113,16 +114,17 @@ def load_data(
     shard = {"seed": seed, "shard_index": shard_index, "shard_count": shard_count}
 
     if source.startswith("hf:"):
-        train, validation, held_out = open_stream(source)
+        train, validation, held_out = open_stream(source, text_column)
         sample = islice(stream_texts(train), TOKENIZER_DOCUMENTS)
         text_tokenizer = _saved_tokenizer(tokenizer, sample, vocab_size, tokenizer_file, shard_index)
-        description = f"{source}: streamed, validation on {held_out}"
+        column = "" if text_column == "text" else f" (column {text_column!r})"
+        description = f"{source}{column}: streamed, validation on {held_out}"
         return StreamedText(description, text_tokenizer, train, validation, **window, **shard)
 
-    documents = read_documents(source)
+    documents, left_out = read_documents(source, text_column)
     train, validation = split_documents(documents)
     text_tokenizer = _saved_tokenizer(tokenizer, train, vocab_size, tokenizer_file, shard_index)
-    return PackedText(source, text_tokenizer, train, validation, **window, **shard)
+    return PackedText(source, text_tokenizer, train, validation, **window, **shard, left_out=left_out)
 
 
 def _saved_tokenizer(
@@ -151,6 +153,7 @@ class PackedText:
         seed: int,
         shard_index: int,
         shard_count: int,
+        left_out: str = "",
     ):
         self.tokenizer = tokenizer
         self._batch_size = batch_size
@@ -170,6 +173,8 @@ class PackedText:
             f"{sum(map(len, train)):,} and {sum(map(len, validation)):,} characters, "
             f"{train_tokens.size:,} and {validation_tokens.size:,} tokens"
         )
+        if left_out:
+            self.description += f"\nleft out: {left_out}"
         self.fingerprint = " ".join(
             f"{tokens.size}:{zlib.crc32(tokens.data):08x}" for tokens in (train_tokens, validation_tokens)
         )

@@ -71,10 +71,8 @@ def describe_folder(config: DescribeConfig) -> Description:
         )
     run, params = PretrainConfig(optimizer="galore_adamw"), _shapes(folder)
     if not params:
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds neither safetensors nor a run of galore-jax pretrain.")
-        if (folder / "best").is_dir():
-            raise ValueError(f"{folder} is a run of galore-jax finetune; name the model in it, {folder / 'best'}.")
+        if run_folder.expect(str(folder), folder, "pretrained", "model", "classifier") != "pretrained":
+            raise FileNotFoundError(f"{folder} holds a config.json and no safetensors; download its weights too.")
         run, model_config, _ = run_folder.load_config(folder)
         params = part(jax.eval_shape(dequantize, program(run, model_config).state[0]))[0]
     chosen = {name: getattr(config, name) for name in ("optimizer", "rank", "proj_type")}

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples for fine-tuning, and their batches: prompts with responses, labelled texts, or plain text.
 
-A JSON-lines file (``.jsonl``) holds one object a line, {"prompt": str, "response": str} or {"text": str, "label": int}; the
-first line says which.  Anything else is text: a file or a folder, whose documents are packed into windows as for pre-training.
+A file of rows (:mod:`galore_jax.training.files`) holds {"prompt": str, "response": str} or {"text": str, "label": int or str};
+the first row says which.  Anything else is text: rows of {"text": str}, a file of text or a folder, whose documents are packed
+into windows as for pre-training.
 
     task         inputs                                          loss on
     text         x_0 .. x_(S-1) of a window of S + 1 tokens      x_1 .. x_S
@@ -28,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from galore_jax.training.data import cut_windows, encode_documents
-from galore_jax.training.sources import read_documents, read_text, split_documents
+from galore_jax.training.files import Row, holds_rows, read_rows
+from galore_jax.training.sources import Corpus, read_documents, split_documents
 from galore_jax.training.tokenizer import Tokenizer
 
 Task = Literal["text", "response", "label"]
@@ -40,7 +42,6 @@ POOL = 16
 NO_LOSS = -1
 """Target of a position, or label of an example, on which there is no loss."""
 
-_FIELDS: dict[Task, tuple[str, str]] = {"response": ("prompt", "response"), "label": ("text", "label")}
 _HELD_OUT = 20  # one in so many rows, where no file for validation is named
 
 
@@ -69,11 +70,21 @@ class Examples:
       batch: examples of a batch.
       seq: the longest input.
       pad: token id that pads.
+      labels: the names of the labels, if they have any.
     """
 
-    def __init__(self, examples: Sequence[Example], task: Task, *, batch: int, seq: int, pad: int):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        task: Task,
+        *,
+        batch: int,
+        seq: int,
+        pad: int,
+        labels: tuple[str, ...] | None = None,
+    ):
         self.examples, self.task = [one for one in examples if np.any(one.targets != NO_LOSS)], task
-        self.left_out = len(examples) - len(self.examples)
+        self.left_out, self.labels = len(examples) - len(self.examples), labels
         self._batch, self._seq, self._pad = batch, seq, pad
         self._buckets = np.array([bucket(example.tokens.size, seq) for example in self.examples])
 
@@ -178,50 +189,86 @@ def bucket(length: int, longest: int) -> int:
     return min(power * 3 // 4 if length <= power * 3 // 4 else power, longest)
 
 
+class _Read(NamedTuple):
+    """What a source and what is held out of it hold."""
+
+    train: list[Example]
+    validation: list[Example]
+    labels: tuple[str, ...] | None = None  # the names of the labels
+    notes: tuple[str, str] = ("", "")  # on either
+
+
+class _How(NamedTuple):
+    """How a row becomes an example."""
+
+    tokenizer: Tokenizer
+    seq: int
+    eos: int
+    text_column: str
+
+
 def load_examples(
-    source: str, held_out: str | None, tokenizer: Tokenizer, *, batch: int, seq: int, seed: int, eos: int
+    source: str,
+    held_out: str | None,
+    tokenizer: Tokenizer,
+    *,
+    batch: int,
+    seq: int,
+    seed: int,
+    eos: int,
+    text_column: str = "text",
 ) -> tuple[Examples, Examples, str]:
     """The examples to train on and those held out, and a sentence on each.
 
     Args:
-      source: a ``.jsonl`` file; or text, a file or folder, or "python".
-      held_out: the same, of the same task.  None: a twentieth of ``source``.
+      source: a file of rows; or text, a file or folder, or "python".
+      held_out: the same, of the same task.  None: a twentieth of ``source``, with some of every label.
       tokenizer: the model's.
       batch, seq: of a batch, and the longest input; examples that are longer lose their end.
       seed: decides which rows are held out when none are named.
       eos: token id that ends a response and a document, and pads.
+      text_column: the field of a row that holds its text, where that is what it holds.
 
     Raises:
       FileNotFoundError: a path does not exist.
-      ValueError: a file is empty, a line is not what it should be, the labels are not 0 .. k-1, or the examples are fewer than
-        a batch.
+      ValueError: a file is empty, a line is not what it should be, the labels are neither names nor 0 .. k-1, or the examples
+        are fewer than a batch.
     """
-    task = task_of(source)
-    if held_out is not None and task_of(held_out) != task:
-        raise ValueError(f"--eval-data {held_out} holds {task_of(held_out)} examples, but --data holds {task} ones.")
-    read = _read_windows if task == "text" else _read_rows
+    task, how = task_of(source, text_column), _How(tokenizer, seq, eos, text_column)
+    if held_out is not None and (other := task_of(held_out, text_column)) != task:
+        raise ValueError(f"--eval-data {held_out} holds {other} examples, but --data holds {task} ones.")
+    if task == "text":
+        read = _read_windows(source, held_out, how)
+    else:
+        read = _read_rows(source, held_out, task, how, seed)
+    names = (f"--data {source}", _name(source, held_out))
     train, validation = (
-        Examples(examples, task, batch=batch, seq=seq, pad=eos)
-        for examples in read(source, held_out, task, tokenizer, seq, seed, eos)
+        Examples(examples, task, batch=batch, seq=seq, pad=eos, labels=read.labels)
+        for examples in (read.train, read.validation)
     )
-    for name, examples, least in ((f"--data {source}", train, batch), (_name(source, held_out), validation, 1)):
+    for name, examples, least in zip(names, (train, validation), (batch, 1), strict=True):
         if len(examples.examples) < least:
             raise ValueError(
                 f"{name} gives {len(examples.examples)} examples at --seq {seq}, and at least {least} are needed; "
                 "give more text, or lower --batch or --seq."
             )
-    return train, validation, f"{source}: {_said(train, seq)}\n{_name(source, held_out)}: {_said(validation, seq)}"
+    said = (_said(part, seq) + note for part, note in zip((train, validation), read.notes, strict=True))
+    return (
+        train,
+        validation,
+        "\n".join(f"{name}: {words}" for name, words in zip((source, names[1]), said, strict=True)),
+    )
 
 
 def num_labels(train: Examples, validation: Examples) -> int:
     """The number k of labels; ValueError unless the training labels are 0 .. k-1, and no other is held out."""
-    found = Counter(int(example.targets[0]) for example in train.examples)
+    found = label_counts(train)
     labels = sorted(found)
     if labels != list(range(len(labels))) or len(labels) < 2:
         raise ValueError(
             f"The labels of --data are {_some(labels)}, but they must be 0 .. k-1 with at least two of them."
         )
-    others = sorted({int(example.targets[0]) for example in validation.examples} - set(labels))
+    others = sorted(label_counts(validation).keys() - set(labels))
     if others:
         raise ValueError(
             f"--eval-data has the label {others[0]}, which --data has not; its labels are 0 .. {labels[-1]}."
@@ -229,97 +276,146 @@ def num_labels(train: Examples, validation: Examples) -> int:
     return len(labels)
 
 
-def task_of(source: str) -> Task:
-    """What the examples of a source are for, by its name and its first line.
+def label_counts(examples: Examples) -> Counter[int]:
+    """How many examples have each label."""
+    return Counter(int(example.targets[0]) for example in examples.examples)
+
+
+def task_of(source: str, text_column: str = "text") -> Task:
+    """What the examples of a source are for, by its name and its first row.
 
     Raises:
-      FileNotFoundError, ValueError: the file does not exist, is empty, or its first line has other fields.
+      FileNotFoundError, ValueError: the file does not exist, is empty, or its first row has other fields.
     """
-    if not source.endswith((".jsonl", ".jsonl.gz")):
+    path = Path(source)
+    if source == "python" or path.is_dir() or not source:
         return "text"
-    number, first = next(_objects(Path(source)))
-    for task, fields in _FIELDS.items():
+    if not path.is_file():
+        raise FileNotFoundError(f'{source} does not exist; name a file of rows or of text, a folder, or "python".')
+    if not holds_rows(path):
+        return "text"
+    place, first = next(_rows(path))
+    for task, fields in _fields(text_column).items():
         if set(fields) <= first.keys():
             return task
     raise ValueError(
-        f'{source} line {number} has the fields {_some(list(first))}; needed are "prompt" and "response", or "text" and "label".'
+        f'{source} {place} has the fields {_some(list(first))}; needed are "prompt" and "response", or "text" and "label", '
+        'or "text" (the last may have another name: --text-column).'
     )
 
 
-def _read_rows(
-    source: str, held_out: str | None, task: Task, tokenizer: Tokenizer, seq: int, seed: int, eos: int
-) -> tuple[list[Example], list[Example]]:
-    make = {"response": _response, "label": _label}[task]
-
-    def read(file: str) -> list[Example]:
-        return [make(file, number, row, tokenizer, seq, eos) for number, row in _objects(Path(file))]
-
-    rows = read(source)
-    if held_out is not None:
-        return rows, read(held_out)
-    order = np.random.default_rng(seed).permutation(len(rows))
-    cut = len(rows) // _HELD_OUT
-    return [rows[i] for i in sorted(order[cut:])], [rows[i] for i in sorted(order[:cut])]
+def _fields(text_column: str) -> dict[Task, tuple[str, ...]]:
+    return {"response": ("prompt", "response"), "label": (text_column, "label"), "text": (text_column,)}
 
 
-def _read_windows(
-    source: str, held_out: str | None, task: Task, tokenizer: Tokenizer, seq: int, seed: int, eos: int
-) -> tuple[list[Example], list[Example]]:
-    del task, seed, eos
-    train = read_documents(source)
-    train, validation = split_documents(train) if held_out is None else (train, read_documents(held_out))
-    windows = (cut_windows(encode_documents(tokenizer, texts), seq) for texts in (train, validation))
-    train, validation = ([Example(window[:-1].copy(), window[1:].copy()) for window in part] for part in windows)
-    return train, validation
-
-
-def _response(file: str, number: int, row: dict[str, Any], tokenizer: Tokenizer, seq: int, eos: int) -> Example:
-    prompt, response = (_field(file, number, row, name, str) for name in _FIELDS["response"])
-    before = tokenizer.encode_prompt(prompt)
-    whole = np.concatenate([before, tokenizer.encode(response), np.array([eos], np.int32)]).astype(np.int32)
-    if whole.size < 2:
-        raise ValueError(f"{file} line {number} has an empty prompt and an empty response.")
-    targets = whole[1:].copy()
-    targets[: max(before.size - 1, 0)] = NO_LOSS
-    return Example(whole[:-1][:seq].copy(), targets[:seq].copy(), cut=targets.size > seq)
-
-
-def _label(file: str, number: int, row: dict[str, Any], tokenizer: Tokenizer, seq: int, eos: int) -> Example:
-    del eos
-    text, label = _field(file, number, row, "text", str), _field(file, number, row, "label", int)
-    if label < 0:
-        raise ValueError(f"{file} line {number} has the label {label}, but labels are 0 .. k-1.")
-    tokens = tokenizer.encode_prompt(text).astype(np.int32)
-    if not tokens.size:
-        raise ValueError(f"{file} line {number} has an empty text.")
-    return Example(tokens[:seq].copy(), np.array([label], np.int32), cut=tokens.size > seq)
-
-
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of every line that is not blank; at least one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; name a file of JSON lines.")
+def _rows(path: Path) -> Iterator[Row]:
+    """At least one row."""
     empty = True
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}); every line must be one object.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is {type(row).__name__} and not an object with fields.")
+    for row in read_rows(path):
         empty = False
-        yield number, row
+        yield row
     if empty:
         raise ValueError(f"{path} is empty; give a file with an example on each line.")
 
 
-def _field(file: str, number: int, row: dict[str, Any], name: str, kind: type) -> Any:
-    value = row.get(name)
+def _read_rows(source: str, held_out: str | None, task: Task, how: _How, seed: int) -> _Read:
+    rows = list(_rows(Path(source)))
+    others = [] if held_out is None else list(_rows(Path(held_out)))
+    ids = _label_ids(source, rows) if task == "label" else None
+
+    def examples(file: str, rows: list[Row]) -> list[Example]:
+        if task == "label":
+            return [_label(file, row, how, ids) for row in rows]
+        return [_response(file, row, how) for row in rows]
+
+    made, labels = examples(source, rows), None if ids is None else tuple(ids)
+    if held_out is not None:
+        return _Read(made, examples(held_out, others), labels)
+    held = _held_out([int(one.targets[0]) for one in made] if task == "label" else None, len(made), seed)
+    chosen = set(held.tolist())
+    return _Read([one for i, one in enumerate(made) if i not in chosen], [made[i] for i in sorted(chosen)], labels)
+
+
+def _held_out(labels: list[int] | None, count: int, seed: int) -> np.ndarray:
+    """The rows that are held out: one in twenty, and at least one of every label that has two.
+
+    >>> labels = [0] * 78 + [1, 1, 2]
+    >>> sorted(labels[i] for i in _held_out(labels, 81, seed=0))
+    [0, 0, 0, 1]
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    if labels is None:
+        return order[: count // _HELD_OUT]
+    totals, seen, share = Counter(labels), Counter[int](), np.empty(count)
+    for place, row in enumerate(order):
+        label = labels[row]
+        # How much of its label is before it; a label that has one row keeps it.
+        share[place] = seen[label] / totals[label] if totals[label] > 1 else np.inf
+        seen[label] += 1
+    least = sum(total > 1 for total in totals.values())
+    return order[np.argsort(share, kind="stable")][: max(count // _HELD_OUT, least)]
+
+
+def _label_ids(file: str, rows: list[Row]) -> dict[str, int] | None:
+    """The number of each label in the order of their names; None if the labels are numbers."""
+    if not isinstance(rows[0].fields.get("label"), str):
+        return None
+    names = sorted({_field(file, row, "label", str) for row in rows})
+    if len(names) < 2:
+        raise ValueError(f"The labels of --data are {_some(names)}, but at least two different ones are needed.")
+    return {name: number for number, name in enumerate(names)}
+
+
+def _read_windows(source: str, held_out: str | None, how: _How) -> _Read:
+    corpus = read_documents(source, how.text_column)
+    if held_out is None:
+        divided, notes = split_documents(corpus.documents), (corpus.left_out, "")
+        parts = [Corpus(documents, note) for documents, note in zip(divided, notes, strict=True)]
+    else:
+        parts = [corpus, read_documents(held_out, how.text_column)]
+    windows = (cut_windows(encode_documents(how.tokenizer, part.documents), how.seq) for part in parts)
+    train, validation = ([Example(window[:-1].copy(), window[1:].copy()) for window in part] for part in windows)
+    first, second = (f"; left out: {part.left_out}" if part.left_out else "" for part in parts)
+    return _Read(train, validation, notes=(first, second))
+
+
+def _response(file: str, row: Row, how: _How) -> Example:
+    prompt, response = (_field(file, row, name, str) for name in ("prompt", "response"))
+    before = how.tokenizer.encode_prompt(prompt)
+    whole = np.concatenate([before, how.tokenizer.encode(response), np.array([how.eos], np.int32)]).astype(np.int32)
+    if whole.size < 2:
+        raise ValueError(f"{file} {row.place} has an empty prompt and an empty response.")
+    targets = whole[1:].copy()
+    targets[: max(before.size - 1, 0)] = NO_LOSS
+    return Example(whole[:-1][: how.seq].copy(), targets[: how.seq].copy(), cut=targets.size > how.seq)
+
+
+def _label(file: str, row: Row, how: _How, ids: dict[str, int] | None) -> Example:
+    text = _field(file, row, how.text_column, str)
+    if ids is None:
+        label = _field(file, row, "label", int)
+        if label < 0:
+            raise ValueError(f"{file} {row.place} has the label {label}, but labels are 0 .. k-1.")
+    else:
+        name = _field(file, row, "label", str)
+        if name not in ids:
+            raise ValueError(
+                f"{file} {row.place} has the label {name!r}, which --data has not; its labels are {_some(list(ids))}."
+            )
+        label = ids[name]
+    tokens = how.tokenizer.encode_prompt(text).astype(np.int32)
+    if not tokens.size:
+        raise ValueError(f"{file} {row.place} has an empty text.")
+    return Example(tokens[: how.seq].copy(), np.array([label], np.int32), cut=tokens.size > how.seq)
+
+
+def _field(file: str, row: Row, name: str, kind: type) -> Any:
+    value = row.fields.get(name)
     if type(value) is not kind:  # a bool is an int, and no label
         wanted = {str: "a string", int: "a whole number"}[kind]
-        raise ValueError(f'{file} line {number} has "{name}": {json.dumps(value)[:40]}, which must be {wanted}.')
+        raise ValueError(
+            f'{file} {row.place} has "{name}": {json.dumps(value, default=str)[:40]}, which must be {wanted}.'
+        )
     return value
 
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
 import statistics
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,21 +29,27 @@ import numpy as np
 import optax
 from flax import nnx
 
-from galore_jax.models import Llama, LlamaClassifier, add_lora, load_hf, merge_lora, save_hf
-from galore_jax.models.huggingface_config import config_from_huggingface
+from galore_jax.models import Llama, LlamaClassifier, add_lora, merge_lora
 from galore_jax.training import checkpoint, finetune_config, report, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter
-from galore_jax.training.examples import NO_LOSS, Batch, Examples, TrainingBatches, load_examples, num_labels
+from galore_jax.training.config import DTYPES
+from galore_jax.training.examples import (
+    NO_LOSS,
+    Batch,
+    Examples,
+    TrainingBatches,
+    label_counts,
+    load_examples,
+    num_labels,
+)
+from galore_jax.training.export import write_model
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
-from galore_jax.training.generation import end_ids
 from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
 from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, rank, read_metrics, validation_words
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import add_updates, optimizer_metrics
-from galore_jax.training.tokenizer import model_tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-"""Files of the model's folder that are copied beside the new weights, where they exist."""
+from galore_jax.training.tokenizer import Tokenizer
+from galore_jax.training.trained import Trained, open_trained
 
 BEST, LAST = "best", "last"
 """Folders with the weights that did best on the held-out examples, and with the last ones."""
@@ -58,6 +63,7 @@ class Run:
     folder: Path
     train: Examples
     validation: Examples
+    tokenizer: Tokenizer
     eos: int
     graphdef: nnx.GraphDef
     frozen: Any  # parameters that stay as they are
@@ -71,6 +77,9 @@ class Run:
     sizes: dict[str, int]  # for summary.json
     description: str
     lock: contextlib.ExitStack  # of the folder, held until the end of the training
+    confusion: list[list[int]] | None = (
+        None  # of the last validation: held-out examples by label and by likeliest label
+    )
 
 
 def run_finetune(config: FinetuneConfig) -> Record:
@@ -160,7 +169,8 @@ def _train(run: Run, signals: StopSignals) -> Record:
 
 
 def make_scores(graphdef: nnx.GraphDef, task: str) -> Callable[[Any, Any, Batch], dict[str, jax.Array]]:
-    """``scores(params, frozen, batch)``: the summed ``loss`` of ``count`` targets; of labels, how many are ``correct``."""
+    """``scores(params, frozen, batch)``: the summed ``loss`` of ``count`` targets; of labels also ``confusion``,
+    int32 [true label, likeliest label]."""
 
     def scores(params: Any, frozen: Any, batch: Batch) -> dict[str, jax.Array]:
         model = nnx.merge(graphdef, params, frozen)
@@ -170,7 +180,8 @@ def make_scores(graphdef: nnx.GraphDef, task: str) -> Callable[[Any, Any, Batch]
         if task == "label":
             logits = model(batch.tokens, batch.lengths)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            right = {"correct": jnp.sum(counted & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.int32)}
+            none = jnp.zeros((logits.shape[-1],) * 2, jnp.int32)
+            right = {"confusion": none.at[targets, jnp.argmax(logits, axis=-1)].add(counted.astype(jnp.int32))}
         else:
             losses = model.losses(model.run_layers(model.embed(batch.tokens)), targets)
         return {"loss": jnp.sum(losses, where=counted), "count": jnp.sum(counted, dtype=jnp.int32)} | right
@@ -207,29 +218,32 @@ class _Parts(NamedTuple):
 
 def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) -> Run:
     """The examples, the model and the optimizer; ``facts`` are those of the run to resume."""
-    longest = config_from_huggingface(config.model / "config.json").longest
+    trained = open_trained(config.model)
+    longest = trained.model_config.longest
     if config.seq > longest:
         raise ValueError(f"--seq {config.seq} is longer than the {longest} positions of --model {config.model}.")
-    tokenizer = model_tokenizer(config.model)
-    eos = end_ids(config.model, tokenizer)[0]
+    eos = trained.ends[0]
     sizes = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "eos": eos}
-    train, validation, description = load_examples(config.data, config.eval_data, tokenizer, **sizes)
+    train, validation, description = load_examples(
+        config.data, config.eval_data, trained.tokenizer, text_column=config.text_column, **sizes
+    )
     labels = num_labels(train, validation) if train.task == "label" else None
     fingerprint = f"{train.fingerprint} {validation.fingerprint}"
     if facts is not None:
         run_folder.check_same_text(config.data, folder, fingerprint, facts)
-    parts = _model(config, train, labels)
+    parts = _model(config, trained, train, labels)
     if facts is not None and parts.fingerprint != facts["model_fingerprint"]:
         raise ValueError(
             f"--model {config.model} is not the model that the run in {folder} was started with; "
             "put that model back, or start a new run with another --out."
         )
     run = Run(
-        config, folder, train, validation, eos, parts.graphdef, parts.frozen, train.training(config.seed),
+        config, folder, train, validation, trained.tokenizer, eos, parts.graphdef, parts.frozen, train.training(config.seed),
         params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
         sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
-        f"epochs\n{description}",
+        f"epochs\n{description}"
+        + ("\n" + _class_words(train, validation) if labels else ""),
         lock=contextlib.ExitStack(),
     )  # fmt: skip
     _make_state(run)
@@ -239,8 +253,8 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
     return run
 
 
-def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Parts:
-    body = load_hf(config.model, {"f32": jnp.float32, "bf16": jnp.bfloat16, None: None}[config.dtype])
+def _model(config: FinetuneConfig, trained: Trained, train: Examples, labels: int | None) -> _Parts:
+    body = trained.load(trained.dtype if config.dtype is None else DTYPES[config.dtype])
     largest = max(int(example.tokens.max()) for example in train.examples)
     if largest >= body.config.vocab_size:
         raise ValueError(
@@ -254,11 +268,11 @@ def _model(config: FinetuneConfig, train: Examples, labels: int | None) -> _Part
     if labels is not None:
         model = LlamaClassifier(body, labels, rngs=nnx.Rngs(params=head_key))
     whole = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    trained: Any = nnx.Param
+    learns: Any = nnx.Param
     if config.optimizer == LORA:
         add_lora(body, config.lora_rank, alpha=config.lora_alpha, key=adapter_key)
-        trained = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
-    graphdef, params, frozen = nnx.split(model, trained, ...)
+        learns = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
+    graphdef, params, frozen = nnx.split(model, learns, ...)
     return _Parts(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), whole, fingerprint)
 
 
@@ -317,7 +331,8 @@ def evaluate(run: Run, scores: Callable[[Any, Any, Batch], dict[str, jax.Array]]
     count = sum(int(part["count"]) for part in found)
     loss = math.fsum(float(part["loss"]) for part in found) / count
     if run.validation.task == "label":
-        return {"val_loss": loss, "val_accuracy": sum(int(part["correct"]) for part in found) / count}
+        run.confusion = np.sum([part["confusion"] for part in found], axis=0).tolist()
+        return {"val_loss": loss, "val_accuracy": int(np.trace(run.confusion)) / count}
     with np.errstate(over="ignore"):  # a diverged run has an infinite perplexity
         return {"val_loss": loss, "val_perplexity": float(np.exp(np.float64(loss)))}
 
@@ -326,24 +341,14 @@ def _export(run: Run, name: str) -> None:
     """Write the model, adapters merged, into the folder ``name``, in the place of the one before when it is complete."""
     model = nnx.merge(run.graphdef, run.params, run.frozen)
     merge_lora(model.body if isinstance(model, LlamaClassifier) else model)
-    folder, partial, old = (run.folder / f"{name}{end}" for end in ("", ".partial", ".old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_hf(model, partial)
-    theirs, ours = (run_folder.read_json(place / "config.json") for place in (run.config.model, partial))
-    ids = {
-        "eos_token_id": run.eos,
-        "pad_token_id": run.eos,
-    }  # which transformers needs to find the last token of a text
-    ids |= {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if theirs.get(key) is not None}
-    run_folder.write_json(partial / "config.json", ours | ids)
-    for file in TOKENIZER_FILES:
-        if (run.config.model / file).is_file():
-            shutil.copyfile(run.config.model / file, partial / file)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    write_model(
+        model,
+        run.folder / name,
+        origin=run.config.model,
+        tokenizer=run.tokenizer,
+        eos=run.eos,
+        labels=run.train.labels,
+    )
 
 
 def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
@@ -360,11 +365,57 @@ def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
         "training_examples": len(run.train.examples),
         "validation_examples": len(run.validation.examples),
         "cut_examples": run.train.cut + run.validation.cut,
+        **_label_facts(run),
         **run.sizes,
         "step_seconds_median": statistics.median(seconds) if seconds else None,
         "step_seconds_max": max(seconds, default=None),
         "resumed_from_step": run.resumed_from,
     }
+
+
+def _label_facts(run: Run) -> Record:
+    """Of a classifier, for ``summary.json``."""
+    if run.train.task != "label":
+        return {}
+    names, counts, majority = _classes(run.train, run.validation)
+    return {
+        "labels": names,
+        "label_counts": counts,
+        "majority_val_accuracy": majority,
+        "confusion": run.confusion,
+    }
+
+
+def _classes(train: Examples, validation: Examples) -> tuple[list[str | int], list[int], float]:
+    """The labels, how many training examples each has, and the accuracy of always saying the most frequent one."""
+    counts = label_counts(train)
+    names: list[str | int] = [*train.labels] if train.labels else [*sorted(counts)]
+    most = max(counts, key=lambda label: (counts[label], -label))
+    share = label_counts(validation)[most] / len(validation.examples)
+    return names, [counts[label] for label in range(len(names))], share
+
+
+def _class_words(train: Examples, validation: Examples) -> str:
+    """A line on the labels."""
+    names, counts, share = _classes(train, validation)
+    shown = ", ".join(f"{name}: {count:,}" for name, count in zip(names[:20], counts, strict=False))
+    more = f", and {len(names) - 20:,} others" if len(names) > 20 else ""
+    return f"labels: {shown}{more}; the most frequent one is right on {share:.1%} of the held-out texts"
+
+
+def confusion_table(names: Sequence[str | int], confusion: list[list[int]]) -> str:
+    """A table for people: a row for each label, a column for each answer.
+
+    >>> print(confusion_table(["bad", "good"], [[7, 1], [0, 12]]))
+    held-out texts, by label (rows) and by answer (columns):
+           bad  good
+     bad     7     1
+    good     0    12
+    """
+    cells = [["", *map(str, names)], *([str(name), *map(str, row)] for name, row in zip(names, confusion, strict=True))]
+    width = max(len(cell) for row in cells for cell in row)
+    rows = ("  ".join(cell.rjust(width) for cell in row) for row in cells)
+    return "held-out texts, by label (rows) and by answer (columns):\n" + "\n".join(rows)
 
 
 def _finished(run: Run) -> Record | None:
@@ -381,6 +432,8 @@ def _finished(run: Run) -> Record | None:
 def _say_goodbye(run: Run, summary: Record) -> None:
     final = {name.removeprefix("final_"): value for name, value in summary.items() if name.startswith("final_val")}
     best = {name.removeprefix("best_"): value for name, value in summary.items() if name.startswith("best_val")}
+    if summary.get("confusion") and len(summary["labels"]) <= 20:
+        print(f"\n{confusion_table(summary['labels'], summary['confusion'])}")
     print(
         f"\n{report.memory_table(run.config.optimizer, run.sizes)}\n\n"
         f"{run.folder / LAST}: after {summary['steps']} steps, held-out {validation_words(final)}\n"

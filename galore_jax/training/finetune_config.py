@@ -31,19 +31,22 @@ _RANK, _SCALE, _PRETRAINING_SCALE = 8, 2.0, 0.25
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tune a LLaMA from a Hugging Face folder, and write the result as such a folder.
+    """Fine-tune a LLaMA from Hugging Face, or one of galore-jax pretrain, and write the result as a Hugging Face folder.
 
-    --data decides what is learnt: JSON lines {"prompt", "response"} (the response), JSON lines {"text", "label"} (a classifier),
-    or plain text.  The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
+    --data decides what is learnt: rows {"prompt", "response"} (the response), rows {"text", "label"} (a classifier), or plain
+    text.  The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
     and the last ones.
     """
 
     model: Path
-    """Hugging Face folder with config.json, safetensors and tokenizer.json."""
+    """Hugging Face folder with config.json, safetensors and tokenizer.json; or run folder of galore-jax pretrain."""
     data: str
-    """Examples: a .jsonl file; or a text file, a folder of text, or "python" (the standard library)."""
+    """Examples: a file of rows (.jsonl, .json, .ndjson, .parquet); or a text file, a folder of text, or "python" (the standard
+    library). Files may be in .gz or .zst."""
     eval_data: str | None = None
     """Held-out examples, of the same kind. None: a twentieth of --data."""
+    text_column: str = "text"
+    """The field of rows that holds their text, unless they are prompts and responses."""
     optimizer: str = "galore_adamw"
     """lora, or one that galore-jax pretrain knows: galore_adamw, fira_adamw, ..., adamw (full-rank), adamw_8bit, muon."""
     rank: int | float | None = None
@@ -162,10 +165,13 @@ def load_config(folder: Path) -> tuple[FinetuneConfig, dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
+    if (kind := run_folder.kind_of(folder)) != "finetuned":
+        remedy = f"; continue it with `{run_folder.resume_command(folder)}`" if kind == "pretrained" else ""
+        raise ValueError(
+            f"{folder} holds {'a run of galore-jax pretrain' if remedy else 'no run of galore-jax finetune'}{remedy}."
+        )
     try:
         fields = run_folder.read_json(path)
-        if "task" not in fields:
-            raise ValueError(f"{folder} holds no run of galore-jax finetune.")
         known = {field.name for field in dataclasses.fields(FinetuneConfig)}
         config = run_folder.from_json(FinetuneConfig, {k: v for k, v in fields.items() if k in known})
     except (KeyError, TypeError, json.JSONDecodeError) as error:

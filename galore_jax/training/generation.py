@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from a trained model: what ``galore-jax generate`` prints.
 
-The model is the last checkpoint of a run, or a Hugging Face folder.  Every mistake that can be found without the weights is
+The model is a checkpoint of a run, or a Hugging Face folder.  Every mistake that can be found without the weights is
 found before they are read.
 """
 
@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from galore_jax.models import Llama, LlamaConfig, load_hf, merge_lora
-from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.sampling import stream
-from galore_jax.training import checkpoint, config as settings, run_folder
-from galore_jax.training.program import program
-from galore_jax.training.tokenizer import Tokenizer, model_tokenizer
+from galore_jax.training import config as settings
+from galore_jax.training.tokenizer import Tokenizer
+from galore_jax.training.trained import Trained, open_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,9 @@ class GenerateConfig:
     model: Path
     """Run folder of galore-jax pretrain, or a Hugging Face folder with config.json, safetensors and tokenizer.json."""
     prompt: str
-    """Text to continue."""
+    """Text to continue; "" for the start of a document, and - for what stands in standard input."""
+    step: int | None = None
+    """Of a run: step of the checkpoint to take. None: the last one."""
     max_new_tokens: int = 200
     """Tokens after the prompt, at most."""
     temperature: float = 0.8
@@ -47,6 +46,8 @@ class GenerateConfig:
     """Draw from the fewest likeliest tokens that together have this probability. None: from all."""
     seed: int = 0
     """Another number, another text."""
+    samples: int = 1
+    """Texts to draw: those of --seed, --seed + 1, ..."""
 
 
 def check(config: GenerateConfig) -> None:
@@ -59,9 +60,14 @@ def check(config: GenerateConfig) -> None:
     settings.at_least("max_new_tokens", config.max_new_tokens, 1)
     if config.top_k is not None:
         settings.at_least("top_k", config.top_k, 1)
+    settings.at_least("samples", config.samples, 1)
     settings.check_seed(config.seed)
+    if config.seed + config.samples > 2**31:
+        raise ValueError(f"--seed {config.seed} + --samples {config.samples} must be at most 2**31.")
     if not (config.temperature >= 0 and math.isfinite(config.temperature)):
         raise ValueError(f"--temperature {config.temperature} must be a finite number of at least 0.")
+    if config.samples > 1 and config.temperature == 0:
+        raise ValueError(f"--samples {config.samples} are all the same at --temperature 0; leave one of the two out.")
     if config.top_p is not None and not 0 < config.top_p <= 1:
         raise ValueError(f"--top-p {config.top_p} must be greater than 0 and at most 1.")
 
@@ -73,89 +79,33 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
       ValueError, FileNotFoundError: a setting, the folder or a file in it cannot be used.
     """
     check(config)
-    source = _source(config.model)
-    prompt = source.encode(config.prompt)
-    if not prompt.size:
-        raise ValueError("--prompt is empty; give the model some text to continue.")
+    source = open_trained(config.model, config.step)
+    text = sys.stdin.read().removesuffix("\n") if config.prompt == "-" else config.prompt
+    prompt = source.encode(text)
+    if not prompt.size:  # a text begins where the one before it has ended
+        prompt = np.array([source.ends[0]], np.int32)
     longest = source.model_config.longest
     if prompt.size + config.max_new_tokens > longest:
         raise ValueError(
             f"--prompt has {prompt.size} tokens, and with --max-new-tokens {config.max_new_tokens} they are more than the "
             f"{longest} positions of {config.model}; shorten the prompt or ask for fewer tokens."
         )
-    tokens = stream(
-        source.load(),
-        prompt,
-        config.max_new_tokens,
-        key=jax.random.key(config.seed),
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-    )
-    return _pieces(config.prompt, prompt, tokens, source)
+    model = source.load(None)
+    how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    seeds = range(config.seed, config.seed + config.samples)
+    streams = [stream(model, prompt, config.max_new_tokens, key=jax.random.key(seed), **how) for seed in seeds]
+    return _texts(text, prompt, seeds, streams, source)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What a folder holds; only ``load`` reads the weights."""
-
-    tokenizer: Tokenizer
-    encode: Callable[[str], np.ndarray]  # a prompt
-    model_config: LlamaConfig
-    load: Callable[[], Llama]
-    ends: frozenset[int]  # tokens that end a document
+def _texts(text: str, prompt: np.ndarray, seeds: range, streams: list[Iterator[int]], source: Trained) -> Iterator[str]:
+    """The pieces of every text; several have a line with their seed before each."""
+    for seed, tokens in zip(seeds, streams, strict=True):
+        if len(seeds) > 1:
+            yield f"{'' if seed == seeds[0] else chr(10)}--- seed {seed}\n"
+        yield from _pieces(text, prompt, tokens, source)
 
 
-def _source(folder: Path) -> _Source:
-    kinds = "a run folder of galore-jax pretrain or a Hugging Face folder"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"--model {folder} is no folder; name {kinds}.")
-    fields = _json(folder / "config.json")
-    if "task" in fields:
-        raise ValueError(f"--model {folder} is a run of galore-jax finetune; name the model in it, {folder / 'best'}.")
-    if "model_config" in fields:
-        return _run(folder)
-    if "model_type" in fields:
-        return _huggingface(folder)
-    raise ValueError(f"--model {folder} holds no config.json of a model; name {kinds}.")
-
-
-def _run(folder: Path) -> _Source:
-    run, model_config, _ = run_folder.load_config(folder)
-    checkpoints = folder / "checkpoints"
-    step = checkpoint.last_step(checkpoints)
-    tokenizer = model_tokenizer(folder)
-
-    def load() -> Llama:
-        built = program(run, model_config)
-        model = nnx.merge(built.graphdef, checkpoint.restore_params(checkpoints, step, built.state[0]))
-        merge_lora(model)
-        return model
-
-    return _Source(tokenizer, tokenizer.encode, model_config, load, frozenset([tokenizer.eos_id]))
-
-
-def _huggingface(folder: Path) -> _Source:
-    model_config = config_from_huggingface(folder / "config.json")
-    tokenizer = model_tokenizer(folder)
-    return _Source(
-        tokenizer,
-        tokenizer.encode_prompt,
-        model_config,
-        lambda: load_hf(folder),
-        frozenset(end_ids(folder, tokenizer)),
-    )
-
-
-def end_ids(folder: Path, tokenizer: Tokenizer) -> list[int]:
-    """The token ids that end a text of the Hugging Face model in a folder, the first one foremost."""
-    fields = _json(folder / "config.json") | _json(folder / "generation_config.json")
-    ends = fields.get("eos_token_id")
-    ends = tokenizer.eos_id if ends is None else ends
-    return ends if isinstance(ends, list) else [ends]
-
-
-def _pieces(text: str, prompt: np.ndarray, tokens: Iterator[int], source: _Source) -> Iterator[str]:
+def _pieces(text: str, prompt: np.ndarray, tokens: Iterator[int], source: Trained) -> Iterator[str]:
     """The text of the tokens, in pieces that end with whole characters.
 
     A token may hold part of a character, and its text may depend on the token before: so it is decoded together with those
@@ -178,14 +128,3 @@ def _pieces(text: str, prompt: np.ndarray, tokens: Iterator[int], source: _Sourc
 def _addition(tokenizer: Tokenizer, ids: list[int], known: int) -> str:
     """What the text of ``ids`` has more than that of the first ``known`` of them."""
     return tokenizer.decode(ids)[len(tokenizer.decode(ids[:known])) :]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        fields = run_folder.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); restore it from a copy.") from error
-    return fields if isinstance(fields, dict) else {}

@@ -110,6 +110,7 @@ def _load(
         batch_size=config.batch,
         seed=config.seed,
         vocab_size=config.vocab_size,
+        text_column=config.text_column,
         tokenizer_file=folder / "tokenizer.json" if config.resume else None,
     )
     if fingerprints is not None:

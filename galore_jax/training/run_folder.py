@@ -74,6 +74,80 @@ def to_resume(config: Any) -> Path:
     return config.out
 
 
+FolderKind = Literal["nothing", "pretrained", "finetuned", "model", "classifier"]
+
+
+def kind_of(folder: Path) -> FolderKind:
+    """What a folder holds by its ``config.json``: a run of either command, a Hugging Face model or classifier, or none of these.
+
+    Raises:
+      ValueError: the ``config.json`` is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return "nothing"
+    try:
+        fields = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it from a copy.") from error
+    if not isinstance(fields, dict):
+        return "nothing"
+    if "task" in fields:
+        return "finetuned"
+    if "model_config" in fields:
+        return "pretrained"
+    if "ForSequenceClassification" in str(fields.get("architectures")):
+        return "classifier"
+    return "model" if "model_type" in fields else "nothing"
+
+
+def expect(said: str, folder: Path, *kinds: FolderKind) -> FolderKind:
+    """The kind of a folder, if it is one of ``kinds``.
+
+    Args:
+      said: how the message begins, such as ``f"--model {folder}"``.
+      folder: what was named.
+      kinds: what the command can use.
+
+    Raises:
+      FileNotFoundError: the path is no folder.
+      ValueError: it holds something else; the message says what, and which command is for it.
+    """
+    wanted = " or ".join(_KINDS[kind] for kind in kinds)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{said} is no folder; name {wanted}.")
+    kind = kind_of(folder)
+    if kind in kinds:
+        return kind
+    if kind == "nothing":
+        raise ValueError(f"{said} holds no config.json of a model; name {wanted}.")
+    if kind == "finetuned":
+        best = folder / "best"
+        remedy = f"continue it with `{resume_command(folder, 'finetune')}`"
+        if best.is_dir():
+            inside, remedy = kind_of(best), f"name the model in it, {best}"
+            if inside in _COMMAND and inside not in kinds:
+                remedy = f"the model in it is for `{_COMMAND[inside]} {shlex.quote(str(best))}`"
+        raise ValueError(f"{said} is a run of galore-jax finetune; {remedy}.")
+    raise ValueError(
+        f"{said} is {_KINDS[kind]}, which is for `{_COMMAND[kind]} {shlex.quote(str(folder))}`; name {wanted}."
+    )
+
+
+_KINDS: dict[FolderKind, str] = {
+    "nothing": "another folder",
+    "pretrained": "a run folder of galore-jax pretrain",
+    "finetuned": "a run folder of galore-jax finetune",
+    "model": "a Hugging Face folder with config.json, safetensors and tokenizer.json",
+    "classifier": "a classifier",
+}
+_COMMAND: dict[FolderKind, str] = {
+    "pretrained": "galore-jax generate --model",
+    "model": "galore-jax generate --model",
+    "classifier": "galore-jax classify --model",
+}
+
+
 def as_started(config: Any, saved: Any) -> Any:
     """``config`` of a run that goes on, in which what it leaves to a default is what the run was started with."""
     names = {"warmup_steps", *OF_THE_PRESET} & {field.name for field in dataclasses.fields(config)}
@@ -226,6 +300,10 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no run to resume in {folder}: {path} does not exist.")
+    if kind_of(folder) == "finetuned":
+        raise ValueError(
+            f"{folder} is a run of galore-jax finetune; continue it with `{resume_command(folder, 'finetune')}`."
+        )
     try:
         fields = read_json(path)
         model = from_json(LlamaConfig, fields["model_config"])

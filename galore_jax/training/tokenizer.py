@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -30,16 +30,16 @@ END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]", "[SEP]")
 # 256 bytes and the end-of-document token: the vocabulary of "bytes", and the smallest one "bpe" can have.
 BYTE_VOCAB_SIZE = 257
-# The "model" of a saved byte tokenizer, where a tokenizer.json of the `tokenizers` library says "BPE" or
-# "Unigram".
-BYTE_MODEL = {"type": "Bytes"}
+# The "model" of a byte tokenizer as runs saved it once, which only `load_tokenizer` reads.
+_OLD_BYTE_MODEL = {"type": "Bytes"}
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back; `vocab_size` is one more than the largest id and `eos_id` ends a document."""
+    """Text to ids and back; `vocab_size` is one more than the largest id; `eos_id`, of `eos_token`, ends a document."""
 
     vocab_size: int
     eos_id: int
+    eos_token: str
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [n], without any special token."""
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         """The text of `ids`; special tokens decode to nothing, bytes that are not UTF-8 to U+FFFD."""
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a file that `load_tokenizer` reads back; it appears whole or not at all."""
+        """Writes a tokenizer.json that `load_tokenizer` and transformers read; it appears whole or not at all."""
 
 
 class ByteTokenizer:
@@ -69,6 +69,7 @@ class ByteTokenizer:
 
     vocab_size = BYTE_VOCAB_SIZE
     eos_id = 256
+    eos_token = END_OF_TEXT
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
@@ -83,7 +84,7 @@ class ByteTokenizer:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def save(self, path: str | os.PathLike) -> None:
-        _write(path, json.dumps({"version": "1.0", "model": BYTE_MODEL}))
+        _write(path, json.dumps(_byte_fields(), ensure_ascii=False))
 
 
 class SubwordTokenizer:
@@ -106,7 +107,7 @@ class SubwordTokenizer:
                 f"tokenizer {name} has none of the end-of-document tokens {', '.join(END_OF_TEXT_NAMES)}: "
                 f"add one of them to its vocabulary."
             )
-        self.eos_id = ids[eos]
+        self.eos_id, self.eos_token = ids[eos], eos
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -189,8 +190,8 @@ def _train_bpe(documents: Iterable[str] | None, vocab_size: int) -> SubwordToken
 def _read(path: Path) -> Tokenizer:
     try:
         text = path.read_text(encoding="utf-8")
-        model = json.loads(text)["model"]
-        if model == BYTE_MODEL:
+        fields = json.loads(text)
+        if fields["model"] == _OLD_BYTE_MODEL or fields == _byte_fields():
             return ByteTokenizer()
         tokenizer = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises a bare Exception
@@ -198,6 +199,27 @@ def _read(path: Path) -> Tokenizer:
             f"{path} is not a tokenizer.json ({error!r}): give a file that the tokenizers library can read."
         ) from error
     return SubwordTokenizer(tokenizer, str(path))
+
+
+def _byte_fields() -> dict[str, Any]:
+    """The tokenizer.json of "bytes": byte-level BPE without merges, in which the id of a byte is its value."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    # As in GPT-2, a byte that is no printable character of Latin-1 stands as one of those after it.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    end = {"id": ByteTokenizer.eos_id, "content": END_OF_TEXT, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": {"type": "BPE", "vocab": {letters[byte]: byte for byte in range(256)}, "merges": []},
+    }
 
 
 def _write(path: str | os.PathLike, text: str) -> None:
