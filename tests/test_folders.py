@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from finetuning import BYTES, labelled, write_lines
 from flax import nnx
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from test_llama import forward
 
 from galore_jax.cli import main

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency
 
 import galore_jax
 from galore_jax import codecs

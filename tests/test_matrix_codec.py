@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from problems import quick_compilation  # noqa: F401
 
 from galore_jax.matrix_codec import CodedMatrix, Grid, MatrixCodec
 

@@ -15,7 +15,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from runs import TINY
 
 from galore_jax.cli import main

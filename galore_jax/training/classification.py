@@ -65,7 +65,7 @@ def classify(config: ClassifyConfig) -> Iterator[Labelled]:
     if config.text is not None and config.data is not None:
         raise ValueError("--text and --data are both given; leave one out.")
     run_folder.expect(f"--model {config.model}", config.model, "classifier")
-    longest = config_from_huggingface(config.model / "config.json").max_position_embeddings
+    longest = config_from_huggingface(config.model / "config.json").longest
     tokenizer = model_tokenizer(config.model)
     texts, ids, golds, cut = [], [], [], 0
     for place, fields in _rows(config):
