@@ -50,6 +50,29 @@ def matrix_by_matrix(function: Callable[[Carried, Any], Carried], carried: Carri
     return jax.tree.map(sharding.like, function(carried_alike, given), carried)
 
 
+def matrix_by_matrix_anywhere(
+    function: Callable[[Carried, Any], Carried], carried: Carried, given: Any, batch: int
+) -> Carried:
+    """:func:`matrix_by_matrix` for a function that cannot see the sharding of a matrix, such as a factorization.
+
+    Where explicit mesh axes shard the matrices, they are automatic inside, and one matrix is worked on after the other there too.
+
+    Args:
+      function: as in :func:`matrix_by_matrix`; it must not close over any arrays.
+      carried, given, batch: as in :func:`matrix_by_matrix`.
+
+    >>> matrix_by_matrix_anywhere(lambda x, y: x + y, jnp.ones((2, 1, 1)), jnp.arange(2.0), batch=1)[:, 0, 0]
+    Array([1., 2.], dtype=float32)
+    """
+
+    def run(carried: Carried, given: Any) -> Carried:
+        return matrix_by_matrix(function, carried, given, batch)
+
+    if not sharding.cut_by_stack(jax.tree.leaves(carried)[0], batch):
+        run = sharding.by_partitioner(run, carried)
+    return run(carried, given)
+
+
 def _loop(function: Callable[[Carried, Any], Carried], carried: Carried, given: Any, batch: int) -> Carried:
     if batch == 0:
         return jax.tree.map(sharding.like, function(carried, given), carried)

@@ -23,7 +23,7 @@ from galore_jax import codecs, sharding
 from galore_jax._core import coordinates, seeds, trees
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import is_sound, level_of
-from galore_jax._core.matrix_loop import matrix_by_matrix
+from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
 from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_codec import CodedMatrix, MatrixCodec
 from galore_jax.matrix_view import NO_BASIS, MatrixView, Views, select
@@ -256,15 +256,8 @@ def _updated(nesterov: bool, carried: tuple, given: list[jax.Array], batch_shape
       given: Scalars: the seed of the dither, the decay rate of the momentum, and that of the mean squares if they exist.
       batch_shape: The shape of the batch axes.
     """
-    batch = len(batch_shape)
-    one = functools.partial(_step, nesterov)
-
-    def run(carried: tuple, given: list[jax.Array]) -> tuple:
-        return matrix_by_matrix(one, carried, [jnp.broadcast_to(x, batch_shape) for x in given], batch)
-
-    if not sharding.cut_by_stack(carried[0], batch):
-        run = sharding.by_partitioner(run, carried)
-    return run(carried, given)
+    given = [jnp.broadcast_to(x, batch_shape) for x in given]
+    return matrix_by_matrix_anywhere(functools.partial(_step, nesterov), carried, given, len(batch_shape))
 
 
 def _step(nesterov: bool, carried: tuple, given: list[jax.Array]) -> tuple:
