@@ -18,10 +18,13 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import dropwhile, takewhile
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from galore_jax import GaLoreMemoryWarning
+from galore_jax._core.names import did_you_mean
 from galore_jax.planning import targets
 
 Settings = TypeVar("Settings")
@@ -211,8 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets.hush_idle_compilers()
     try:
         if name not in COMMANDS:
-            raise UsageError(f"{name!r} is not a command; choose one of {', '.join(COMMANDS)}.")
-        return COMMANDS[name](rest)
+            raise UsageError(
+                f"{name!r} is not a command{did_you_mean(name, COMMANDS)}; choose one of {', '.join(COMMANDS)}."
+            )
+        with _plain_warnings():
+            return COMMANDS[name](rest)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -238,7 +244,12 @@ def parse(kind: type[Settings], arguments: Sequence[str], command: str, default:
     except SystemExit as exit_:
         if exit_.code == 0:
             raise
-        raise UsageError(f"{_first_sentence(message.getvalue())}; see galore-jax {command} --help.") from None
+        wrong = _first_sentence(message.getvalue())
+        flags = [flag for flag in re.findall(r"--[\w-]+", wrong) if wrong.startswith("Unrecognized")]
+        known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(cast(Any, kind))]
+        known += ["--recipe"] if command == "pretrain" else []
+        hint = next(filter(None, (did_you_mean(flag, known) for flag in flags)), "")
+        raise UsageError(f"{wrong}{hint}; see galore-jax {command} --help.") from None
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
@@ -270,6 +281,22 @@ def usage_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What the library warns of is a line on stderr, without the place in the code."""
+    show = warnings.showwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any, **others: Any) -> None:
+        if issubclass(category, GaLoreMemoryWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *place, **others)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = plain
+        yield
 
 
 def _quiet_orbax() -> Callable[[], None]:

@@ -22,6 +22,8 @@ from galore_jax.cli import main, needed_packages
 from galore_jax.training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+CLOCKED = ("tokens_per_second", "peak_memory_bytes")
+"""Of a record, what another run of the same settings has otherwise."""
 
 # Records every 4 steps, a refresh of each matrix in every 4 updates, validation at 6 and 12.
 FLAGS = [
@@ -122,7 +124,7 @@ def copy(whole, tmp_path):
 def records(folder):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in CLOCKED} for line in lines]
 
 
 def summary(folder):
@@ -201,12 +203,16 @@ def test_the_summary_is_complete_and_agrees_with_the_metrics(whole):
     result = summary(whole[0])
     assert result.keys() == {
         "steps", "stopped", "tokens", "final_val_loss", "final_val_perplexity", "params_bytes", "optimizer_state_bytes",
-        "adamw_params_bytes", "adamw_state_bytes", "step_seconds_median", "step_seconds_max", "resumed_from_step", "wall_seconds",
+        "adamw_params_bytes", "adamw_state_bytes", "compile_seconds", "step_seconds_median", "step_seconds_max",
+        "tokens_per_second", "peak_memory_bytes", "resumed_from_step", "wall_seconds",
     }  # fmt: skip
     assert (result["steps"], result["tokens"], result["resumed_from_step"]) == (12, 1536, None)
     last = records(whole[0])[-1]
     assert (result["final_val_loss"], result["final_val_perplexity"]) == (last["val_loss"], last["val_perplexity"])
     assert 0 < result["step_seconds_median"] <= result["step_seconds_max"] < result["wall_seconds"]
+    assert 0 < result["compile_seconds"] < result["wall_seconds"]
+    mean = result["tokens"] / 12 / result["tokens_per_second"]
+    assert result["step_seconds_median"] / 12 < mean <= result["step_seconds_max"]
     assert result["optimizer_state_bytes"] < result["adamw_state_bytes"]
 
 
@@ -289,13 +295,21 @@ def test_a_finished_run_can_be_made_longer(shop, copy, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3 (did you mean --steps?); see"),
+        (["--Update_gap=3"], "--Update_gap=3 (did you mean --update-proj-gap?)"),
+        (["--xyz", "3"], "Unrecognized options: --xyz, 3; see"),
         (["--steps", "many"], "Error parsing --steps"),
         (["--dtype", "f16"], "invalid choice 'f16' for argument '--dtype'"),
         (["--steps", "-1"], "--steps -1 must be at least 1."),
         (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
         (["--model", "huge"], "Unknown model preset 'huge'; choose one of demo"),
-        (["--optimizer", "adamm"], "--optimizer 'adamm' is not known; choose one of galore_adamw"),
+        (["--model", "350M"], "Unknown model preset '350M' (did you mean 350m?); choose one of demo"),
+        (["--recipe", "galore_60m"], "--recipe galore_60m is not known (did you mean galore-60m?); choose one of"),
+        (["--refresh", "stagered"], "--refresh 'stagered' is not known (did you mean staggered?); choose one of"),
+        (
+            ["--optimizer", "adamm"],
+            "--optimizer 'adamm' is not known (did you mean adamw?); choose one of galore_adamw",
+        ),
         (["--seq", "4096"], "--seq 4096 is longer than the 1024 positions of --model demo."),
         (["--rank", "1.5"], "--rank 1.5 must be a positive whole number, or a fraction of the smaller side in (0, 1]."),
         (["--proj-type", "up"], "--proj-type 'up' is not known; choose one of std,"),
@@ -320,10 +334,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: 'pretrian' is not a command; choose one of pretrain, finetune, plan, generate, classify, export, describe.\n"
-    )
+    says = "error: 'pretrian' is not a command (did you mean pretrain?); choose one of pretrain, finetune, plan, generate, "
+    assert capsys.readouterr().err == says + "classify, export, describe.\n"
 
 
 @pytest.mark.covering(1)

@@ -29,6 +29,7 @@ from galore_jax.training.metrics import read_metrics
 from galore_jax.training.tokenizer import load_tokenizer
 
 SHORT = {"seq": 32, "batch": 8, "learning_rate": 0.02, "log_every": 3, "eval_every": 12, "save_every": 5}
+CLOCKED = ("tokens_per_second", "peak_memory_bytes")
 LABELLED, ANSWERED = labelled(120), answered(64)
 
 
@@ -83,7 +84,7 @@ def tensors(folder):
 
 def told(folder):
     """The records of a run without its durations."""
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in read_metrics(folder)]
+    return [{k: v for k, v in record.items() if k not in CLOCKED} for record in read_metrics(folder)]
 
 
 # What a run learns and leaves behind

@@ -57,14 +57,17 @@ def test_flags_change_a_recipe(monkeypatch):
     seen = []
     monkeypatch.setattr("galore_jax.training.loop.prepare", seen.append)
     monkeypatch.setattr("galore_jax.training.loop.train", lambda run: {})
-    assert cli.main(["pretrain", "--recipe=galore-130m", "--rank", "64"]) == 0
+    assert cli.main(["pretrain", "--recipe=GaLore-130M", "--rank", "64"]) == 0
     assert (seen[0].model, seen[0].rank, seen[0].learning_rate) == ("130m", 64, 0.01)
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--recipe", "galore-70m"], "--recipe galore-70m is not known; choose one of galore-60m, galore-130m"),
+        (
+            ["--recipe", "galore-70m"],
+            "--recipe galore-70m is not known (did you mean galore-60m?); choose one of galore-60m, galore-130m",
+        ),
         (["--recipe"], "--recipe needs one name, and once"),
         (["--recipe", "galore-60m", "--resume", "--out", "x"], "--recipe starts a run, and --resume continues one"),
     ],

@@ -35,7 +35,10 @@ def python(script, **environment):
 
 
 def test_an_unknown_target_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"^Target 'rtx9' is not known; choose one of .*rtx4090, .*tpu-v5e, .*here\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Target 'rtx9' is not known \(did you mean .*\?\); choose one of .*rtx4090, .*tpu-v5e, .*here\.$",
+    ):
         target("rtx9")
 
 

@@ -19,6 +19,8 @@ import dataclasses
 import math
 from typing import Any
 
+from galore_jax._core.names import did_you_mean
+
 DTYPES = ("float32", "bfloat16")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -218,7 +220,9 @@ class LlamaConfig:
         300
         """
         if name not in _PRESETS:
-            raise ValueError(f"Unknown model preset {name!r}; choose one of {', '.join(_PRESETS)}.")
+            raise ValueError(
+                f"Unknown model preset {name!r}{did_you_mean(name, _PRESETS)}; choose one of {', '.join(_PRESETS)}."
+            )
         return cls(**{**_PRESETS[name], **overrides})
 
     @classmethod

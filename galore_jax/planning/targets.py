@@ -32,6 +32,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from galore_jax._core.names import did_you_mean
 from galore_jax.planning.traffic import Traffic, traffic
 
 _MIB, _GIB = 2**20, 2**30
@@ -51,6 +52,7 @@ class Gpu:
     bandwidth: int  # of the memory, 10^9 bytes a second
     l2_cache: int  # MiB
     clock: float  # boost, GHz
+    tflops: float  # 10^12 operations a second on dense bfloat16 (T4: float16) matrices with float32 sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Tpu:
     """Slices of a TPU, as libtpu names them; the first is the smallest."""
 
     topologies: dict[int, str]  # by the number of devices
+    kinds: tuple[str, ...]  # what JAX calls one
+    tflops: float  # 10^12 operations a second of a chip on bfloat16 matrices
     chip_config: str = "default"
 
 
@@ -99,9 +103,11 @@ def _gpu(memory: float, *figures: Any) -> Target:
     return Target("", "cuda", int(memory * _GIB), Gpu(*figures))
 
 
-def _tpu(memory: float, generation: str, shapes: dict[int, str], *chip_config: str) -> Target:
+def _tpu(
+    memory: float, generation: str, kinds: tuple[str, ...], tflops: float, shapes: dict[int, str], *chip_config: str
+) -> Target:
     topologies = {number: f"{generation}:{shape}" for number, shape in shapes.items()}
-    return Target("", "tpu", int(memory * _GIB), Tpu(topologies, *chip_config))
+    return Target("", "tpu", int(memory * _GIB), Tpu(topologies, kinds, tflops, *chip_config))
 
 
 _FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -109,20 +115,20 @@ _DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 
 _TARGETS = {
-    "rtx5090": _gpu(31.36, "NVIDIA GeForce RTX 5090", "12.0", 170, 1792, 96, 2.407),
-    "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52),
-    "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695),
-    "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535),
-    "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777),
-    "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59),
-    "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04),
-    "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41),
-    "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41),
-    "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98),
-    "tpu-v4": _tpu(30.75, "v4", _DEEP, "megacore"),
-    "tpu-v5e": _tpu(15.75, "v5e", _FLAT),
-    "tpu-v5p": _tpu(95.74, "v5p", _DEEP),
-    "tpu-v6e": _tpu(31.25, "v6e", _FLAT),
+    "rtx5090": _gpu(31.36, "NVIDIA GeForce RTX 5090", "12.0", 170, 1792, 96, 2.407, 209.5),
+    "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52, 165.2),
+    "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695, 71),
+    "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535, 44.1),
+    "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777, 25.4),
+    "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59, 65),
+    "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04, 121),
+    "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41, 312),
+    "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41, 312),
+    "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98, 989.4),
+    "tpu-v4": _tpu(30.75, "v4", ("TPU v4",), 275, _DEEP, "megacore"),
+    "tpu-v5e": _tpu(15.75, "v5e", ("TPU v5 lite", "TPU v5e"), 197, _FLAT),
+    "tpu-v5p": _tpu(95.74, "v5p", ("TPU v5", "TPU v5p"), 459, _DEEP),
+    "tpu-v6e": _tpu(31.25, "v6e", ("TPU v6 lite", "TPU v6e"), 918, _FLAT),
 }
 
 TARGETS: dict[str, Target] = {name: dataclasses.replace(target, name=name) for name, target in _TARGETS.items()}
@@ -170,8 +176,26 @@ def target(name: str) -> Target:
     if name == HERE:
         return _attached()
     if name not in TARGETS:
-        raise ValueError(f"Target {name!r} is not known; choose one of {', '.join([*TARGETS, HERE])}.")
+        known = [*TARGETS, HERE]
+        raise ValueError(f"Target {name!r} is not known{did_you_mean(name, known)}; choose one of {', '.join(known)}.")
     return TARGETS[name]
+
+
+def peak_flops(kind: str) -> float | None:
+    """The published operations a second of a device on bfloat16 matrices; None if it is not among :data:`TARGETS`.
+
+    Args:
+      kind: ``device_kind`` of a JAX device.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("TPU v5 lite"), peak_flops("cpu")
+    (989400000000000.0, 197000000000000.0, None)
+    """
+    for target in TARGETS.values():
+        hardware = target.hardware
+        kinds = hardware.kinds if isinstance(hardware, Tpu) else (hardware.description,) if hardware else ()
+        if hardware is not None and kind in kinds:
+            return hardware.tflops * 1e12
+    return None
 
 
 def compile_for(

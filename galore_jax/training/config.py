@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from galore_jax._core.names import did_you_mean
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
 from galore_jax.presets import PRESETS, RANK_ONE, WHOLE_GRADIENT
@@ -241,7 +242,8 @@ def check(config: PretrainConfig) -> None:
     for name, choices in known.items():
         value = getattr(config, name)
         if value is not None and value not in choices:
-            raise ValueError(f"{flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
+            hint = did_you_mean(value, choices)
+            raise ValueError(f"{flag(name)} {value!r} is not known{hint}; choose one of {', '.join(choices)}.")
     if not (config.learning_rate > 0 and math.isfinite(config.learning_rate)):
         raise ValueError(f"--learning-rate {config.learning_rate} must be a positive finite number.")
     if scale is not None and not isinstance(scale, str) and not (scale > 0 and math.isfinite(scale)):

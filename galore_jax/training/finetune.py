@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import statistics
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,8 +28,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from galore_jax.models import Llama, LlamaClassifier, add_lora, merge_lora
-from galore_jax.training import checkpoint, finetune_config, report, run_folder
+from galore_jax.models import Llama, LlamaClassifier, LlamaConfig, add_lora, merge_lora
+from galore_jax.training import checkpoint, device_use, finetune_config, report, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter
 from galore_jax.training.config import DTYPES
 from galore_jax.training.examples import (
@@ -45,8 +44,9 @@ from galore_jax.training.examples import (
 from galore_jax.training.export import write_model
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
 from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
-from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, rank, read_metrics, validation_words
+from galore_jax.training.metrics import Meter, MetricsLog, Record, rank, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
+from galore_jax.training.progress import Progress, clock, validation_words
 from galore_jax.training.step import add_updates, optimizer_metrics
 from galore_jax.training.tokenizer import Tokenizer
 from galore_jax.training.trained import Trained, open_trained
@@ -65,6 +65,7 @@ class Run:
     validation: Examples
     tokenizer: Tokenizer
     eos: int
+    model_config: LlamaConfig
     graphdef: nnx.GraphDef
     frozen: Any  # parameters that stay as they are
     batches: TrainingBatches
@@ -110,7 +111,8 @@ def prepare(config: FinetuneConfig) -> Run:
             finetune_config.check(config)
             named = dataclasses.replace(config.training, optimizer=config.optimizer)
             folder, facts = lock.enter_context(run_folder.new_folder(named)), None
-        run = _load(config, folder, facts)
+        with clock("loading the model and the examples"):
+            run = _load(config, folder, facts)
         run.lock = lock.pop_all()
     return run
 
@@ -136,7 +138,11 @@ def _train(run: Run, signals: StopSignals) -> Record:
     scores = make_scores(run.graphdef, run.train.task)
     jitted = jax.jit(scores)
     lengths, tokens = run.train.shapes(config.seed, config.steps)
-    meter = Meter(learning_rates(config.training), tokens, config.log_every, run.losses)
+    full_speed = None
+    if config.optimizer != LORA:  # the frozen weights have no gradient
+        sequence = float(tokens.mean()) / config.batch
+        full_speed = device_use.full_speed(run.model_config, sequence, run.params)
+    meter = Meter(learning_rates(config.training), tokens, config.log_every, run.losses, full_speed)
     with (
         signals,
         MetricsLog(folder, run.step) as log,
@@ -144,16 +150,17 @@ def _train(run: Run, signals: StopSignals) -> Record:
         CheckpointWriter(folder / "checkpoints", config.keep, "finetune") as writer,
     ):
         progress.say(
-            f"{run.description}\n{report.projection(config.training, run.params)}"
+            f"{config.model.name}, {run.model_config.num_params:,} parameters, on {device_use.names(run.params)}\n"
+            f"{report.projection(config.training, run.params, run.sizes, config.optimizer)}\n{run.description}\n"
             f"run folder: {folder}, at step {run.step} of {config.steps}"
         )
-        seconds = take_steps(
+        figures = take_steps(
             run, writer, log, progress, signals, meter, is_validated(run),
             compile_step=lambda: _compiled_step(run, scores, lengths[run.step :]),
             evaluate=lambda: _evaluated(run, jitted),
         )  # fmt: skip
     _export(run, LAST)
-    summary = _summary(run, seconds, int(tokens[: run.step].sum())) | {
+    summary = _summary(run, figures, int(tokens[: run.step].sum())) | {
         "stopped": signals.name if run.step < config.steps else None,
         "wall_seconds": time.perf_counter() - began,
     }
@@ -209,6 +216,7 @@ def make_step(scores: Callable[[Any, Any, Batch], dict[str, jax.Array]], tx: opt
 class _Parts(NamedTuple):
     """A model, as a run needs it."""
 
+    model_config: LlamaConfig
     graphdef: nnx.GraphDef
     params: Any
     frozen: Any
@@ -238,11 +246,11 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
             "put that model back, or start a new run with another --out."
         )
     run = Run(
-        config, folder, train, validation, trained.tokenizer, eos, parts.graphdef, parts.frozen, train.training(config.seed),
+        config, folder, train, validation, trained.tokenizer, eos, parts.model_config, parts.graphdef, parts.frozen,
+        train.training(config.seed),
         params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
-        sizes={}, description=f"{config.model.name}, {config.optimizer}, {config.steps * config.batch / len(train.examples):.2f} "
-        f"epochs\n{description}"
+        sizes={}, description=f"{config.steps * config.batch / len(train.examples):.2f} epochs\n{description}"
         + ("\n" + _class_words(train, validation) if labels else ""),
         lock=contextlib.ExitStack(),
     )  # fmt: skip
@@ -273,7 +281,7 @@ def _model(config: FinetuneConfig, trained: Trained, train: Examples, labels: in
         add_lora(body, config.lora_rank, alpha=config.lora_alpha, key=adapter_key)
         learns = nnx.Any(nnx.LoRAParam, nnx.PathContains("classification_head"))
     graphdef, params, frozen = nnx.split(model, learns, ...)
-    return _Parts(graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), whole, fingerprint)
+    return _Parts(body.config, graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen), whole, fingerprint)
 
 
 def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
@@ -351,7 +359,7 @@ def _export(run: Run, name: str) -> None:
     )
 
 
-def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
+def _summary(run: Run, figures: Record, tokens: int) -> Record:
     validations = [record for record in read_metrics(run.folder) if "val_loss" in record]
     quantities = ("val_loss", "val_accuracy" if run.train.task == "label" else "val_perplexity")
     last = validations[-1] if validations else {}
@@ -367,8 +375,7 @@ def _summary(run: Run, seconds: list[float], tokens: int) -> Record:
         "cut_examples": run.train.cut + run.validation.cut,
         **_label_facts(run),
         **run.sizes,
-        "step_seconds_median": statistics.median(seconds) if seconds else None,
-        "step_seconds_max": max(seconds, default=None),
+        **figures,
         "resumed_from_step": run.resumed_from,
     }
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from galore_jax._core.names import did_you_mean
 from galore_jax.training import config as settings, run_folder
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS
@@ -143,7 +144,8 @@ def check(config: FinetuneConfig) -> None:
     settings.not_empty("eval_data", config.eval_data)
     known = (LORA, *(name for name in OPTIMIZERS if name not in settings.LOW_RANK_WEIGHTS))
     if config.optimizer not in known:
-        raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(known)}.")
+        hint = did_you_mean(config.optimizer, known)
+        raise ValueError(f"--optimizer {config.optimizer!r} is not known{hint}; choose one of {', '.join(known)}.")
     settings.check(config.training)
 
 

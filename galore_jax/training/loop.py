@@ -28,16 +28,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from galore_jax.models import LlamaConfig, generate
-from galore_jax.training import checkpoint, config as settings, processes, report, run_folder
+from galore_jax.training import checkpoint, config as settings, device_use, processes, report, run_folder
 from galore_jax.training.adapters import part
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter, saved_steps
 from galore_jax.training.config import PROMPT_TOKENS, PretrainConfig
 from galore_jax.training.data import TextData, load_data
 from galore_jax.training.divergence import Diverged
 from galore_jax.training.mesh import batch_parts, make_mesh
-from galore_jax.training.metrics import Meter, MetricsLog, Progress, Record, rank, read_metrics
+from galore_jax.training.metrics import Meter, MetricsLog, Record, rank, read_metrics
 from galore_jax.training.optimizers import check_optimizer, make_schedule
 from galore_jax.training.program import Program, full_rank, program
+from galore_jax.training.progress import Progress, clock
 from galore_jax.training.step import make_eval_step
 from galore_jax.training.subspace_plot import plot_subspace
 
@@ -103,16 +104,17 @@ def _load(
     # An unknown name is found before the text is read.
     settings.check_lengths(config, model_config or config.model_config(1))
     check_optimizer(config)
-    data = load_data(
-        config.data,
-        tokenizer=config.tokenizer,
-        sequence_length=config.seq,
-        batch_size=config.batch,
-        seed=config.seed,
-        vocab_size=config.vocab_size,
-        text_column=config.text_column,
-        tokenizer_file=folder / "tokenizer.json" if config.resume else None,
-    )
+    with clock("reading the text"):
+        data = load_data(
+            config.data,
+            tokenizer=config.tokenizer,
+            sequence_length=config.seq,
+            batch_size=config.batch,
+            seed=config.seed,
+            vocab_size=config.vocab_size,
+            text_column=config.text_column,
+            tokenizer_file=folder / "tokenizer.json" if config.resume else None,
+        )
     if fingerprints is not None:
         run_folder.check_same_text(config.data, folder, data.fingerprint, fingerprints)
     model_config = model_config or config.model_config(data.tokenizer.vocab_size)
@@ -121,7 +123,8 @@ def _load(
             f"The tokenizer has {data.tokenizer.vocab_size} ids, but the model's vocabulary has "
             f"{model_config.vocab_size}; use the tokenizer that the model was trained with."
         )
-    return _with_state(config, folder, model_config, data)
+    with clock("restoring the checkpoint" if config.resume else "making the parameters"):
+        return _with_state(config, folder, model_config, data)
 
 
 def train(run: Run) -> Record:
@@ -158,8 +161,8 @@ def _train(run: Run, signals: StopSignals) -> Record:
         CheckpointWriter(folder / "checkpoints", config.keep) as writer,
     ):
         progress.say(
-            f"{config.model}, {run.model_config.num_params:,} parameters, {_optimizer_words(run)}\n"
-            f"{report.projection(config, part(run.params)[0])}"
+            f"{config.model}, {run.model_config.num_params:,} parameters, on {device_use.names(run.params)}\n"
+            f"{report.projection(config, part(run.params)[0], sizes)}\n"
             f"{run.data.description}\nrun folder: {folder}, at step {run.step} of {config.steps}"
         )
         eval_step = make_eval_step(run.program.graphdef)
@@ -168,9 +171,10 @@ def _train(run: Run, signals: StopSignals) -> Record:
             tokens=config.batch * config.seq,
             every=config.log_every,
             losses=run.losses,
+            full_speed=_full_speed(run),
         )
         with processes.until_the_dead_are_named():
-            seconds = take_steps(
+            figures = take_steps(
                 run, writer, log, progress, signals, meter, validated,
                 compile_step=lambda: _compiled_step(run),
                 evaluate=lambda: evaluate(run, eval_step),
@@ -187,8 +191,7 @@ def _train(run: Run, signals: StopSignals) -> Record:
         "final_val_loss": last["val_loss"],
         "final_val_perplexity": last["val_perplexity"],
         **sizes,
-        "step_seconds_median": statistics.median(seconds) if seconds else None,
-        "step_seconds_max": max(seconds, default=None),
+        **figures,
         "resumed_from_step": run.resumed_from,
         "wall_seconds": time.perf_counter() - began,
     }
@@ -203,12 +206,11 @@ def _train(run: Run, signals: StopSignals) -> Record:
     return summary
 
 
-def _optimizer_words(run: Run) -> str:
-    """The optimizer, and how many parameters it trains if they are not the model's."""
-    name = run.config.optimizer
-    if name not in settings.LOW_RANK_WEIGHTS:
-        return name
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(part(run.params)[0])):,} trained, {name}"
+def _full_speed(run: Run) -> float | None:
+    """For :class:`Meter`; of a model with low-rank weights it would be another than the model's."""
+    if run.config.optimizer in settings.LOW_RANK_WEIGHTS:
+        return None
+    return device_use.full_speed(run.model_config, run.config.seq, run.params)
 
 
 def take_steps(
@@ -222,8 +224,8 @@ def take_steps(
     *,
     compile_step: Callable[[], Any],
     evaluate: Callable[[], Record],
-) -> list[float]:
-    """Train until the last step or a signal; returns the seconds of each step.
+) -> Record:
+    """Train until the last step or a signal; returns the figures of ``summary.json`` about time and memory.
 
     Args:
       run: has ``config`` (of which ``steps``, ``eval_every`` and ``save_every``), ``folder``, ``batches``, ``resumed_from``,
@@ -244,7 +246,7 @@ def take_steps(
     def note(record: Record | None) -> None:
         if record is not None:
             log.write(record)
-            progress.show(record)
+            progress.show(record, meter.step_seconds)
             writer.check()
 
     def pause(*, validate: bool, save: bool) -> None:
@@ -268,12 +270,15 @@ def take_steps(
             return signals.received != 0
         return False
 
-    def steps() -> None:
+    def steps() -> float:
         saved, validated_at = run.resumed_from, run.step if validated else None
         if saved is None:
             pause(validate=False, save=True)
             saved = 0
-        train_step = compile_step()
+        began = time.perf_counter()
+        with progress.compiling():
+            train_step = compile_step()
+        compile_seconds = time.perf_counter() - began
         meter.start()
         while run.step < config.steps and not stopped():
             run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
@@ -286,12 +291,18 @@ def take_steps(
                 pause(validate=validate, save=save)
                 saved, validated_at = run.step if save else saved, run.step if validate else validated_at
         pause(validate=run.step == config.steps and validated_at != run.step, save=saved != run.step)
+        return compile_seconds
 
     try:
-        steps()
+        compile_seconds = steps()
     except Diverged as error:
         raise Diverged(f"{error}; {_way_back(run, writer, meter.watch.sound)}") from error
-    return meter.seconds
+    return {
+        "compile_seconds": compile_seconds,
+        "step_seconds_median": statistics.median(meter.seconds) if meter.seconds else None,
+        "step_seconds_max": max(meter.seconds, default=None),
+        **meter.speed(config.steps),
+    }
 
 
 def _ranks_of_checkpoints(run: Any, writer: CheckpointWriter) -> dict[int, tuple[float, float]]:

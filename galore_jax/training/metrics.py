@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it trains: ``metrics.jsonl``, TensorBoard, and the progress line.
+"""What a run records while it trains: ``metrics.jsonl`` and TensorBoard.
 
 A step's scalars are read while the device works on the step after it, so that logging never leaves the device idle; the
 time between two such reads is the duration of a step.
@@ -21,7 +21,6 @@ import importlib
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from galore_jax.training import device_use
 from galore_jax.training.divergence import Watch
 from galore_jax.training.step import COUNTS, Metrics
 
@@ -178,6 +177,10 @@ def _keep_until(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+SPEED_STEPS = 20
+"""A speed over fewer steps jumps with every refresh and every hiccup of the machine."""
+
+
 @dataclasses.dataclass
 class Meter:
     """Makes the records of training steps out of the metrics that the device returns, one step late.
@@ -187,17 +190,23 @@ class Meter:
       tokens: of each step, or of every step alike.
       every: steps between two records; the last step has one too.
       losses: of the steps since the last record, from the checkpoint.
+      full_speed: tokens a second at the peak of the devices, None if it is not known.
+
+    Speeds are those of the steps alone, without compilation, validations and checkpoints, over the steps since the last record
+    and at least the last :data:`SPEED_STEPS`.
     """
 
     learning_rates: np.ndarray
     tokens: int | np.ndarray
     every: int
     losses: list[float]
+    full_speed: float | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     """Duration of every step that was read."""
     _pending: tuple[int, Metrics] | None = None
     _clock: float = 0.0
-    _timed: int = 0
+    _timed: int = 0  # steps since the last record
+    _step: int = 0  # the last one that was read
 
     def __post_init__(self) -> None:
         each = np.broadcast_to(np.asarray(self.tokens, np.int64), self.learning_rates.shape)
@@ -229,6 +238,7 @@ class Meter:
         self.seconds.append(now - self._clock)
         self._clock = now
         self._timed += 1
+        self._step = step
         self.losses.append(loss)
         self.watch.see(step, loss, grad_norm, int(skipped))
         if step % self.every and step != len(self.learning_rates):
@@ -238,8 +248,7 @@ class Meter:
             "step": step,
             "loss": math.fsum(self.losses) / len(self.losses),
             "learning_rate": float(self.learning_rates[step - 1]),
-            "tokens_per_second": int(self._tokens_after[step] - self._tokens_after[step - self._timed])
-            / sum(self.seconds[-self._timed :]),
+            **self.speed(max(self._timed, SPEED_STEPS)),
             "grad_norm": grad_norm,
             "tokens": int(self._tokens_after[step]),
             **{name: int(metrics[name]) for name in COUNTS},
@@ -248,53 +257,17 @@ class Meter:
         self.losses, self._timed = [], 0
         return record
 
+    def speed(self, steps: int) -> Record:
+        """``tokens_per_second`` and ``mfu`` of the last ``steps`` steps, or of all if fewer, and ``peak_memory_bytes``."""
+        steps = min(steps, len(self.seconds))
+        if not steps:
+            return {"tokens_per_second": None, "peak_memory_bytes": device_use.peak_memory_bytes()}
+        tokens = int(self._tokens_after[self._step] - self._tokens_after[self._step - steps])
+        speed = tokens / sum(self.seconds[-steps:])
+        share = {} if self.full_speed is None else {"mfu": speed / self.full_speed}
+        return {"tokens_per_second": speed, **share, "peak_memory_bytes": device_use.peak_memory_bytes()}
 
-class Progress:
-    """The state of a run on stderr: a bar on a terminal, else one line a record; a context manager."""
-
-    def __init__(self, step: int, steps: int):
-        self._steps = steps
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(initial=step, total=steps, unit="step", dynamic_ncols=True)
-
-    def advance(self) -> None:
-        """One step was dispatched."""
-        if self._bar is not None:
-            self._bar.update()
-
-    def show(self, record: Record) -> None:
-        """Show a training or a validation record."""
-        if "val_loss" in record:
-            self.say(f"step {record['step']}: validation {validation_words(record)}")
-            return
-        text = (
-            f"loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)
-        else:
-            print(f"step {record['step']}/{self._steps}: {text}", file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        tqdm.write(text, file=sys.stderr)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def validation_words(record: Record) -> str:
-    """What a validation found.
-
-    >>> validation_words({"val_loss": 0.4, "val_accuracy": 0.825})
-    'loss 0.4000, accuracy 0.825'
-    """
-    if "val_accuracy" in record:
-        return f"loss {record['val_loss']:.4f}, accuracy {record['val_accuracy']:.3f}"
-    return f"loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.2f}"
+    @property
+    def step_seconds(self) -> float:
+        """Mean duration of the last steps."""
+        return finite_mean(self.seconds[-SPEED_STEPS:]) or 0.0

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 import galore_jax
+from galore_jax._core.names import did_you_mean
 from galore_jax.presets import PRESETS
 from galore_jax.training import column_normalized
 from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
@@ -81,7 +82,8 @@ def make_optimizer(
 def check_optimizer(config: PretrainConfig) -> None:
     """Raises a ValueError if no optimizer has that name."""
     if config.optimizer not in OPTIMIZERS:
-        raise ValueError(f"--optimizer {config.optimizer!r} is not known; choose one of {', '.join(OPTIMIZERS)}.")
+        hint = did_you_mean(config.optimizer, OPTIMIZERS)
+        raise ValueError(f"--optimizer {config.optimizer!r} is not known{hint}; choose one of {', '.join(OPTIMIZERS)}.")
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -138,3 +138,4 @@ class Silent:
         """Not here."""
 
     write = show = say = advance = _nothing
+    compiling = contextlib.nullcontext

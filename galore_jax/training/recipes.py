@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from galore_jax._core.names import did_you_mean
 from galore_jax.training.config import PretrainConfig
 
 _COMMON: dict[str, Any] = {
@@ -79,15 +80,16 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str) -> PretrainConfig:
-    """The settings of a recipe; ValueError if there is none of that name.
+    """The settings of a recipe, whose name may be in any case; ValueError if there is none of that name.
 
     >>> settings = recipe("galore-60m")
     >>> settings.model, settings.rank, settings.steps, settings.batch * settings.seq
     ('60m', 128, 10000, 131072)
     """
-    if name not in RECIPES:
-        raise ValueError(f"--recipe {name} is not known; choose one of {', '.join(RECIPES)}.")
-    return PretrainConfig(**RECIPES[name])
+    if name.lower() not in RECIPES:
+        hint = did_you_mean(name, RECIPES)
+        raise ValueError(f"--recipe {name} is not known{hint}; choose one of {', '.join(RECIPES)}.")
+    return PretrainConfig(**RECIPES[name.lower()])
 
 
 def without_recipe(arguments: Sequence[str]) -> tuple[list[str], PretrainConfig | None]:

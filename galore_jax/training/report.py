@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 
 from galore_jax import describe, state_bytes, tree_bytes
 from galore_jax.training.config import PretrainConfig
-from galore_jax.training.metrics import Record, read_metrics
+from galore_jax.training.metrics import Record, rank, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.run_folder import read_json
 from galore_jax.weights import dequantize
@@ -44,16 +45,34 @@ def memory(config: PretrainConfig, params: Any, opt_state: Any, whole: Any) -> d
     }
 
 
-def projection(config: PretrainConfig, params: Any) -> str:
-    """What the optimizer projects, as a line; empty if nothing.  The parameters may be abstract.
+def projection(config: PretrainConfig, params: Any, sizes: dict[str, int], name: str | None = None) -> str:
+    """What the optimizer projects and what its state takes, as a line.
+
+    Args:
+      config: names the optimizer.
+      params: that it trains, which may be abstract.
+      sizes: of :func:`memory`.
+      name: of the optimizer, if it is not that of ``config``.
 
     >>> params = {"kernel": jax.ShapeDtypeStruct((2, 64, 64), "float32")}
-    >>> projection(PretrainConfig(optimizer="galore_adamw"), params)
-    "1 of 1 parameters are projected; parameters 32,768 bytes, optimizer state 24,624 bytes, 37.6% of AdamW's.\\n"
+    >>> sizes = {"optimizer_state_bytes": 24624, "adamw_state_bytes": 65544}
+    >>> projection(PretrainConfig(optimizer="galore_adamw"), params, sizes)
+    "galore_adamw trains 8,192 parameters, projects 2 matrices (1 of 1 parameters) at rank 16; state 24.0 KiB, 37.6% of AdamW's"
     """
-    tx = make_optimizer(config, make_schedule(config))
-    found = describe(tx, jax.eval_shape(dequantize, params))
-    return f"{found.summary()}\n" if found.projected else ""
+    found = describe(make_optimizer(config, make_schedule(config)), jax.eval_shape(dequantize, params))
+    matrices = sum(math.prod(record.batch) for record in found.projected)
+    ranks = sorted({record.rank for record in found.projected if record.rank is not None})
+    what = "projects no matrix"
+    if matrices:
+        at = "rank" if len(ranks) == 1 else "ranks"
+        what = (
+            f"projects {matrices:,} matrices ({len(found.projected)} of {len(found.parameters)} parameters) "
+            f"at {at} {', '.join(map(str, ranks))}"
+        )
+    state, adamw = sizes["optimizer_state_bytes"], sizes["adamw_state_bytes"]
+    trained = sum(math.prod(record.shape) for record in found.parameters)
+    what = f"{name or config.optimizer} trains {trained:,} parameters, {what}"
+    return f"{what}; state {format_bytes(state)}, {state / adamw:.1%} of AdamW's"
 
 
 def memory_table(optimizer: str, sizes: dict[str, int]) -> str:
@@ -116,7 +135,7 @@ def closing_words(config: PretrainConfig, folder: Path, summary: Record, sizes: 
 
 
 def plot_loss(folder: Path, title: str, per: str = "token") -> None:
-    """Draw ``loss.png`` from ``metrics.jsonl``: training loss, smoothed too, validation loss, and accuracy if there is any."""
+    """Draw ``loss.png`` from ``metrics.jsonl``: training loss, smoothed too, validations, and the best of them."""
     records = read_metrics(folder)
     training = _points(records, "loss")
     validation, accuracy = _points(records, "val_loss"), _points(records, "val_accuracy")
@@ -129,10 +148,10 @@ def plot_loss(folder: Path, title: str, per: str = "token") -> None:
         axes.plot(*smooth(training).T, color=_TRAINING, linewidth=2, label="training (smoothed)")
     if len(validation):
         axes.plot(*validation.T, "o-", color=_VALIDATION, linewidth=1, markersize=5, label="validation")
-        axes.annotate(f"{validation[-1, 1]:.3f}", validation[-1], **_LABEL)
+        _mark(axes, validation, best=_best_step(records))
     for other in others:
         other.plot(*accuracy.T, "o-", color=_VALIDATION, linewidth=1, markersize=5)
-        other.annotate(f"{accuracy[-1, 1]:.3f}", accuracy[-1], **_LABEL)
+        _mark(other, accuracy, best=_best_step(records))
         other.set(ylabel="accuracy")
         other.margins(y=0.25)
     axes.set(title=title, ylabel=f"loss (nats per {per})")
@@ -145,14 +164,31 @@ def plot_loss(folder: Path, title: str, per: str = "token") -> None:
     figure.savefig(folder / "loss.png")
 
 
-def smooth(points: np.ndarray) -> np.ndarray:
-    """Centred moving average of (x, y) points, [n, 2], over about a tenth of them, shorter at the ends.
+def _best_step(records: list[Record]) -> int:
+    """Step of the best validation."""
+    return min((record for record in records if record.get("val_loss") is not None), key=rank)["step"]
 
-    >>> smooth(np.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
-    [[1.0, 5.0], [2.0, 3.0]]
+
+def _mark(axes: Any, validation: np.ndarray, best: int) -> None:
+    """Write the last value beside its point, and the best one with a star."""
+    axes.annotate(f"{validation[-1, 1]:.3f}", validation[-1], **_LABEL)
+    point = validation[validation[:, 0] == best][0]
+    axes.plot(*point, "*", color=_VALIDATION, markersize=13, label=f"best validation, step {best}")
+    if point[0] != validation[-1, 0]:
+        axes.annotate(f"{point[1]:.3f}", point, **_LABEL)
+
+
+def smooth(points: np.ndarray) -> np.ndarray:
+    """Centred moving average of (x, y) points, [n, 2], over about a tenth of them.
+
+    Near an end it is over fewer, as many on either side: one to one side only would lie below the start of a curve that falls.
+
+    >>> smooth(np.array([[float(x), 100.0 - x] for x in range(60)]))[:2].tolist()
+    [[0.0, 100.0], [1.0, 99.0]]
     """
     half = len(points) // 20
-    means = [points[max(0, i - half) : i + half + 1, 1].mean() for i in range(len(points))]
+    sides = [min(half, i, len(points) - 1 - i) for i in range(len(points))]
+    means = [points[i - side : i + side + 1, 1].mean() for i, side in enumerate(sides)]
     return np.column_stack([points[:, 0], means])
 
 
