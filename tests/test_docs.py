@@ -18,7 +18,16 @@ from run_pages import blocks
 
 import galore_jax
 from galore_jax import cli
-from galore_jax.training import config, described, finetune_config, generation, plan, recipes
+from galore_jax.training import (
+    classification,
+    config,
+    described,
+    export,
+    finetune_config,
+    generation,
+    plan,
+    recipes,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,6 +36,8 @@ SETTINGS = {
     "pretrain": config.PretrainConfig,
     "plan": plan.PlanConfig,
     "generate": generation.GenerateConfig,
+    "classify": classification.ClassifyConfig,
+    "export": export.ExportConfig,
     "finetune": finetune_config.FinetuneConfig,
     "describe": described.DescribeConfig,
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from finetuning import answered, labelled, write_lines
 
-from galore_jax.training.examples import NO_LOSS, Example, Examples, load_examples, num_labels
+from galore_jax.training.examples import NO_LOSS, Example, Examples, label_counts, load_examples, num_labels
 from galore_jax.training.tokenizer import ByteTokenizer, load_tokenizer
 
 EOS = 256
@@ -181,6 +181,32 @@ def test_the_fingerprint_knows_every_token_and_target(texts):
     assert fingerprint([texts[0]._replace(tokens=texts[0].tokens + 1), *texts[1:]]) != original
 
 
+def test_the_rows_held_out_have_every_label_and_leave_some_of_each(tmp_path):
+    """In proportion, but at least one of a label that has two; a label with one row keeps it."""
+    counts = {"a": 900, "b": 80, "c": 18, "d": 2, "e": 1}
+    rows = [{"text": f"{label}{i}", "label": label} for label, count in counts.items() for i in range(count)]
+    train, validation, _ = load(write_lines(tmp_path / "a.jsonl", rows), seed=3)
+    assert train.labels == tuple("abcde")
+    held, kept = ({"abcde"[i]: n for i, n in sorted(label_counts(part).items())} for part in (validation, train))
+    assert held == {"a": 44, "b": 4, "c": 1, "d": 1}
+    assert kept == {"a": 856, "b": 76, "c": 17, "d": 1, "e": 1}
+    assert all(said(e.tokens)[0] == "abcde"[e.targets[0]] for part in (train, validation) for e in part.examples)
+    assert num_labels(train, validation) == 5
+
+
+def test_labels_may_be_names_and_the_text_may_have_another_field(tmp_path):
+    rows = [{"review": "fine", "label": "pos"}, {"review": "dull", "label": "neg"}] * 2
+    file = write_lines(tmp_path / "a.NDJSON", rows)
+    train, _, _ = load(file, file, text_column="review")
+    assert (train.task, train.labels) == ("label", ("neg", "pos"))
+    assert [(said(e.tokens), e.targets.tolist()) for e in train.examples[:2]] == [("fine", [1]), ("dull", [0])]
+    other = write_lines(tmp_path / "b.jsonl", [{"review": "?", "label": "new"}])
+    with pytest.raises(
+        ValueError, match=r"b.jsonl line 1 has the label 'new', which --data has not; its labels are neg, pos"
+    ):
+        load(file, other, text_column="review")
+
+
 # Mistakes
 
 GOOD = {"text": "good", "label": 1}
@@ -204,6 +230,8 @@ GOOD = {"text": "good", "label": 1}
             [{"prompt": "a", "response": "b"}, {"prompt": "", "response": ""}],
             "line 2 has an empty prompt and an empty resp",
         ),
+        ([GOOD | {"label": "a"}, GOOD], 'line 2 has "label": 1, which must be a string'),
+        ([GOOD | {"label": "a"}] * 2, "The labels of --data are a, but at least two different ones are needed"),
         ([GOOD], "a.jsonl gives 1 examples at --seq 64, and at least 4 are needed"),
     ],
 )

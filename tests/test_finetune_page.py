@@ -12,6 +12,7 @@ import pytest
 
 from galore_jax.cli import parse
 from galore_jax.training import FinetuneConfig, finetune_config
+from galore_jax.training.classification import ClassifyConfig
 from galore_jax.training.examples import task_of
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -20,7 +21,7 @@ COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.DOTAL
 
 
 def test_there_are_commands_of_every_kind():
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 9
     assert {line.split()[0] for line in COMMANDS} == {"galore-jax", "python"}
 
 
@@ -34,6 +35,9 @@ def test_a_command_is_one_that_can_be_typed(line, monkeypatch):
 
         assert finetune.arguments().steps > 100
         return
+    if name == "classify":
+        parse(ClassifyConfig, arguments, name)
+        return
     assert name == "finetune"
     default = finetune_config.BLANK if "--resume" in arguments else None
     finetune_config.check(parse(FinetuneConfig, arguments, "finetune", default))
@@ -46,4 +50,4 @@ def test_the_lines_of_examples_are_of_the_kinds_that_are_read(tmp_path):
         (tmp_path / "a.jsonl").write_text(line + "\n")
         tasks.append(task_of(str(tmp_path / "a.jsonl")))
         assert isinstance(json.loads(line), dict)
-    assert tasks == ["response", "label"]
+    assert tasks == ["response", "response", "response", "label", "text"]

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Examples for fine-tuning, and their batches: prompts with responses, labelled texts, or plain text.
 
-A file of rows (:mod:`galore_jax.training.files`) holds {"prompt": str, "response": str} or {"text": str, "label": int or str};
-the first row says which.  Anything else is text: rows of {"text": str}, a file of text or a folder, whose documents are packed
-into windows as for pre-training.
+A file of rows (:mod:`galore_jax.training.files`) holds answers, {"prompt": str, "response": str}, {"instruction": str, "output":
+str} with or without an "input", or {"messages": [{"role": str, "content": str}, ...]}; or labels, {"text": str, "label": int or
+str}; the first row says which.  Anything else is text: rows of {"text": str}, a file of text or a folder, whose documents are
+packed into windows as for pre-training.
 
     task         inputs                                          loss on
     text         x_0 .. x_(S-1) of a window of S + 1 tokens      x_1 .. x_S
     response     prompt, response                                the response, and the end of the document
+                 a conversation, as the chat template has it     what the assistant says, and the mark after it
     label        text                                            the label, from the last token
 
 An example is padded on the right to the next of few lengths, 16, 24, 32, 48, 64, ... and the longest allowed (where that is more
@@ -28,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from galore_jax.training.chat import ChatTemplate
 from galore_jax.training.data import cut_windows, encode_documents
 from galore_jax.training.files import Row, holds_rows, read_rows
 from galore_jax.training.sources import Corpus, read_documents, split_documents
@@ -42,6 +45,7 @@ POOL = 16
 NO_LOSS = -1
 """Target of a position, or label of an example, on which there is no loss."""
 
+_PROMPT, _INSTRUCTION, _MESSAGES = ("prompt", "response"), ("instruction", "output"), ("messages",)
 _HELD_OUT = 20  # one in so many rows, where no file for validation is named
 
 
@@ -205,6 +209,7 @@ class _How(NamedTuple):
     seq: int
     eos: int
     text_column: str
+    chat: ChatTemplate | None
 
 
 def load_examples(
@@ -217,6 +222,7 @@ def load_examples(
     seed: int,
     eos: int,
     text_column: str = "text",
+    chat: ChatTemplate | None = None,
 ) -> tuple[Examples, Examples, str]:
     """The examples to train on and those held out, and a sentence on each.
 
@@ -228,13 +234,14 @@ def load_examples(
       seed: decides which rows are held out when none are named.
       eos: token id that ends a response and a document, and pads.
       text_column: the field of a row that holds its text, where that is what it holds.
+      chat: the model's template for messages, and for instructions; which it needs for the former.
 
     Raises:
       FileNotFoundError: a path does not exist.
       ValueError: a file is empty, a line is not what it should be, the labels are neither names nor 0 .. k-1, or the examples
         are fewer than a batch.
     """
-    task, how = task_of(source, text_column), _How(tokenizer, seq, eos, text_column)
+    task, how = task_of(source, text_column), _How(tokenizer, seq, eos, text_column, chat)
     if held_out is not None and (other := task_of(held_out, text_column)) != task:
         raise ValueError(f"--eval-data {held_out} holds {other} examples, but --data holds {task} ones.")
     if task == "text":
@@ -295,17 +302,21 @@ def task_of(source: str, text_column: str = "text") -> Task:
     if not holds_rows(path):
         return "text"
     place, first = next(_rows(path))
-    for task, fields in _fields(text_column).items():
+    for task, fields in _fields(text_column):
         if set(fields) <= first.keys():
             return task
     raise ValueError(
         f'{source} {place} has the fields {_some(list(first))}; needed are "prompt" and "response", or "text" and "label", '
-        'or "text" (the last may have another name: --text-column).'
+        'or "messages", or "instruction" and "output", or "text" (which may have another name: --text-column).'
     )
 
 
-def _fields(text_column: str) -> dict[Task, tuple[str, ...]]:
-    return {"response": ("prompt", "response"), "label": (text_column, "label"), "text": (text_column,)}
+def _fields(text_column: str) -> list[tuple[Task, tuple[str, ...]]]:
+    """What rows are for that have these fields; the first that fits decides."""
+    answers: list[tuple[Task, tuple[str, ...]]] = [
+        ("response", fields) for fields in (_PROMPT, _INSTRUCTION, _MESSAGES)
+    ]
+    return [*answers, ("label", (text_column, "label")), ("text", (text_column,))]
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -380,13 +391,69 @@ def _read_windows(source: str, held_out: str | None, how: _How) -> _Read:
 
 
 def _response(file: str, row: Row, how: _How) -> Example:
-    prompt, response = (_field(file, row, name, str) for name in ("prompt", "response"))
-    before = how.tokenizer.encode_prompt(prompt)
-    whole = np.concatenate([before, how.tokenizer.encode(response), np.array([how.eos], np.int32)]).astype(np.int32)
-    if whole.size < 2:
+    """What is to be answered and the answer, or a conversation."""
+    encode = how.tokenizer.encode
+    if set(_MESSAGES) <= row.fields.keys():
+        return _conversation(file, row, _messages(file, row), how)
+    if set(_INSTRUCTION) <= row.fields.keys():
+        instruction, response = (_field(file, row, name, str) for name in _INSTRUCTION)
+        given = row.fields.get("input") or ""
+        if not isinstance(given, str):
+            raise ValueError(f'{file} {row.place} has "input": {json.dumps(given)[:40]}, which must be a string.')
+        if how.chat is not None:
+            asked = f"{instruction}\n\n{given}" if given else instruction
+            roles = {"user": asked, "assistant": response}
+            return _conversation(file, row, [{"role": role, "content": text} for role, text in roles.items()], how)
+        given = f"### Input:\n{given}\n\n" if given else ""
+        prompt = f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
+    else:
+        prompt, response = (_field(file, row, name, str) for name in _PROMPT)
+    before, after = how.tokenizer.encode_prompt(prompt), np.append(encode(response), np.int32(how.eos))
+    if before.size + after.size < 2:
         raise ValueError(f"{file} {row.place} has an empty prompt and an empty response.")
-    targets = whole[1:].copy()
-    targets[: max(before.size - 1, 0)] = NO_LOSS
+    return _answered([(before, False), (after, True)], how)
+
+
+def _conversation(file: str, row: Row, messages: list[dict[str, Any]], how: _How) -> Example:
+    if how.chat is None:
+        raise ValueError(
+            f"{file} {row.place} has messages, and the folder of --model has no chat template: take a model for chat, or give "
+            'rows of "prompt" and "response".'
+        )
+    try:
+        segments = how.chat.segments(messages)
+    except ValueError as error:
+        raise ValueError(f"{file} {row.place}: {error}") from error
+    if not any(segment.learnt for segment in segments):
+        raise ValueError(
+            f"{file} {row.place} has no message of the assistant that the chat template writes as an answer."
+        )
+    parts = [(how.tokenizer.encode_marked(segment.text), segment.learnt) for segment in segments]
+    last, learnt = parts[-1]
+    if learnt and how.tokenizer.special_ids.isdisjoint(last.tolist()):  # the template has no mark for the end
+        parts[-1] = np.append(last, np.int32(how.eos)), True
+    return _answered(parts, how)
+
+
+def _messages(file: str, row: Row) -> list[dict[str, Any]]:
+    """The messages of a row, in which every role and content is a string."""
+    messages = row.fields["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f'{file} {row.place} has "messages" that are no list with a message in it.')
+    for message in messages:
+        if not isinstance(message, dict) or any(not isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(
+                f'{file} {row.place} has the message {json.dumps(message, default=str)[:60]}, which must have a "role" and a '
+                '"content", both strings.'
+            )
+    return messages
+
+
+def _answered(parts: Sequence[tuple[np.ndarray, bool]], how: _How) -> Example:
+    """The parts in a row, with loss on the tokens of those that are learnt."""
+    whole = np.concatenate([tokens for tokens, _ in parts]).astype(np.int32)
+    learnt = np.concatenate([np.full(tokens.size, learn) for tokens, learn in parts])
+    targets = np.where(learnt, whole, np.int32(NO_LOSS))[1:]
     return Example(whole[:-1][: how.seq].copy(), targets[: how.seq].copy(), cut=targets.size > how.seq)
 
 

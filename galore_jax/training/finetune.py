@@ -30,6 +30,7 @@ from flax import nnx
 
 from galore_jax.models import Llama, LlamaClassifier, LlamaConfig, add_lora, merge_lora
 from galore_jax.training import checkpoint, device_use, finetune_config, report, run_folder
+from galore_jax.training.chat import load_chat_template
 from galore_jax.training.checkpoint import CheckpointWriter
 from galore_jax.training.config import DTYPES
 from galore_jax.training.examples import (
@@ -233,7 +234,12 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
     eos = trained.ends[0]
     sizes = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "eos": eos}
     train, validation, description = load_examples(
-        config.data, config.eval_data, trained.tokenizer, text_column=config.text_column, **sizes
+        config.data,
+        config.eval_data,
+        trained.tokenizer,
+        text_column=config.text_column,
+        chat=load_chat_template(config.model),
+        **sizes,
     )
     labels = num_labels(train, validation) if train.task == "label" else None
     fingerprint = f"{train.fingerprint} {validation.fingerprint}"

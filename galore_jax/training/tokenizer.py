@@ -40,12 +40,16 @@ class Tokenizer(Protocol):
     vocab_size: int
     eos_id: int
     eos_token: str
+    special_ids: frozenset[int]
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of `text`, int32 [n], without any special token."""
 
     def encode_prompt(self, text: str) -> np.ndarray:
         """The ids of `text` for a model to continue: after the special tokens that the file puts before a text."""
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        """The ids of a text in which the names of special tokens stand for them, as chat templates write it."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of every text, in parallel where the library can."""
@@ -70,12 +74,18 @@ class ByteTokenizer:
     vocab_size = BYTE_VOCAB_SIZE
     eos_id = 256
     eos_token = END_OF_TEXT
+    special_ids = frozenset([eos_id])
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
         return self.encode(text)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        first, *others = (self.encode(piece) for piece in text.split(self.eos_token))
+        end = np.array([self.eos_id], np.int32)
+        return np.concatenate([first, *(part for other in others for part in (end, other))])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -108,6 +118,8 @@ class SubwordTokenizer:
                 f"add one of them to its vocabulary."
             )
         self.eos_id, self.eos_token = ids[eos], eos
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -118,6 +130,13 @@ class SubwordTokenizer:
         while count and encoding.special_tokens_mask[count - 1]:
             count -= 1  # such as the end of a document
         return np.array(encoding.ids[:count] or encoding.ids[:1], dtype=np.int32)
+
+    def encode_marked(self, text: str) -> np.ndarray:
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
