@@ -15,7 +15,6 @@ import optax
 from flax import nnx
 
 from galore_jax.models import Llama, LlamaConfig
-from galore_jax.training.data import load_data
 from galore_jax.training.step import token_losses
 
 FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf", "orgqr")
@@ -23,6 +22,8 @@ FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf
 
 def language_text(data: str, batch: int, seq: int, tokenizer: str = "bytes", seed: int = 0):
     """The text as windows of ``seq`` + 1 tokens."""
+    from galore_jax.training.data import load_data  # it needs Grain and tokenizers, which gpu.py does without
+
     return load_data(data, tokenizer=tokenizer, sequence_length=seq, batch_size=batch, seed=seed, vocab_size=4096)
 
 

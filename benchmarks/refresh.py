@@ -30,8 +30,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from _common import compile_for_tpu, factorisations_in, training_gradients
 from optimizer_bytes import RANKS
@@ -199,6 +197,9 @@ def tpu_table(records: list[dict], timeout: int) -> str:
 
 
 def plot(records: list[dict], path: pathlib.Path) -> None:
+    import matplotlib.pyplot as plt  # gpu.py does without
+
+    plt.switch_backend("Agg")
     presets = list(dict.fromkeys(r["preset"] for r in records))
     figure, axes = plt.subplots(
         1, len(presets), figsize=(2.5 + 3.2 * len(presets), 4), layout="constrained", squeeze=False, sharey=True
@@ -260,7 +261,6 @@ def main() -> None:
     parser.add_argument("--tpu", action="store_true", help="compile the refreshes for a TPU v5e")
     parser.add_argument("--tpu-timeout", type=int, default=300, help="seconds of one core")
     args = parser.parse_args()
-    matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.rounds:
         compare(args)

@@ -20,8 +20,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from _common import compile_for_tpu, factorisations_in, language_model
@@ -157,6 +155,9 @@ def table(medians: dict) -> str:
 
 
 def plot(results: dict, path: pathlib.Path) -> None:
+    import matplotlib.pyplot as plt  # gpu.py does without
+
+    plt.switch_backend("Agg")
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     for (name, records), color in zip(results["steps"].items(), ("tab:gray", "tab:red", "tab:blue"), strict=True):
         style = "." if name == THEIRS else "-"
@@ -198,7 +199,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e too")
     args = parser.parse_args()
-    matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps:
         results = run(args)

@@ -263,6 +263,8 @@ def _stored(codec: str | MatrixCodec, leaf: Any, kind: Kind | None) -> Any:
     )
     if not large or kind in (None, Kind.CENTERED, Kind.COUNT, Kind.KEPT):
         return leaf
+    # XLA would encode zeros while it compiles, which takes minutes for a large state.  It cannot see that this zero is one.
+    leaf = leaf + jax.lax.optimization_barrier(jnp.zeros([], leaf.dtype))
     if codec == "bf16":
         return codecs.Bfloat16.encode(leaf)
     return (codecs.UnsignedBlocks if kind in _NOT_NEGATIVE else codecs.SignedBlocks).encode(leaf)

@@ -73,6 +73,7 @@ def test_every_benchmark_has_a_test():
     tested = {
         "compile.py",
         "finetune.py",
+        "gpu.py",
         "learns.py",
         "memory.py",
         "quality.py",
@@ -82,7 +83,7 @@ def test_every_benchmark_has_a_test():
     }
     # test_memory.py, test_generate.py, test_mesh.py
     elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py"}
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py"}
 
 
 def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
@@ -360,3 +361,121 @@ def test_memory_plans_every_row_once_and_goes_on_where_it_was(tmp_path, script, 
     monkeypatch.setattr(memory, "planned", None)  # nothing is compiled again
     memory.main()
     assert rows(capsys.readouterr().out)[1:] == found
+
+
+@pytest.fixture
+def gpu_script(script, monkeypatch, tmp_path, capsys):
+    """Runs gpu.py in this process, whose measurements run in processes of their own."""
+    gpu = script("gpu")
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), *arguments])
+        gpu.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return gpu, main
+
+
+@pytest.mark.slow
+def test_gpu_measures_every_part_and_goes_on_where_it_was(tmp_path, gpu_script, monkeypatch):
+    gpu, main = gpu_script
+    out = main("--tiny")
+    found = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["part"] for row in found.values()} == set("abcde")
+    statuses = {key: row["status"] for key, row in found.items()}
+    assert {s for key, s in statuses.items() if key[0] not in "d" and "torch" not in key} == {"done"}, statuses
+    large = next(row for row in found.values() if row["kind"] == "memory")
+    assert large["falls"]
+    assert large["losses"][0] == pytest.approx(np.log(64), abs=0.3)
+    assert len(large["steps_seconds"]) == 3
+    steps = next(row for row in found.values() if row["kind"] == "steps")["optimizers"]
+    assert steps.keys() == {"adamw", "optax.contrib.galore", "galore_adamw"}
+    assert all(len(o["steps_seconds"]) == 3 and o["update_seconds"] > 0 for o in steps.values())
+    assert steps["galore_adamw"]["update_bytes"] < steps["adamw"]["update_bytes"]
+    power, rows_ = next(row for row in found.values() if row["kind"] == "refreshes")["refreshes"].values()
+    assert power["energy"] > rows_["energy"] > 0
+    assert (tmp_path / "gpu.md").read_text() in out
+
+    monkeypatch.setattr(gpu, "measured", None)  # nothing is measured again
+    assert (tmp_path / "gpu.md").read_text() in main("--tiny")
+
+
+def test_gpu_runs_what_is_worth_most_first_and_ends_in_time(tmp_path, gpu_script, monkeypatch):
+    gpu, main = gpu_script
+    order = []
+    monkeypatch.setattr(gpu, "driver", lambda: {"card": "A card", "memory": 80 * 10**9, "version": "1"})
+    monkeypatch.setattr(gpu, "missing", lambda needs: [])
+    monkeypatch.setattr(gpu, "measured", lambda row, *_: order.append(row) or {"status": "cut off"})
+    main("--minutes", "8")
+    assert [row.worth for row in order] == sorted(row.worth for row in order)
+    assert [row.limit for row in order if row.worth == 1] == [24, 12, 12, 16]
+    assert len({row.key for row in order}) == len(order)
+    tried = len(order)
+    main("--minutes", "0.1")
+    assert len(order) == tried
+    main("--parts", "e")  # and the card, which the others are compared with
+    assert {row.part for row in order[tried + 1 :]} == {"e"}
+
+
+def test_gpu_keeps_the_last_report_of_a_process_that_failed_or_was_cut_off(tmp_path, gpu_script):
+    gpu, _ = gpu_script
+    missing = gpu.Row("a", "a kind that is not there", "nothing", {}, 0)
+    record = gpu.measured(missing, 60, tmp_path / "log", None, True)
+    assert record["status"] == "failed: KeyError: 'nothing'"
+    cut = gpu.measured(gpu.rows(True, None)[1], 0.5, tmp_path / "log", None, True)
+    assert cut == {"status": "cut off"}
+
+
+def test_gpu_limits_the_process_to_a_share_of_the_card(tmp_path, gpu_script, monkeypatch):
+    gpu, _ = gpu_script
+    seen = []
+
+    def run(command, env, **_):
+        seen.append(env.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+        return subprocess.CompletedProcess(command, 0, b'{"a": 1}\nsome words\n{"a": 2}\n{"a"')
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    card = {"card": "A card", "memory": 80 * 10**9, "version": "1"}
+    row = next(row for row in gpu.rows(False, None) if row.limit == 24)
+    assert gpu.measured(row, 1, tmp_path / "log", card, False) == {"a": 2, "status": "done"}
+    assert seen == ["0.3000"]
+
+
+def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
+    gpu, _ = gpu_script
+    plan = {"target": "h100", "peak_bytes": 2**33, "update_bytes": 2**30, "flops": 1e12}
+    planned = {"7b, 1 x 256": plan, "1b, adamw": plan, "1b, galore_adamw": plan}
+    before = gpu.tables({}, planned)
+    assert "Nothing in this part has been measured yet." in before
+    assert [row[:3] + row[-1:] for row in rows(before)[1:2]] == [["7b, 1 x 256", "", "8.00 GiB", "not yet"]]
+    card = {
+        "part": "a",
+        "name": "card",
+        "kind": "card",
+        "status": "done",
+        "device": "NVIDIA H100 80GB HBM3",
+        "jax": "1",
+    }
+    card |= {"copy_bytes_per_second": 2.0**41, "product_flops_per_second": 7e14}
+    large = {"part": "a", "name": "7b, 1 x 256", "kind": "memory", "status": "done", "limit": 24, "plan_bytes": 2**33}
+    large |= {"losses": [3.0, 2.0], "steps_seconds": [0.1, 0.2, 0.1], "tokens": 256, "flops": 9.89e12}
+    large |= {"allocator": {"peak_bytes_in_use": 2**33 * 1.02}}
+    adamw = {"steps_seconds": [9.0, 0.2, 0.2], "update_bytes": 2**31, "update_seconds": 0.002, "flops": 1e12}
+    ours = {"steps_seconds": [9.0, 0.3, 0.4], "update_bytes": 2**30, "update_seconds": 0.001, "flops": 1e12}
+    steps = {
+        "part": "b",
+        "name": "1b",
+        "kind": "steps",
+        "status": "done",
+        "optimizers": {"adamw": adamw, "galore_adamw": ours},
+    }
+    results = {"driver": {"card": "H100", "version": "1"}, "date": "2026-01-01", "rows": {1: card, 2: large, 3: steps}}
+    header, seven, _, plain, galore = rows(gpu.tables(results, planned))
+    assert seven[1:] == [
+        "24 GB", "8.00 GiB", "8.00 GiB", "8.16 GiB", "+2.0%", "3.00 to 2.00", "100.0 ms", "200.0 ms", "2,560", "10.0%",
+    ]  # fmt: skip
+    assert plain[3:9] == ["1.0 ms", "2.0 ms", "2.05", "200.0 ms", "1.000", "1.00"]
+    assert galore[3:9] == ["0.5 ms", "1.0 ms", "2.05", "350.0 ms", "1.750", "1.14"]
+    assert len(header) == len(seven)

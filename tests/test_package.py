@@ -39,6 +39,13 @@ def test_the_core_imports_nothing_but_jax_and_optax():
     assert done.stdout == "set()\n", done.stderr
 
 
+def test_a_training_step_is_made_without_what_reads_text_writes_checkpoints_or_draws():
+    others = {"grain", "orbax", "tokenizers", "tyro", "matplotlib", "tqdm", "datasets"}
+    code = f"import sys, galore_jax.training.program; print({others} & {{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_the_version_is_in_one_place():
     assert importlib.metadata.version("galore-jax") == galore_jax.__version__
     assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

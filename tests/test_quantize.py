@@ -176,6 +176,17 @@ def test_what_is_not_known_stays_as_it_is():
     assert {field for field, _ in stored_types(state)} == {"mu", "nu"}  # but not z
 
 
+def test_no_compiler_can_encode_the_first_state():
+    """It would take minutes for a large one, so the zeros come from a value that the compiler is kept from knowing."""
+    init = quantize_state(optax.scale_by_adam()).init
+    state = init(tree(0))
+    coded = [leaf for leaf in flatten(state)[0] if is_coded(leaf)]
+    assert coded
+    assert not any(np.any(decoded(leaf)) for leaf in coded)
+    # One for each array that is encoded.
+    assert jax.jit(init).lower(tree(0)).as_text().count("stablehlo.optimization_barrier") == len(coded)
+
+
 def test_an_initial_value_is_stored_too():
     state = quantize_state(optax.scale_by_rss(initial_accumulator_value=0.1)).init(tree(0))
     np.testing.assert_allclose(decoded(state.inner_state.sum_of_squares["kernel"]), 0.1, rtol=1e-6)

@@ -140,3 +140,11 @@ def test_bfloat16_parameters_stay_bfloat16():
         params, _, scalars = make_train_step(graphdef, tx)(params, tx.init(params), tokens())
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
     assert {value.dtype.name for value in jax.tree.leaves(scalars)} == {"float32", "int32"}
+
+
+def test_the_state_of_the_optax_transformation_with_our_name_is_not_counted():
+    theirs = optax.contrib.galore(0.1, rank=2, weight_dimension_numbers=optax.contrib.GaLoreDimensionNumbers())
+    state = theirs.init({"w": jnp.ones((4, 8))})
+    assert galore_counts(state).keys() == {"skipped", "kept_bases", "rejected_bases"}
+    assert {int(count) for count in galore_counts(state).values()} == {0}
+    assert subspace_metrics(state) == {}

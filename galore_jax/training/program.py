@@ -27,14 +27,14 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.mesh import batch_sharding, cut_along_fsdp, param_shardings
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import DATA_AXIS, Metrics, make_train_step, on_parts, optimizer_metrics
-from galore_jax.weights import quantize_weights
+from galore_jax.weights import is_int8, quantize_weights
 
 
 class Program(NamedTuple):
     """What a run is made of."""
 
     graphdef: nnx.GraphDef  # of the model
-    init: Any  # jitted; PRNG key -> (params, opt_state)
+    init: Any  # PRNG key -> (params, opt_state)
     step: Any  # jitted; params, opt_state (both donated), batch -> params, opt_state, metrics
     batch: jax.ShapeDtypeStruct  # int32 [batch, sequence + 1]
     mesh: Mesh | None
@@ -83,10 +83,6 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         )
     optimizer = by_layers or tx
 
-    def init(key: jax.Array) -> tuple[Any, Any]:
-        params = weights(key)
-        return params, optimizer.init(part(params)[0])
-
     data_parallel = mesh if config.reduce_low_rank else None
     batch = jax.ShapeDtypeStruct((config.batch, config.seq + 1), jnp.int32)
     shardings = out_shardings = None
@@ -94,6 +90,15 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         batch = jax.ShapeDtypeStruct(batch.shape, batch.dtype, sharding=batch_sharding(mesh))
         shardings = _shardings(mesh, jax.eval_shape(weights, jax.random.key(0)), optimizer)
         out_shardings = (*shardings, NamedSharding(mesh, PartitionSpec()))
+    draw = jax.jit(weights, out_shardings=shardings and shardings[0])
+    start = jax.jit(lambda params: optimizer.init(part(params)[0]), out_shardings=shardings and shardings[1])
+
+    def init(key: jax.Array) -> tuple[Any, Any]:
+        # A program has memory for all of its results from the start.  With two of them, the room for the state is free for what
+        # drawing the weights takes.
+        params = draw(key)
+        return params, start(params)
+
     if by_layers is None:
         restart = make_restart(graphdef, config)
         step = make_train_step(
@@ -101,7 +106,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         )
     else:
         step = _layerwise_step(by_layers, out_shardings, data_parallel)
-    return Program(graphdef, jax.jit(init, out_shardings=shardings), step, batch, mesh, shardings)
+    return Program(graphdef, init, step, batch, mesh, shardings)
 
 
 def full_rank(config: PretrainConfig, model_config: LlamaConfig) -> Any:
@@ -123,8 +128,21 @@ def _split(config: PretrainConfig, model_config: LlamaConfig, key: jax.Array) ->
 
 def _weights(config: PretrainConfig, model_config: LlamaConfig, key: jax.Array) -> Any:
     """The parameters of a new run, as it stores them."""
-    params = nnx.to_pure_dict(_split(config, model_config, key)[1])
-    return quantize_weights(params) if config.weights == "int8" else params
+
+    @jax.jit
+    def drawn(key: jax.Array) -> Any:
+        params = nnx.to_pure_dict(_split(config, model_config, key)[1])
+        return quantize_weights(params) if config.weights == "int8" else params
+
+    if config.weights != "int8":
+        return drawn(key)
+    # One after the other: left to itself, XLA draws all matrices of a shape at once, which takes more than the int8 model.
+    structure = jax.tree.structure(jax.eval_shape(drawn, key), is_leaf=is_int8)
+    weights: list[Any] = []
+    for index in range(structure.num_leaves):
+        key, weights = jax.lax.optimization_barrier((key, weights))
+        weights.append(jax.tree.leaves(drawn(key), is_leaf=is_int8)[index])
+    return structure.unflatten(weights)
 
 
 def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:

@@ -190,4 +190,5 @@ def subspace_metrics(opt_state: Any) -> dict[str, dict[str, jax.Array]]:
 
 
 def _galore_states(opt_state: Any) -> list[GaLoreState]:
-    return [state for _, state in optax.tree.get_all_with_path(opt_state, GaLoreState.__name__)]
+    found = [state for _, state in optax.tree.get_all_with_path(opt_state, GaLoreState.__name__)]
+    return [state for state in found if isinstance(state, GaLoreState)]  # Optax has one of that name too
