@@ -70,7 +70,7 @@ def live_bytes(tree):
 
 KINDS_OF_STATE = (
     "adamw", "adamw_8bit", "adafactor", "muon", "galore_adamw", "galore_adafactor", "q_galore_adamw_8bit", "apollo_mini",
-    "ldadam", "galore_muon",
+    "ldadam", "galore_muon", "muon_4bit",
 )  # fmt: skip
 LAYERWISE = [
     ("adamw", {"layerwise": True}),

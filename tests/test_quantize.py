@@ -307,7 +307,9 @@ def test_optax_sees_through_it(codec):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"^codec is 'int3'; expected one of int8, bf16\.$"):
+    with pytest.raises(
+        ValueError, match=r"^codec is 'int3'; expected one of int8, bf16, or a galore_jax\.MatrixCodec\.$"
+    ):
         quantize_state(optax.adam(0.1), "int3")
     with pytest.raises(TypeError, match=r"inner is 0\.1; expected an Optax transformation.*quantize_state"):
         quantize_state(0.1)

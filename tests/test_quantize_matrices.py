@@ -120,8 +120,3 @@ def test_no_second_stack_in_float32_exists():
     jax.config.update("jax_disable_most_optimizations", True)
     assert memory.alias_size_in_bytes > 16 * matrix
     assert memory.temp_size_in_bytes < 6 * matrix
-
-
-def test_a_codec_that_does_not_exist_is_named():
-    with pytest.raises(ValueError, match=r"codec is 'int2'; expected one of int8, bf16, or a galore_jax\.MatrixCodec"):
-        quantize_state(optax.trace(0.9), "int2")
