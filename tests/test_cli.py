@@ -320,10 +320,8 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: 'pretrian' is not a command; choose one of pretrain, finetune, plan, generate, classify, export, describe.\n"
-    )
+    names = "pretrain, finetune, tokenize, plan, generate, classify, export, describe"
+    assert capsys.readouterr().err == f"error: 'pretrian' is not a command; choose one of {names}.\n"
 
 
 @pytest.mark.parametrize("package", ["flax", "tyro"])

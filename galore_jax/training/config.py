@@ -98,7 +98,7 @@ class PretrainConfig:
     """Tokens of a sequence."""
     data: str = "python"
     """Text: "python" (the standard library, always there), a file, a folder, or hf:NAME[:CONFIG], which is streamed. Files: text,
-    or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst."""
+    or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst. Also a folder that galore-jax tokenize wrote."""
     text_column: str = "text"
     """The field of rows that holds the text."""
     tokenizer: str = "bytes"

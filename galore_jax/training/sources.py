@@ -317,14 +317,18 @@ def _text_column(source: str, stream: datasets.IterableDataset, column: str) -> 
     return stream if column == "text" else stream.rename_column(column, "text")
 
 
+class StreamError(OSError):
+    """A stream broke off."""
+
+
 def stream_texts(examples: Iterable[dict[str, str | None]]) -> Iterator[str]:
-    """The documents of a stream from `open_stream`; OSError where it breaks off."""
+    """The documents of a stream from `open_stream`; StreamError where it breaks off."""
     rows = iter(examples)
     while True:
         try:
             example = next(rows, None)
         except Exception as error:  # as in open_stream
-            raise OSError(
+            raise StreamError(
                 f"the stream of text broke off ({_reason(error)}): mend its source, and continue with --resume."
             ) from error
         if example is None:
