@@ -204,6 +204,7 @@ def test_a_folder_with_broken_lines_or_rows_without_the_column_is_refused(tmp_pa
     for name, text, says in (
         ("b.jsonl", '{"body": "a"}\n', "b.jsonl line 1 has no field 'text', only 'body'"),
         ("b.json", '{"text": "a"}\n{"text": "half\n', "b.json line 2 is not JSON"),
+        ("b.json", "[" * 100_000, "b.json as a whole is not JSON"),
     ):
         (tmp_path / name).write_text(text)
         refused(lambda: read_documents(str(tmp_path)), says)

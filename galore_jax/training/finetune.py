@@ -76,9 +76,8 @@ class Run:
     facts: dict[str, Any]  # for config.json
     sizes: dict[str, int]  # for summary.json
     description: str
-    confusion: list[list[int]] | None = (
-        None  # of the last validation: held-out examples by label and by likeliest label
-    )
+    # Of the last validation: held-out examples by label and by likeliest label.
+    confusion: list[list[int]] | None = None
 
 
 def run_finetune(config: FinetuneConfig) -> Record:

@@ -84,7 +84,7 @@ def read_documents(source: str, text_column: str = "text") -> Corpus:
             f'data source {source!r} does not exist: use "python", a file, a folder or "hf:NAME[:CONFIG]".'
         )
     documents = [text for text in documents if text.strip()]
-    said = "" if source == "python" else counted(left_out)
+    said = "" if source == "python" else _counted(left_out)
     if not documents:
         kinds = f" in {', '.join(TEXT_SUFFIXES + ROW_SUFFIXES)} files or .gz or .zst of these" if path.is_dir() else ""
         what = f"; left out are {said}" if said else ""
@@ -132,7 +132,7 @@ def _is_other_json(file: Path, error: ValueError) -> bool:
         return True
     try:
         json.loads(read_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -149,10 +149,10 @@ def _texts(file: Path, text_column: str, divider: re.Pattern[str] | None, left_o
     return texts
 
 
-def counted(left_out: Counter[str]) -> str:
+def _counted(left_out: Counter[str]) -> str:
     """In words, the most frequent ones first.
 
-    >>> counted(Counter({".png": 7, "hidden": 1}))
+    >>> _counted(Counter({".png": 7, "hidden": 1}))
     '.png (7), hidden (1)'
     """
     return ", ".join(f"{what} ({count:,})" for what, count in left_out.most_common() if count)

@@ -43,7 +43,7 @@ class TokenizeConfig:
     text_column: str = "text"
     """The field of rows that holds the text."""
     tokenizer: str = "bytes"
-    """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json."""
+    """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json or its folder."""
     vocab_size: int = 4096
     """Vocabulary of a trained bpe tokenizer."""
 
