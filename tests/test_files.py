@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 from finetuning import write_lines
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pyarrow import parquet
 
 from galore_jax.training.data import load_data
@@ -278,3 +279,40 @@ def test_a_broken_local_file_is_one_sentence_at_its_start_and_where_it_breaks_of
             list(stream_texts(train))
         assert "\n" not in str(caught.value)
         caplog.clear()
+
+
+# Whatever there may be
+
+PIECES = [
+    b'{"text": "a"}', b'{"text": null}', b'{"text": 1}', b'{"text": "a", "label": "x"}', b'{"text": "b", "label": 1}',
+    b'{"prompt": "a", "response": "b"}', b'{"messages": [{"role": "assistant", "content": "a"}]}', b'"\\ud800"',
+    b'{"instruction": "a", "output": 1}', b'{"text": "\\udfff"}', b"[", b"]", b"{", b"}", b",", b"1e999", b"NaN", b"\xff",
+    b"\xef\xbb\xbf", b"\r", b"\n", b"\n", b"\x00", b"PAR1", b"prose",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join),
+    suffix=st.sampled_from([".txt", ".jsonl", ".json", ".parquet", ""]),
+    packed=st.sampled_from(["", ".gz", ".zst"]),
+    whole=st.booleans(),
+)
+def test_any_bytes_are_read_or_refused_with_one_sentence(tmp_path, data, suffix, packed, whole):
+    file = tmp_path / f"a{suffix}{packed}"
+    file.write_bytes(PACK[packed](data) if whole else data)
+    for function in (
+        lambda: read_documents(str(file)).documents,
+        lambda: read_documents(str(tmp_path)).documents,
+        lambda: load_examples(str(file), str(file), ByteTokenizer(), batch=1, seq=4, seed=0, eos=256)[0].examples,
+    ):
+        error = None
+        try:
+            assert function()
+        except ValueError as caught:
+            error = caught
+        if error is not None:
+            assert not isinstance(error, UnicodeError)  # which names no file
+            assert str(tmp_path) in str(error) or "--data" in str(error)
+            assert "\n" not in str(error)
+    file.unlink()
