@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grain
 import numpy as np
 
-from galore_jax.training.sources import open_stream, read_documents, split_documents, stream_texts
+from galore_jax.training.sources import open_stream, read_documents, stream_texts
 from galore_jax.training.tokenized import TOKENIZER_DOCUMENTS, is_tokenized, open_tokenized
 from galore_jax.training.tokenizer import Tokenizer, load_tokenizer
 
@@ -130,15 +130,15 @@ def load_data(
             found.tokenizer.save(tokenizer_file)
         return PackedText(source, *found, **window, **shard)
 
-    documents, left_out = read_documents(source, text_column)
-    train, validation = split_documents(documents)
+    corpus = read_documents(source, text_column)
+    train, validation = corpus.divided()
     text_tokenizer = _saved_tokenizer(tokenizer, train, vocab_size, tokenizer_file, shard_index)
     tokens, held_out = (encode_documents(text_tokenizer, part) for part in (train, validation))
     description = (
         f"{source}: {len(train):,} training and {len(validation):,} validation documents, "
         f"{sum(map(len, train)):,} and {sum(map(len, validation)):,} characters, "
         f"{tokens.size:,} and {held_out.size:,} tokens"
-    ) + (f"\nleft out: {left_out}" if left_out else "")
+    ) + (f"\nleft out: {corpus.left_out}" if corpus.left_out else "")
     fingerprint = " ".join(f"{part.size}:{zlib.crc32(part.data):08x}" for part in (tokens, held_out))
     return PackedText(source, text_tokenizer, tokens, held_out, description, fingerprint, **window, **shard)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from galore_jax.training.sources import StreamError, open_stream, read_documents, split_documents, stream_texts
+from galore_jax.training.sources import StreamError, open_stream, read_documents, stream_texts
 from galore_jax.training.tokenizer import Tokenizer, load_tokenizer, model_tokenizer
 
 TOKENIZER_DOCUMENTS = 10_000
@@ -75,8 +75,9 @@ def tokenize(config: TokenizeConfig) -> str:
         sample: Iterable[str] = islice(stream_texts(streams[0]), TOKENIZER_DOCUMENTS)
         parts: list[Iterable[str]] = [stream_texts(stream) for stream in streams]
     else:
-        documents, left_out = read_documents(source, config.text_column)
-        parts = [*split_documents(documents)]
+        corpus = read_documents(source, config.text_column)
+        left_out = corpus.left_out
+        parts = [*corpus.divided()]
         sample = parts[0]
     tokenizer = load_tokenizer(config.tokenizer, sample, vocab_size=config.vocab_size)
     partial = out.with_name(out.name + ".partial")
