@@ -140,6 +140,17 @@ def generate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def tokenize(arguments: Sequence[str]) -> int:
+    """Write a text as tokens once, for runs that start at once."""
+    with needed_packages("tokenize", extra="train"):
+        from galore_jax.training import tokenized
+
+        settings = parse(tokenized.TokenizeConfig, arguments, "tokenize")
+    with usage_errors():
+        print(f"{settings.out}: {tokenized.tokenize(settings)}")
+    return 0
+
+
 def classify(arguments: Sequence[str]) -> int:
     """Label texts with a classifier that finetune has trained."""
     with needed_packages("classify", extra="train"):
@@ -180,6 +191,7 @@ def describe(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "pretrain": pretrain,
     "finetune": finetune,
+    "tokenize": tokenize,
     "plan": plan,
     "generate": generate,
     "classify": classify,
@@ -196,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
       finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
+      tokenize    Write a text as tokens once, for runs that start at once.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.
       classify    Label texts with a classifier that finetune has trained.

@@ -334,8 +334,10 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
-    says = "error: 'pretrian' is not a command (did you mean pretrain?); choose one of pretrain, finetune, plan, generate, "
-    assert capsys.readouterr().err == says + "classify, export, describe.\n"
+    names = "pretrain, finetune, tokenize, plan, generate, classify, export, describe"
+    says = f"error: 'pretrian' is not a command (did you mean pretrain?); choose one of {names}.
+"
+    assert capsys.readouterr().err == says
 
 
 @pytest.mark.covering(1)

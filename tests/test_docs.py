@@ -27,6 +27,7 @@ from galore_jax.training import (
     generation,
     plan,
     recipes,
+    tokenized,
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -36,6 +37,7 @@ SETTINGS = {
     "pretrain": config.PretrainConfig,
     "plan": plan.PlanConfig,
     "generate": generation.GenerateConfig,
+    "tokenize": tokenized.TokenizeConfig,
     "classify": classification.ClassifyConfig,
     "export": export.ExportConfig,
     "finetune": finetune_config.FinetuneConfig,

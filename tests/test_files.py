@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pytest
 from finetuning import write_lines
+from hypothesis import HealthCheck, given, settings, strategies as st
 from pyarrow import parquet
 
 from galore_jax.training.data import load_data
@@ -68,7 +69,7 @@ def test_rows_are_read_by_column_and_never_taken_for_prose(name, tmp_path):
     for column in ("text", "body"):
         rows = [{"id": i, column: text, "url": None} for i, text in enumerate(TEXTS)]
         file = write_rows(tmp_path / name, rows)
-        assert read_documents(str(file), column) == (TEXTS, "")
+        assert read_documents(str(file), column) == (TEXTS, "", [])
         assert [row.fields for row in read_rows(file)] == rows
         windows, _, _ = load_examples(
             str(file), str(file), ByteTokenizer(), batch=1, seq=4, seed=0, eos=256, text_column=column
@@ -187,7 +188,8 @@ def test_a_folder_reads_rows_and_text_and_counts_what_it_leaves_out(tmp_path):
     (folder / "gone.txt").symlink_to(folder / "nowhere")
     (folder / "linked").symlink_to(tmp_path)
     os.mkfifo(folder / "pipe.txt")
-    documents, left_out = read_documents(str(folder))
+    documents, left_out, validation = read_documents(str(folder))
+    assert validation == []
     assert documents == ["row 1", "row 2", "prose", "row 3"]
     assert sorted(left_out.split(", ")) == sorted([
         "without the field 'text' (3)", ".png (2)", "hidden (2)", ".csv (1)", "without a suffix (1)", "empty rows (1)",
@@ -204,6 +206,7 @@ def test_a_folder_with_broken_lines_or_rows_without_the_column_is_refused(tmp_pa
     for name, text, says in (
         ("b.jsonl", '{"body": "a"}\n', "b.jsonl line 1 has no field 'text', only 'body'"),
         ("b.json", '{"text": "a"}\n{"text": "half\n', "b.json line 2 is not JSON"),
+        ("b.json", "[" * 100_000, "b.json as a whole is not JSON"),
     ):
         (tmp_path / name).write_text(text)
         refused(lambda: read_documents(str(tmp_path)), says)
@@ -249,7 +252,7 @@ def test_one_local_file_is_streamed(name, tmp_path, monkeypatch):
         open_stream(f"hf:{tmp_path / name}", "content")
 
 
-def test_the_layout_of_c4_is_streamed_as_it_comes(tmp_path):
+def test_the_layout_of_c4_is_read_and_streamed_as_it_comes(tmp_path):
     (tmp_path / "en").mkdir()
     for part, number in (("train", 0), ("train", 1), ("validation", 0)):
         rows = [{"text": f"{part} {number} {i}", "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for i in range(20)]
@@ -258,8 +261,17 @@ def test_the_layout_of_c4_is_streamed_as_it_comes(tmp_path):
     assert [text.rsplit(" ", 1)[0] for text in stream_texts(train)] == ["train 0"] * 20 + ["train 1"] * 20
     assert list(stream_texts(validation)) == [f"validation 0 {i}" for i in range(20)]
     assert held_out == 'the "validation" split'
-    corpus = load_data(f"hf:{tmp_path}", tokenizer="bytes", sequence_length=8, batch_size=2, seed=0)
-    assert next(corpus.train_iterator()).dtype == np.int32
+    corpora = [
+        load_data(f"{kind}{tmp_path}", tokenizer="bytes", sequence_length=8, batch_size=2, seed=0)
+        for kind in ("hf:", "")
+    ]
+    assert next(corpora[0].train_iterator()).dtype == np.int32
+    batches = [np.stack(list(corpus.validation_batches())) for corpus in corpora]
+    np.testing.assert_array_equal(*batches)
+    assert "40 training and 20 validation documents" in corpora[1].description
+    for file in (tmp_path / "en").glob("c4-train*"):
+        file.unlink()
+    assert read_documents(str(tmp_path)) == ([f"validation 0 {i}" for i in range(20)], "", [])
 
 
 def test_a_broken_local_file_is_one_sentence_at_its_start_and_where_it_breaks_off(tmp_path, caplog):
@@ -277,3 +289,40 @@ def test_a_broken_local_file_is_one_sentence_at_its_start_and_where_it_breaks_of
             list(stream_texts(train))
         assert "\n" not in str(caught.value)
         caplog.clear()
+
+
+# Whatever there may be
+
+PIECES = [
+    b'{"text": "a"}', b'{"text": null}', b'{"text": 1}', b'{"text": "a", "label": "x"}', b'{"text": "b", "label": 1}',
+    b'{"prompt": "a", "response": "b"}', b'{"messages": [{"role": "assistant", "content": "a"}]}', b'"\\ud800"',
+    b'{"instruction": "a", "output": 1}', b'{"text": "\\udfff"}', b"[", b"]", b"{", b"}", b",", b"1e999", b"NaN", b"\xff",
+    b"\xef\xbb\xbf", b"\r", b"\n", b"\n", b"\x00", b"PAR1", b"prose",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join),
+    suffix=st.sampled_from([".txt", ".jsonl", ".json", ".parquet", ""]),
+    packed=st.sampled_from(["", ".gz", ".zst"]),
+    whole=st.booleans(),
+)
+def test_any_bytes_are_read_or_refused_with_one_sentence(tmp_path, data, suffix, packed, whole):
+    file = tmp_path / f"a{suffix}{packed}"
+    file.write_bytes(PACK[packed](data) if whole else data)
+    for function in (
+        lambda: read_documents(str(file)).documents,
+        lambda: read_documents(str(tmp_path)).documents,
+        lambda: load_examples(str(file), str(file), ByteTokenizer(), batch=1, seq=4, seed=0, eos=256)[0].examples,
+    ):
+        error = None
+        try:
+            assert function()
+        except ValueError as caught:
+            error = caught
+        if error is not None:
+            assert not isinstance(error, UnicodeError)  # which names no file
+            assert str(tmp_path) in str(error) or "--data" in str(error)
+            assert "\n" not in str(error)
+    file.unlink()

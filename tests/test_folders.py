@@ -20,6 +20,7 @@ from test_llama import forward
 from galore_jax.cli import main
 from galore_jax.models import load_hf, load_hf_classifier, merge_lora
 from galore_jax.training import FinetuneConfig, PretrainConfig, checkpoint, run_finetune, run_pretrain
+from galore_jax.training.finetune import prepare
 from galore_jax.training.program import program
 from galore_jax.training.run_folder import kind_of, load_config
 from galore_jax.training.tokenizer import load_tokenizer
@@ -145,6 +146,18 @@ def test_a_pretrained_run_becomes_a_classifier_of_named_labels_that_classify_use
     assert found[0]["probability"] == max(found[0]["probabilities"].values())
 
 
+def test_a_run_with_labels_says_how_many_each_has_and_how_often_the_most_frequent_one_is_right(shop, tmp_path):
+    rows = [{"text": "abcd", "label": "good" if i % 4 else "bad"} for i in range(80)]
+    data = str(write_lines(tmp_path / "rows.jsonl", rows))
+    run = prepare(FinetuneConfig(shop / "run", data, optimizer="adamw", steps=2, batch=4, seq=16, out=tmp_path / "out"))
+    held = [int(example.targets[0]) for example in run.validation.examples]
+    assert sorted(set(held)) == [0, 1]
+    assert run.description.splitlines()[-1] == (
+        f"labels: bad: {20 - held.count(0)}, good: {60 - held.count(1)}; "
+        f"the most frequent one is right on {held.count(1) / len(held):.1%} of the held-out texts"
+    )
+
+
 def test_texts_come_from_a_flag_a_file_of_lines_or_standard_input(shop, tmp_path, capsys, monkeypatch):
     model = ["--model", shop / "tuned" / "best"]
     texts = [row["text"] for row in ROWS[:3]]
@@ -220,6 +233,14 @@ def test_every_command_says_what_a_folder_is_and_which_command_is_for_it(shop, t
     refused(capsys, "pretrain", "--resume", "--out", tuned, says="continue it with `galore-jax finetune --resume")
     refused(capsys, "finetune", "--resume", "--out", run, says="continue it with `galore-jax pretrain --resume")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_says_that_a_language_model_is_no_classifier(shop):
+    with pytest.raises(
+        ValueError, match=r"has no tensor score\.weight: it is no classifier, and load_hf reads language models"
+    ):
+        load_hf_classifier(shop / "exported")
+    assert load_hf_classifier(shop / "tuned" / "best", "bfloat16").body.norm.scale.dtype == jnp.bfloat16
 
 
 def test_export_writes_over_nothing_and_names_checkpoints_that_are_there(shop, tmp_path, capsys):

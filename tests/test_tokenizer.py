@@ -78,6 +78,7 @@ def test_save_and_load_keep_the_tokenizer(tokenizer, tmp_path):
     for text in [*DOCUMENTS, "a<|endoftext|>b"]:
         np.testing.assert_array_equal(again.encode(text), tokenizer.encode(text))
     assert [file.name for file in path.parent.iterdir()] == ["tokenizer.json"]
+    assert load_tokenizer(str(path.parent)).vocab_size == tokenizer.vocab_size  # the folder names it too
 
 
 def _word_tokenizer(words: dict[str, int]) -> tokenizers.Tokenizer:

@@ -99,11 +99,11 @@ class PretrainConfig:
     """Tokens of a sequence."""
     data: str = "python"
     """Text: "python" (the standard library, always there), a file, a folder, or hf:NAME[:CONFIG], which is streamed. Files: text,
-    or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst."""
+    or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst. Also a folder that galore-jax tokenize wrote."""
     text_column: str = "text"
     """The field of rows that holds the text."""
     tokenizer: str = "bytes"
-    """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json."""
+    """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json or its folder."""
     vocab_size: int = 4096
     """Vocabulary of a trained bpe tokenizer."""
     dtype: Literal["f32", "bf16"] = "f32"

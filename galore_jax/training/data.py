@@ -29,14 +29,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grain
 import numpy as np
 
-from galore_jax.training.sources import open_stream, read_documents, split_documents, stream_texts
+from galore_jax.training.sources import open_stream, read_documents, stream_texts
+from galore_jax.training.tokenized import TOKENIZER_DOCUMENTS, is_tokenized, open_tokenized
 from galore_jax.training.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import datasets
 
-# Documents of a stream that "bpe" is trained on: some 20 MB of C4.
-TOKENIZER_DOCUMENTS = 10_000
 # Documents of a stream that are shuffled together. They are also read again on resuming, so this stays small.
 SHUFFLE_DOCUMENTS = 1000
 
@@ -90,7 +89,7 @@ def load_data(
     tokenizer_file: Path | None = None,
     text_column: str = "text",
 ) -> TextData:
-    """Opens a corpus: "python", a file, a folder, or "hf:NAME[:CONFIG]" (see `sources`).
+    """Opens a corpus: "python", a file, a folder, "hf:NAME[:CONFIG]" (see `sources`), or a folder of tokens (see `tokenized`).
 
     `batch_size` is that of one shard; the batches of the `shard_count` shards at one step make up the
     global batch. `tokenizer` and `vocab_size` are as in `load_tokenizer`. When `tokenizer_file` exists the
@@ -121,10 +120,27 @@ def load_data(
         description = f"{source}{column}: streamed, validation on {held_out}"
         return StreamedText(description, text_tokenizer, train, validation, **window, **shard)
 
-    documents, left_out = read_documents(source, text_column)
-    train, validation = split_documents(documents)
+    if is_tokenized(source):
+        if tokenizer != "bytes":
+            raise ValueError(
+                f"tokenizer {tokenizer!r} cannot be chosen for {source!r}, whose tokens are made: leave it out."
+            )
+        found = open_tokenized(source)
+        if tokenizer_file is not None and shard_index == 0 and not tokenizer_file.exists():
+            found.tokenizer.save(tokenizer_file)
+        return PackedText(source, *found, **window, **shard)
+
+    corpus = read_documents(source, text_column)
+    train, validation = corpus.divided()
     text_tokenizer = _saved_tokenizer(tokenizer, train, vocab_size, tokenizer_file, shard_index)
-    return PackedText(source, text_tokenizer, train, validation, **window, **shard, left_out=left_out)
+    tokens, held_out = (encode_documents(text_tokenizer, part) for part in (train, validation))
+    description = (
+        f"{source}: {len(train):,} training and {len(validation):,} validation documents, "
+        f"{sum(map(len, train)):,} and {sum(map(len, validation)):,} characters, "
+        f"{tokens.size:,} and {held_out.size:,} tokens"
+    ) + (f"\nleft out: {corpus.left_out}" if corpus.left_out else "")
+    fingerprint = " ".join(f"{part.size}:{zlib.crc32(part.data):08x}" for part in (tokens, held_out))
+    return PackedText(source, text_tokenizer, tokens, held_out, description, fingerprint, **window, **shard)
 
 
 def _saved_tokenizer(
@@ -139,61 +155,53 @@ def _saved_tokenizer(
 
 
 class PackedText:
-    """`TextData` of documents that fit in memory: 4 bytes a token, shuffled and batched by Grain."""
+    """`TextData` of tokens in memory or mapped into it, [n] of any integer type, shuffled and batched by Grain."""
 
     def __init__(
         self,
         source: str,
         tokenizer: Tokenizer,
-        train: Sequence[str],
-        validation: Sequence[str],
+        train: np.ndarray,
+        validation: np.ndarray,
+        description: str,
+        fingerprint: str,
         *,
         sequence_length: int,
         batch_size: int,
         seed: int,
         shard_index: int,
         shard_count: int,
-        left_out: str = "",
     ):
-        self.tokenizer = tokenizer
+        self.tokenizer, self.description, self.fingerprint = tokenizer, description, fingerprint
         self._batch_size = batch_size
         self._shard = slice(shard_index, None, shard_count)
         self._seed = seed
-        train_tokens = encode_documents(tokenizer, train)
-        validation_tokens = encode_documents(tokenizer, validation)
-        self._train = cut_windows(train_tokens, sequence_length)
-        self._validation = cut_windows(validation_tokens, sequence_length)
+        self._train = cut_windows(train, sequence_length)
+        self._validation = cut_windows(validation, sequence_length)
         global_batch = batch_size * shard_count
         if len(self._train) < global_batch:
-            raise _too_little("training", source, train_tokens.size, global_batch, sequence_length)
+            raise _too_little("training", source, train.size, global_batch, sequence_length)
         if len(self._validation) < 1:
-            raise _too_little("validation", source, validation_tokens.size, 1, sequence_length)
-        self.description = (
-            f"{source}: {len(train):,} training and {len(validation):,} validation documents, "
-            f"{sum(map(len, train)):,} and {sum(map(len, validation)):,} characters, "
-            f"{train_tokens.size:,} and {validation_tokens.size:,} tokens"
-        )
-        if left_out:
-            self.description += f"\nleft out: {left_out}"
-        self.fingerprint = " ".join(
-            f"{tokens.size}:{zlib.crc32(tokens.data):08x}" for tokens in (train_tokens, validation_tokens)
-        )
+            raise _too_little("validation", source, validation.size, 1, sequence_length)
 
     def train_iterator(self) -> grain.DatasetIterator:
         order = grain.MapDataset.range(len(self._train)).seed(self._seed).shuffle().repeat()
         # Shards are cut from the endless sequence, so that they finish every epoch together even when its
         # length is not a multiple of their number.
-        windows = order[self._shard].map(self._train.__getitem__)
+        windows = order[self._shard].map(self._window)
         batches = windows.batch(self._batch_size, drop_remainder=True)
         # The windows are in memory: threads that prefetch would only cost.
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+    def _window(self, number: int) -> np.ndarray:
+        return self._train[number].astype(np.int32, copy=False)
 
     def validation_batches(self, max_tokens: int | None = None) -> Iterator[np.ndarray]:
         windows = self._validation
         batch_size = min(self._batch_size, len(windows))
         limit = _batch_limit(batch_size * (windows.shape[1] - 1), max_tokens)
         for i in islice(range(len(windows) // batch_size), limit):
-            yield windows[i * batch_size : (i + 1) * batch_size].copy()  # windows of a view overlap
+            yield windows[i * batch_size : (i + 1) * batch_size].astype(np.int32)  # a copy: windows of a view overlap
 
 
 class StreamedText:

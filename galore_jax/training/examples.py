@@ -33,7 +33,7 @@ import numpy as np
 from galore_jax.training.chat import ChatTemplate
 from galore_jax.training.data import cut_windows, encode_documents
 from galore_jax.training.files import Row, holds_rows, read_rows
-from galore_jax.training.sources import Corpus, read_documents, split_documents
+from galore_jax.training.sources import Corpus, read_documents
 from galore_jax.training.tokenizer import Tokenizer
 
 Task = Literal["text", "response", "label"]
@@ -380,8 +380,8 @@ def _label_ids(file: str, rows: list[Row]) -> dict[str, int] | None:
 def _read_windows(source: str, held_out: str | None, how: _How) -> _Read:
     corpus = read_documents(source, how.text_column)
     if held_out is None:
-        divided, notes = split_documents(corpus.documents), (corpus.left_out, "")
-        parts = [Corpus(documents, note) for documents, note in zip(divided, notes, strict=True)]
+        documents, others = corpus.divided()
+        parts = [Corpus(documents, corpus.left_out), Corpus(others, "")]
     else:
         parts = [corpus, read_documents(held_out, how.text_column)]
     windows = (cut_windows(encode_documents(how.tokenizer, part.documents), how.seq) for part in parts)

@@ -85,8 +85,10 @@ def write_model(
         shutil.rmtree(leftover, ignore_errors=True)
     save_hf(model, partial)
     fields, theirs = (run_folder.read_json(place / "config.json") for place in (partial, origin))
-    # transformers needs them to find the last token of a text. A text begins where the one before it has ended.
-    fields |= {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    # transformers needs them to find the last token of a text.
+    fields |= {"eos_token_id": eos, "pad_token_id": eos}
+    if run_folder.kind_of(origin) == "pretrained":  # there a text begins where the one before it has ended
+        fields["bos_token_id"] = eos
     fields |= {
         name: theirs[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if theirs.get(name) is not None
     }

@@ -79,9 +79,8 @@ class Run:
     sizes: dict[str, int]  # for summary.json
     description: str
     lock: contextlib.ExitStack  # of the folder, held until the end of the training
-    confusion: list[list[int]] | None = (
-        None  # of the last validation: held-out examples by label and by likeliest label
-    )
+    # Of the last validation: held-out examples by label and by likeliest label.
+    confusion: list[list[int]] | None = None
 
 
 def run_finetune(config: FinetuneConfig) -> Record:

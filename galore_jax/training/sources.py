@@ -17,7 +17,7 @@ import os
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # together most of the bytes under the standard library's folder, and no part of what a model should learn
 # from it.
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings"}
+_VALIDATION = re.compile(r"(^|[-_.])validation([-_.]|$)")
 # Documents held out from the head of a stream that has no validation or test split.
 HELD_OUT_DOCUMENTS = 1000
 
@@ -47,6 +48,11 @@ class Corpus(NamedTuple):
 
     documents: list[str]
     left_out: str
+    validation: Sequence[str] = ()  # of a folder that has files for it
+
+    def divided(self) -> tuple[list[str], list[str]]:
+        """Training and validation documents: as the folder has them, or as `split_documents` draws them."""
+        return (self.documents, list(self.validation)) if self.validation else split_documents(self.documents)
 
 
 def read_documents(source: str, text_column: str = "text") -> Corpus:
@@ -55,7 +61,8 @@ def read_documents(source: str, text_column: str = "text") -> Corpus:
     "python" is the standard library of the running interpreter. A file of text is divided at its blank lines, and each row of
     a file of rows is a document. In a folder, every text file is a document as a whole, in the order of their paths; hidden
     files, links to folders, links that lead nowhere, files of other kinds, and .json files that are no rows with that column
-    (such as a package.json) are left out and counted.
+    (such as a package.json) are left out and counted. Files of rows with "validation" in their name, such as
+    c4-validation.00000-of-00008.json.gz, are for validation, if there are others.
 
     Args:
       source: "python" or a path.
@@ -70,26 +77,30 @@ def read_documents(source: str, text_column: str = "text") -> Corpus:
     path = Path(sysconfig.get_paths()["stdlib"] if source == "python" else source)
     left_out: Counter[str] = Counter()
     documents: list[str] = []
+    validation: list[str] = []
     if source == "python":
         for file in _files(path, NOT_THE_LIBRARY, left_out):
             if bare_suffix(file) in TEXT_SUFFIXES:
                 documents.append(read_text(file))
     elif path.is_dir():
         for file in _files(path, set(), left_out):
-            documents += _in_folder(file, text_column, left_out)
+            held_out = bare_suffix(file) in ROW_SUFFIXES and _VALIDATION.search(file.name)
+            (validation if held_out else documents).extend(_in_folder(file, text_column, left_out))
     elif path.exists():
         documents = _texts(path, text_column, re.compile(r"\n\s*\n"), left_out)
     else:
         raise FileNotFoundError(
             f'data source {source!r} does not exist: use "python", a file, a folder or "hf:NAME[:CONFIG]".'
         )
-    documents = [text for text in documents if text.strip()]
-    said = "" if source == "python" else counted(left_out)
+    documents, validation = ([text for text in part if text.strip()] for part in (documents, validation))
+    if not documents:
+        documents, validation = validation, []
+    said = "" if source == "python" else _counted(left_out)
     if not documents:
         kinds = f" in {', '.join(TEXT_SUFFIXES + ROW_SUFFIXES)} files or .gz or .zst of these" if path.is_dir() else ""
         what = f"; left out are {said}" if said else ""
         raise ValueError(f"data source {str(path)!r} holds no text{kinds}{what}: give one that does.")
-    return Corpus(documents, said)
+    return Corpus(documents, said, validation)
 
 
 def column_texts(path: Path, column: str) -> Iterator[str]:
@@ -132,7 +143,7 @@ def _is_other_json(file: Path, error: ValueError) -> bool:
         return True
     try:
         json.loads(read_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -149,10 +160,10 @@ def _texts(file: Path, text_column: str, divider: re.Pattern[str] | None, left_o
     return texts
 
 
-def counted(left_out: Counter[str]) -> str:
+def _counted(left_out: Counter[str]) -> str:
     """In words, the most frequent ones first.
 
-    >>> counted(Counter({".png": 7, "hidden": 1}))
+    >>> _counted(Counter({".png": 7, "hidden": 1}))
     '.png (7), hidden (1)'
     """
     return ", ".join(f"{what} ({count:,})" for what, count in left_out.most_common() if count)
@@ -317,14 +328,18 @@ def _text_column(source: str, stream: datasets.IterableDataset, column: str) -> 
     return stream if column == "text" else stream.rename_column(column, "text")
 
 
+class StreamError(OSError):
+    """A stream broke off."""
+
+
 def stream_texts(examples: Iterable[dict[str, str | None]]) -> Iterator[str]:
-    """The documents of a stream from `open_stream`; OSError where it breaks off."""
+    """The documents of a stream from `open_stream`; StreamError where it breaks off."""
     rows = iter(examples)
     while True:
         try:
             example = next(rows, None)
         except Exception as error:  # as in open_stream
-            raise OSError(
+            raise StreamError(
                 f"the stream of text broke off ({_reason(error)}): mend its source, and continue with --resume."
             ) from error
         if example is None:

@@ -150,7 +150,7 @@ class SubwordTokenizer:
 
 
 def load_tokenizer(spec: str, documents: Iterable[str] | None = None, *, vocab_size: int = 4096) -> Tokenizer:
-    """The tokenizer named by `spec`: "bytes", "bpe", or the path of a tokenizer.json.
+    """The tokenizer named by `spec`: "bytes", "bpe", or the path of a tokenizer.json or of its folder.
 
     `documents` and `vocab_size` are for "bpe", which is trained on the documents; on little text the
     vocabulary may come out smaller than `vocab_size`, so read `vocab_size` from the result.
@@ -169,10 +169,12 @@ def load_tokenizer(spec: str, documents: Iterable[str] | None = None, *, vocab_s
     if spec == "bpe":
         return _train_bpe(documents, vocab_size)
     path = Path(spec)
+    if path.is_dir():
+        path /= "tokenizer.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"tokenizer {spec!r} is unknown and no file has this name: "
-            f'use "bytes", "bpe" or the path of a tokenizer.json.'
+            f"tokenizer {spec!r} is unknown and {path} is no file: "
+            f'use "bytes", "bpe" or the path of a tokenizer.json or of its folder.'
         )
     return _read(path)
 
