@@ -52,7 +52,7 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def finetune(arguments: Sequence[str]) -> int:
-    """Fine-tune a LLaMA from Hugging Face, or --resume a run."""
+    """Fine-tune a model from Hugging Face, or --resume a run."""
     with needed_packages("finetune", extra="train"):
         from galore_jax.training import checkpoint, finetune as loop, finetune_config
 
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage: galore-jax COMMAND [flags]
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
-      finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
+      finetune    Fine-tune a model from Hugging Face, or --resume a run.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.
       describe    Say which matrices of a model are projected, and what state each parameter costs.

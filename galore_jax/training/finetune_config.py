@@ -30,7 +30,7 @@ _RANK, _SCALE, _PRETRAINING_SCALE = 8, 2.0, 0.25
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """Fine-tune a LLaMA from a Hugging Face folder, and write the result as such a folder.
+    """Fine-tune a model from a Hugging Face folder, and write the result as such a folder.
 
     --data decides what is learnt: JSON lines {"prompt", "response"} (the response), JSON lines {"text", "label"} (a classifier),
     or plain text.  The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
