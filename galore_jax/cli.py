@@ -58,7 +58,7 @@ def pretrain(arguments: Sequence[str]) -> int:
 
 
 def finetune(arguments: Sequence[str]) -> int:
-    """Fine-tune a LLaMA from Hugging Face, or --resume a run."""
+    """Fine-tune a model from Hugging Face, or --resume a run."""
     with needed_packages("finetune", extra="train"):
         from galore_jax.training import checkpoint, divergence, finetune as loop, finetune_config
 
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage: galore-jax COMMAND [flags]
     <BLANKLINE>
       pretrain    Pre-train a LLaMA model, or --resume a run.
-      finetune    Fine-tune a LLaMA from Hugging Face, or --resume a run.
+      finetune    Fine-tune a model from Hugging Face, or --resume a run.
       tokenize    Write a text as tokens once, for runs that start at once.
       plan        Say whether a training step fits a GPU or TPU that need not be there.
       generate    Continue a text with the model of a run, or with one from Hugging Face.

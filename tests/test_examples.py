@@ -36,7 +36,17 @@ def test_every_example_has_a_test():
         "pretrain_llama.py",
         "pretrain_7b_24gb.py",
         "other_libraries.py",
+        "own_blocks.py",
     }
+
+
+@pytest.mark.slow
+def test_own_blocks_train_layer_by_layer_as_in_a_plain_step():
+    plan, *_, last, largest = run("own_blocks.py", "--steps", "30", **QUICKLY).splitlines()
+    assert plan.startswith("a layer-wise step takes ")
+    assert plan.endswith(" MiB on here")
+    assert float(last.split()[3].rstrip(",")) < 4.5  # log(256) = 5.5 before training
+    assert float(largest.split()[-1]) < 1e-4
 
 
 @pytest.mark.parametrize("library", ["equinox", "haiku", "keras", "tunix"])

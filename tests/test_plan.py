@@ -199,8 +199,8 @@ def test_a_mistake_is_one_sentence(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama' and 'mistral' are supported"),
-        ({"attention_bias": True}, "has attention_bias=true; a LLaMA with biases is not supported"),
+        ({"model_type": "gpt2"}, "has model_type 'gpt2'; only 'llama', 'mistral', "),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'; only 'silu'"),
         ({"hidden_size": 30}, "hidden_size=30 is not a multiple of num_attention_heads=4"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
     ],

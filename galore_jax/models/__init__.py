@@ -1,6 +1,9 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The LLaMA family in Flax nnx: configurations, the model, a classifier, LoRA, sampling, and weights from or for Hugging Face."""
+"""LLaMA and its relatives (Mistral, Qwen, SmolLM, Gemma 3) in Flax nnx.
+
+Configurations, the model, a classifier, LoRA, sampling, and weights from or for Hugging Face.
+"""
 
 from galore_jax.models.classifier import LlamaClassifier
 from galore_jax.models.config import LlamaConfig

@@ -142,6 +142,11 @@ class LlamaConfig:
         self._check_heads()
         self._check_layers()
 
+    def __repr__(self) -> str:
+        # What a LLaMA lacks is left out, so that what was computed from the text before there were such fields stays.
+        shown = [f for f in dataclasses.fields(self) if f.name not in _OF_OTHERS or getattr(self, f.name) != f.default]
+        return f"LlamaConfig({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
     def _check_layers(self) -> None:
         for name in ("rope_layers", "local_layers"):
             value = getattr(self, name)
@@ -252,6 +257,11 @@ _NUMBERS = (
     "query_pre_attn_scalar",
     "initializer_range",
 )
+_OF_OTHERS = {
+    "rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "rope_layers", "local_layers",
+    "rope_local_theta", "query_pre_attn_scalar", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
+    "sandwich_norms", "zero_centered_norms", "scaled_embeddings", "hidden_act",
+}  # fmt: skip
 _MAY_BE_NONE = ("rope_attention_factor", "rope_local_theta", "query_pre_attn_scalar")
 _CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "rope_type": ROPE_TYPES, "hidden_act": ACTIVATIONS}
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from galore_jax._core.names import did_you_mean
 from galore_jax.matrix_view import PROJ_TYPES
 from galore_jax.models import LlamaConfig
+from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.presets import PRESETS, RANK_ONE, WHOLE_GRADIENT
 from galore_jax.projectors import PROJECTORS
 from galore_jax.refresh import REFRESHES
@@ -54,7 +55,8 @@ class PretrainConfig:
     """
 
     model: str = "demo"
-    """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b."""
+    """Model size: demo, 9m, 20m, 35m, 60m, 130m, 250m, 350m, 1b, 3b, 7b, 13b or llama3-8b; or the path of a config.json from
+    Hugging Face, for the shape of that model."""
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
     with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
@@ -179,6 +181,8 @@ class PretrainConfig:
         >>> PretrainConfig(dtype="bf16").model_config(257).param_dtype
         'bfloat16'
         """
+        if self.model.endswith(".json"):
+            return config_from_huggingface(Path(self.model), vocab_size=vocab_size, **self.numerics)
         return LlamaConfig.preset(self.model, vocab_size=vocab_size, **self.numerics)
 
     @property

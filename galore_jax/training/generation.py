@@ -25,7 +25,7 @@ from galore_jax.training.trained import Trained, open_trained
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Continue a text with a model that galore-jax pretrain has trained, or with a LLaMA from Hugging Face.
+    """Continue a text with a model that galore-jax pretrain has trained, or with a model from Hugging Face.
 
     The text is printed as it comes, and ends after --max-new-tokens, or where the model ends the document.
     """

@@ -39,7 +39,7 @@ class PlanConfig:
     """
 
     model: str = "7b"
-    """Model size, as in galore-jax pretrain, or the path of a LLaMA's config.json from Hugging Face."""
+    """Model size, as in galore-jax pretrain, or the path of a config.json from Hugging Face."""
     vocab_size: int | None = None
     """Number of token ids. None: the model's own."""
     optimizer: str = "galore_adamw"

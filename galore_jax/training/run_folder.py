@@ -260,7 +260,8 @@ def choose_folder(config: PretrainConfig) -> Path:
       ValueError: ``config.out`` is a file, or holds a run already, or a file that a run would write over.
     """
     if config.out is None:
-        stem, number = Path("runs", f"{config.model}-{config.optimizer}"), 1
+        model = Path(config.model).resolve().parent.name if config.model.endswith(".json") else config.model
+        stem, number = Path("runs", f"{model}-{config.optimizer}"), 1
         while (folder := stem if number == 1 else Path(f"{stem}-{number}")).exists():
             number += 1
         return folder
