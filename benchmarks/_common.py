@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ import optax
 from flax import nnx
 
 from galore_jax.models import Llama, LlamaConfig
+from galore_jax.planning.targets import devices_of, target
+from galore_jax.planning.traffic import CALLED, arrays_of, bytes_of, computations_of, trips
 from galore_jax.training.step import token_losses
 
 FACTORISATIONS = ("svd", "eigh", "syev", "gesdd", "gesvd", "householder", "geqrf", "orgqr")
@@ -108,6 +111,52 @@ def compile_for_tpu(function, *arguments, topology: str = "v5e:2x2"):
     compiled = lowered.compile()
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     return seconds, compiled, lowered.as_text() + compiled.as_text()
+
+
+def compile_for_gpu(function, *arguments, name: str = "h100", donate: tuple[int, ...] = ()):
+    """A function of abstract arguments compiled for a GPU that is not attached; needs the extra ``plan``."""
+    mesh = jax.sharding.Mesh(np.array(devices_of(target(name))), ("one",))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), arguments)
+    return jax.jit(function, donate_argnums=donate).lower(*abstract).compile()
+
+
+NO_LAUNCH = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}
+LAUNCHES = {"fusion": "fusions", "custom-call": "library calls", "copy": "copies", "copy-start": "copies"}
+
+
+def launches_in(text: str) -> dict[str, dict[str, int]]:
+    """What a program for a GPU launches, always and in all branches of its conditionals together.
+
+    "fusions" are kernels that XLA wrote, "library calls" those of cuBLAS, cuSOLVER and the like, and "others" kernels for one
+    operation; "conditionals" and "loops" wait for a number from the device.  What is in a loop counts once an iteration.
+    "bytes" are those of the arguments and results of all of these, whole, also where a kernel takes a slice of them.
+    """
+    computations, entry = computations_of(text)
+    counts = {"always": Counter(), "in branches": Counter()}
+
+    def visit(name: str, times: int, into: Counter) -> None:
+        sizes = {}
+        for line in computations.get(name, ()):
+            found = re.search(r" ([a-z][\w\-]*)\(", line)
+            if found is not None:
+                sizes[line.split(" = ")[0].split()[-1]] = sum(map(bytes_of, arrays_of(line[: found.start()])))
+            if found is None or found[1] in NO_LAUNCH or found[1].endswith("-done"):
+                continue
+            if found[1] in ("while", "conditional", "call"):
+                if found[1] != "call":
+                    into["loops" if found[1] == "while" else "conditionals"] += times
+                below = counts["in branches"] if found[1] == "conditional" else into
+                for one, several in CALLED.findall(line):
+                    for callee in re.findall(r"[\w.\-]+", one or several):
+                        visit(callee, times * trips(line, computations), below)
+            else:
+                arguments = re.findall(r"%[\w.\-]+", line[found.end() :].split(")")[0])
+                moved = sum(sizes.get(argument, 0) for argument in [line.split(" = ")[0].split()[-1], *arguments])
+                into.update({LAUNCHES.get(found[1], "others"): times, "bytes": times * moved})
+
+    visit(entry, 1, counts["always"])
+    return {place: dict(sorted(found.items())) for place, found in counts.items()}
 
 
 def factorisations_in(text: str) -> list[str]:

@@ -5,6 +5,7 @@
     python benchmarks/step.py OUT                 60m, 2,048 tokens, T = 64, 128 steps: about 20 minutes on two cores
     python benchmarks/step.py OUT --tpu           also compiles galore_adamw's step for a TPU v5e (needs libtpu)
     python benchmarks/step.py OUT --tpu --steps 0      nothing else
+    python benchmarks/step.py OUT --gpu-hlo --steps 0     what the update alone launches and moves on an H100 that is not there
 
 A step is forward, backward and update in one program, float32, arguments donated.  The contestants take turns in one process,
 the first of a round changing; optax.contrib.galore, which knows no stacked layers, gets them one by one, and because all its
@@ -22,9 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _common import compile_for_tpu, factorisations_in, language_model
+from _common import compile_for_gpu, compile_for_tpu, factorisations_in, language_model, launches_in
+from _gpu import update_bytes
+from flax import nnx
 
 import galore_jax
+from galore_jax.models import Llama, LlamaConfig
+from galore_jax.planning.targets import compile_only
+from galore_jax.training.optimizers import in_float32
+from galore_jax.training.step import add_updates
 
 OURS, THEIRS, PLAIN = "galore_jax.galore_adamw", "optax.contrib.galore", "optax.adamw"
 
@@ -186,6 +193,46 @@ def on_tpu(args: argparse.Namespace) -> dict:
     }
 
 
+def updates_on_gpu(args: argparse.Namespace) -> dict:
+    """The update alone of optax.adamw and galore_adamw, with bfloat16 gradients and parameters, compiled for an H100."""
+    layers = {"num_hidden_layers": args.layers} if args.layers else {}
+    config = LlamaConfig.preset(args.model, param_dtype="bfloat16", **layers)
+    params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param))
+    records = {}
+    for name, tx in optimizers(args.gap, args.rank).items():
+        if name == THEIRS:
+            continue
+        if name == PLAIN:
+            tx = in_float32(tx)  # as the trainer has it; galore_adamw's state is float32 anyway
+
+        def update(grads, params, state, tx=tx):
+            updates, state = tx.update(grads, state, params)
+            return add_updates(params, updates), state
+
+        state = jax.eval_shape(tx.init, params)
+        compiled = compile_for_gpu(update, params, params, state, donate=(1, 2))
+        text = compiled.as_text()
+        (args.out / f"update-{name}.hlo").write_text(text)
+        records[name] = {"launches": launches_in(text), "least_bytes": update_bytes(params, state)}
+        records[name]["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+    return records
+
+
+def launches_table(records: dict) -> str:
+    kinds = ("fusions", "library calls", "copies", "others", "conditionals", "loops")
+    lines = [
+        f"| update of | launches | {' | '.join(kinds)} | bytes of these | least bytes | temporaries |",
+        "|---" * (5 + len(kinds)) + "|",
+    ]
+    for name, record in records.items():
+        for place, counts in record["launches"].items():
+            cells = " | ".join(str(counts.get(kind, 0)) for kind in kinds)
+            whole = (record["least_bytes"], record["temporary_bytes"]) if place == "always" else ()
+            sizes = [f"{size / 2**20:.1f} MiB" for size in (counts.get("bytes", 0), *whole)]
+            lines.append(f"| {name} | {place} | {cells} | {' | '.join([*sizes, '', ''][:3])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the results")
@@ -198,6 +245,9 @@ def main() -> None:
     parser.add_argument("--gap", type=int, default=64, help="T, update_proj_gap")
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e too")
+    parser.add_argument(
+        "--gpu-hlo", action="store_true", help="compile the updates for an H100 too (needs the extra plan)"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps:
@@ -214,6 +264,12 @@ def main() -> None:
             f"TPU v5e: compiled in {record['tpu_compile_seconds']:.0f} s ({record['tpu_compile_cpu_seconds']:.0f} s of one "
             f"core), {record['tpu_code_bytes'] / 2**20:.1f} MiB of code, factorisations in the HLO: {found}"
         )
+    if args.gpu_hlo:
+        if not args.steps:
+            compile_only()
+        records = updates_on_gpu(args)
+        (args.out / "step-gpu.json").write_text(json.dumps(records, indent=2) + "\n")
+        print(launches_table(records))
 
 
 if __name__ == "__main__":

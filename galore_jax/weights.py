@@ -142,8 +142,6 @@ def _is_real(leaf: Any) -> bool:
 
 
 def _nearest(weight: jax.Array) -> Int8Weight:
-    if weight.ndim > 2:  # one by one, because a whole stack in float32 is larger than all else of an int8 model
-        return jax.lax.map(_nearest, weight)
     wide = weight.astype(jnp.float32)
     scales = _scale_for(_block_peaks(wide))
     codes = _to_int8(jnp.round(wide / sharding.spread(scales, wide, BLOCK)))

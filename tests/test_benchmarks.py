@@ -363,6 +363,35 @@ def test_memory_plans_every_row_once_and_goes_on_where_it_was(tmp_path, script, 
     assert rows(capsys.readouterr().out)[1:] == found
 
 
+def test_launches_are_counted_once_an_iteration_and_apart_in_branches(script):
+    text = """
+%fused (x: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} negate(%x)
+}
+%body (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = f32[3]{0} parameter(0)
+  %a = f32[8]{0} fusion(%x), kind=kLoop, calls=%fused
+  %b = (f32[8]{0}, /*index=1*/s8[64]{0}) custom-call(%a), custom_call_target="__cublas$gemm"
+  ROOT %t = (s32[], f32[8]) tuple(%a)
+}
+%yes (x: f32[8]) -> f32[8] {
+  %c = f32[8]{0} copy(%x)
+  ROOT %s = f32[8]{0} sort(%c)
+}
+%no (x: f32[8]) -> f32[8] {
+  ROOT %x = f32[8]{0} parameter(0)
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %g = f32[8]{0} get-tuple-element(%w), index=1
+  ROOT %o = f32[8]{0} conditional(%p, %g, %g), branch_computations={%yes, %no}
+}"""
+    assert script("_common").launches_in(text) == {
+        "always": {"bytes": 5 * (32 + 12 + 32 + 96), "conditionals": 1, "fusions": 5, "library calls": 5, "loops": 1},
+        "in branches": {"bytes": 32 + 2 * 32, "copies": 1, "others": 1},
+    }
+
+
 @pytest.fixture
 def gpu_script(script, monkeypatch, tmp_path, capsys):
     """Runs gpu.py in this process, whose measurements run in processes of their own."""

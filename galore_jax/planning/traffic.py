@@ -22,7 +22,7 @@ from typing import NamedTuple
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(")
-_CALLED = re.compile(
+CALLED = re.compile(
     r"(?:body|calls|to_apply|true_computation|false_computation|called_computations|branch_computations)"
     r"=(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
@@ -54,7 +54,7 @@ def traffic(text: str, devices: int) -> Traffic:
     >>> traffic(text, 4).always["all-reduce"]  # 5 times 2 · 32 bytes · 1/2
     160
     """
-    computations, entry = _computations(text)
+    computations, entry = computations_of(text)
     always, in_branches = Counter(), Counter()
 
     def visit(name: str, times: int, into: Counter, counted: set[str]) -> None:
@@ -69,8 +69,8 @@ def traffic(text: str, devices: int) -> Traffic:
                 # A collective calls only its reduction, which sends nothing.
                 continue
             is_branch = " conditional(" in line
-            turns = times * _trips(line, computations)
-            for one, several in _CALLED.findall(line):
+            turns = times * trips(line, computations)
+            for one, several in CALLED.findall(line):
                 for callee in re.findall(r"[\w.\-]+", one or several):
                     visit(callee, turns, in_branches if is_branch else into, counted if " fusion(" in line else set())
 
@@ -78,7 +78,7 @@ def traffic(text: str, devices: int) -> Traffic:
     return Traffic(*({kind: counted[kind] for kind in _KINDS} for counted in (always, in_branches)))
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations_of(text: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of each computation, by name, and the name of the entry computation."""
     computations: dict[str, list[str]] = {}
     name = entry = ""
@@ -93,7 +93,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int:
+def trips(line: str, computations: dict[str, list[str]]) -> int:
     """Returns how many times an instruction runs the computations that it calls.
 
     A loop with the condition i < N runs N times, because JAX's loops count from 0.
@@ -112,14 +112,24 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
     return 1
 
 
+def arrays_of(kind: str) -> list[tuple[int, str]]:
+    """The bits of a number and the shape of each array that a type names."""
+    return [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(kind)]
+
+
+def bytes_of(array: tuple[int, str]) -> int:
+    bits, shape = array
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
 def _sent(found: re.Match, line: str, devices: int) -> int:
     kind, group = found[2], _group_size(line, devices)
-    arrays = [(int(bits or 8), shape) for _, bits, shape in _ARRAY.findall(found[1])]
+    arrays = arrays_of(found[1])
     # The start of an asynchronous collective lists its operands before its results.
     if found[3] and kind != "all-reduce":
         arrays = [array for array in arrays if array[1] or kind != "collective-permute"]
         arrays = arrays[len(arrays) // 2 :]
-    size = sum(math.prod(int(n) for n in shape.split(",") if n) * bits // 8 for bits, shape in arrays)
+    size = sum(map(bytes_of, arrays))
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":
