@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from problems import leniency, quick_compilation, shared_programs  # noqa: F401
+from problems import leniency, shared_programs  # noqa: F401
 from test_llama import forward, random_model, random_tokens, shapes_by_path, tiny
 
 from galore_jax.cli import main

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from problems import leniency, quick_compilation  # noqa: F401
+from problems import leniency
 
 from galore_jax import galore, quantize_state
 from galore_jax.codecs import SignedBlocks, UnsignedBlocks
