@@ -335,8 +335,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
     names = "pretrain, finetune, tokenize, plan, generate, classify, export, describe"
-    says = f"error: 'pretrian' is not a command (did you mean pretrain?); choose one of {names}.
-"
+    says = f"error: 'pretrian' is not a command (did you mean pretrain?); choose one of {names}.\n"
     assert capsys.readouterr().err == says
 
 

@@ -181,7 +181,7 @@ def load_hf_classifier(path: str | Path, dtype: Any = None) -> LlamaClassifier:
             raise ValueError(
                 f"{folder} has no tensor {_SCORE}: it is no classifier, and load_hf reads language models."
             )
-        score = found[_SCORE].get_slice(_SCORE)
+        score = found[_SCORE].slice()
         stored = "bfloat16" if score.get_dtype() == "BF16" else "float32"
         config = _with_dtype(config, stored if dtype is None else jnp.dtype(dtype).name)
         labels = score.get_shape()[0]
