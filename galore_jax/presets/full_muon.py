@@ -192,7 +192,7 @@ def scale_by_muon(
       A transformation whose state is a :class:`ScaleByMuonState`.
 
     >>> tx = scale_by_muon(lambda params: select(params, rank=1))
-    >>> tx.init({"kernel": jnp.ones((3, 8, 4, 4))}).momentum["kernel"].shape
+    >>> tx.init({"kernel": jnp.ones((3, 8, 16))}).momentum["kernel"].shape
     (3, 8, 16)
     """
 
