@@ -83,8 +83,9 @@ def summary_of(args: argparse.Namespace, phase: str, name: str, rate: float) -> 
         **SETTINGS[name],
     )
     print(f"\n{phase}: {name}, learning rate {rate:g}", file=sys.stderr, flush=True)
-    summary = run_finetune(config)
-    if summary["steps"] < steps:
+    try:
+        summary = run_finetune(config)
+    except KeyboardInterrupt:
         sys.exit("Stopped; the same command goes on from here.")
     remove_weights(folder)
     return summary

@@ -24,8 +24,9 @@ from galore_jax.training.checkpoint import CheckpointWriter, saved_steps
 from galore_jax.training.config import PretrainConfig, preset_arguments
 from galore_jax.training.divergence import STUCK_STEPS, Diverged
 from galore_jax.training.loop import StopSignals, run_pretrain, take_steps
-from galore_jax.training.metrics import Meter, MetricsLog, Progress, read_metrics
+from galore_jax.training.metrics import Meter, MetricsLog, read_metrics
 from galore_jax.training.optimizers import OPTIMIZERS
+from galore_jax.training.progress import Progress
 from galore_jax.training.step import galore_counts
 
 MODEL = dataclasses.replace(TINY, vocab_size=257)
