@@ -149,6 +149,12 @@ def test_a_model_that_transformers_lacks_is_not_saved(overrides, says, tmp_path)
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_whole_number_stays_one_as_transformers_demands():
+    gemma = {"sandwich_norms": True, "zero_centered_norms": True, "scaled_embeddings": True, "qk_norm": True}
+    config = LlamaConfig.preset("demo", **gemma, query_pre_attn_scalar=16.0)
+    assert repr(config_to_huggingface(config)["query_pre_attn_scalar"]) == "16"
+
+
 def test_a_large_model_is_cut_into_shards_with_an_index(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 4000)
     save_hf(load_hf(folder), tmp_path / "cut")

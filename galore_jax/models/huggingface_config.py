@@ -186,7 +186,8 @@ def _family_fields(config: LlamaConfig, kind: str) -> dict[str, Any]:
     if kind == "gemma3_text":
         theta = config.rope_local_theta
         found["rope_local_base_freq"] = config.rope_theta if theta is None else theta
-        found["query_pre_attn_scalar"] = _attention_scale(config)
+        scale = _attention_scale(config)
+        found["query_pre_attn_scalar"] = int(scale) if scale == int(scale) else scale  # transformers takes no 256.0
     return found
 
 
