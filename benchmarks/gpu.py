@@ -9,10 +9,11 @@
     python benchmarks/gpu.py OUT --plan h100       no GPU: the compiler's plans of parts a and b (needs the extra plan)
     python benchmarks/gpu.py OUT --write           puts the tables of OUT into docs/benchmarks.md
 
-Parts: (a) a 7B model in a process limited to 24 GB and to 12 GB, an 8B one to 16 GB, with random weights, one batch again and
-again, and their speed; (b) steps with several optimizers in turns, and the update of each alone beside the bytes that it has to
-move; (c) one refresh with each projector; (d) the same 1b model with galore_torch, where torch, transformers and galore_torch are
-installed; (e) 60m on the bytes of a text (--text) for 3,000 steps, each optimizer at the best rate of quality.py.
+Parts: (a) a 7B model in a process limited to the memory of a card of 24 GB and of 12 GB, an 8B one to that of 16 GB, with random
+weights, one batch again and again, and their speed; (b) steps with several optimizers in turns, and the update of each alone
+beside the bytes that it has to move; (c) one refresh with each projector; (d) the same 1b model with galore_torch, where torch,
+transformers and galore_torch are installed; (e) 60m on the bytes of a text (--text) for 3,000 steps, each optimizer at the best
+rate of quality.py.
 
 Every line of the tables is measured in a process of its own.  OUT/gpu.json and OUT/gpu.md are written after each, and what they
 have is not measured again.  OUT/gpu.log has what the processes say.  Needs jax, flax, optax, numpy and safetensors.
@@ -58,7 +59,7 @@ class Row:
     kind: str
     arguments: dict[str, Any]
     worth: int  # those with the least go first
-    limit: float | None = None  # 10^9 bytes of the card
+    limit: float | None = None  # GiB of the card
     needs: tuple[str, ...] = ()  # packages, and optimizers of galore_jax
 
     @property
@@ -67,21 +68,21 @@ class Row:
 
 
 LAYERWISE = {"layerwise": True, "steps": 1000}
-LARGE: dict[str, tuple[int, dict]] = {  # GB that the process may have
+LARGE: dict[str, tuple[float, dict]] = {  # GiB that CUDA reports of an RTX 4090, an RTX 3060 and an RTX 4060 Ti
     "7b bf16, galore_adamw_8bit": (
-        24, {"model": "7b", "optimizer": "galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005},
+        23.64, {"model": "7b", "optimizer": "galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005},
     ),
     "7b int8, q_galore_adamw_8bit": (
-        12, {
+        11.75, {
             "model": "7b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005, "weights": "int8",
             "proj_type": "reverse_std",
         },
     ),
     "7b int8, muon_4bit": (
-        12, {"model": "7b", "optimizer": "muon_4bit", "learning_rate": 0.003, "weights": "int8"},
+        11.75, {"model": "7b", "optimizer": "muon_4bit", "learning_rate": 0.003, "weights": "int8"},
     ),
     "llama3-8b int8, q_galore_adamw_8bit": (
-        16, {
+        15.6, {
             "model": "llama3-8b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005,
             "weights": "int8", "proj_type": "reverse_std",
         },
@@ -274,7 +275,7 @@ def measured(row: Row, seconds: float, log: pathlib.Path, card: dict | None, tin
     """The last report of a process that measures the row, and how it ended."""
     environment = dict(os.environ)
     if row.limit is not None and card is not None:
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{row.limit * 1e9 / card['memory']:.4f}"
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{row.limit * 2**30 / card['memory']:.4f}"
     elif row.kind != "torch_steps":
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     if tiny:
@@ -399,7 +400,7 @@ def memory_table(found: list[dict], planned: dict, card: dict | None) -> list[st
             seconds = float(np.median(r["steps_seconds"]))
             peak = r["allocator"].get("peak_bytes_in_use")
             over = "" if peak is None else f"{peak / r['plan_bytes'] - 1:+.1%}"
-            cells[1] = "" if r["limit"] is None else f"{r['limit']:g} GB"
+            cells[1] = "" if r["limit"] is None else gib(r["limit"] * 2**30)
             cells[3:] = [
                 gib(r["plan_bytes"]), "" if peak is None else gib(peak), over, f"{r['losses'][0]:.2f} to {r['losses'][-1]:.2f}",
                 ms(seconds), ms(max(r["steps_seconds"])), f"{r['tokens'] / seconds:,.0f}", mfu(r["flops"], seconds, card),

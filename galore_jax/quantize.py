@@ -106,7 +106,9 @@ def quantize_state(
     def init(params: optax.Params) -> QuantizeState:
         state = inner.init(jax.tree.map(functools.partial(subspace.zero_coordinates, None), params))
         leaves, structure = codecs.flatten(state)
-        stored = [_stored(codec, leaf, label.kind) for leaf, label in zip(leaves, labelled(state), strict=True)]
+        # XLA would encode zeros while it compiles, which takes minutes for a large state.  It cannot see that this zero is one.
+        zero = jax.lax.optimization_barrier(jnp.zeros([]))
+        stored = [_stored(codec, leaf, label.kind, zero) for leaf, label in zip(leaves, labelled(state), strict=True)]
         if isinstance(codec, MatrixCodec):
             stored = _with_matrices(codec, inner, params, state, stored)
         return QuantizeState(jnp.zeros([], jnp.int32), structure.unflatten(stored))
@@ -253,8 +255,8 @@ def _keys(seed: int | jax.Array, step: jax.Array, stored: list[Any]) -> list[jax
     return list(fold(jnp.arange(len(stored))))
 
 
-def _stored(codec: str | MatrixCodec, leaf: Any, kind: Kind | None) -> Any:
-    """A leaf of a fresh state as it is stored."""
+def _stored(codec: str | MatrixCodec, leaf: Any, kind: Kind | None, zero: jax.Array) -> Any:
+    """A leaf of a fresh state as it is stored; ``zero`` is added before it is encoded."""
     large = (
         isinstance(leaf, jax.Array)
         and leaf.dtype == jnp.float32
@@ -263,8 +265,7 @@ def _stored(codec: str | MatrixCodec, leaf: Any, kind: Kind | None) -> Any:
     )
     if not large or kind in (None, Kind.CENTERED, Kind.COUNT, Kind.KEPT):
         return leaf
-    # XLA would encode zeros while it compiles, which takes minutes for a large state.  It cannot see that this zero is one.
-    leaf = leaf + jax.lax.optimization_barrier(jnp.zeros([], leaf.dtype))
+    leaf = leaf + zero
     if codec == "bf16":
         return codecs.Bfloat16.encode(leaf)
     return (codecs.UnsignedBlocks if kind in _NOT_NEGATIVE else codecs.SignedBlocks).encode(leaf)

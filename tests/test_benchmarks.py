@@ -438,7 +438,7 @@ def test_gpu_runs_what_is_worth_most_first_and_ends_in_time(tmp_path, gpu_script
     monkeypatch.setattr(gpu, "measured", lambda row, *_: order.append(row) or {"status": "cut off"})
     main("--minutes", "8")
     assert [row.worth for row in order] == sorted(row.worth for row in order)
-    assert [row.limit for row in order if row.worth == 1] == [24, 12, 12, 16]
+    assert [row.limit for row in order if row.worth == 1] == [23.64, 11.75, 11.75, 15.6]
     assert len({row.key for row in order}) == len(order)
     tried = len(order)
     main("--minutes", "0.1")
@@ -467,9 +467,9 @@ def test_gpu_limits_the_process_to_a_share_of_the_card(tmp_path, gpu_script, mon
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setattr(subprocess, "run", run)
     card = {"card": "A card", "memory": 80 * 10**9, "version": "1"}
-    row = next(row for row in gpu.rows(False, None) if row.limit == 24)
+    row = next(row for row in gpu.rows(False, None) if row.limit == 23.64)
     assert gpu.measured(row, 1, tmp_path / "log", card, False) == {"a": 2, "status": "done"}
-    assert seen == ["0.3000"]
+    assert seen == ["0.3173"]
 
 
 def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
@@ -488,7 +488,14 @@ def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
         "jax": "1",
     }
     card |= {"copy_bytes_per_second": 2.0**41, "product_flops_per_second": 7e14}
-    large = {"part": "a", "name": "7b, 1 x 256", "kind": "memory", "status": "done", "limit": 24, "plan_bytes": 2**33}
+    large = {
+        "part": "a",
+        "name": "7b, 1 x 256",
+        "kind": "memory",
+        "status": "done",
+        "limit": 23.64,
+        "plan_bytes": 2**33,
+    }
     large |= {"losses": [3.0, 2.0], "steps_seconds": [0.1, 0.2, 0.1], "tokens": 256, "flops": 9.89e12}
     large |= {"allocator": {"peak_bytes_in_use": 2**33 * 1.02}}
     adamw = {"steps_seconds": [9.0, 0.2, 0.2], "update_bytes": 2**31, "update_seconds": 0.002, "flops": 1e12}
@@ -503,7 +510,7 @@ def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
     results = {"driver": {"card": "H100", "version": "1"}, "date": "2026-01-01", "rows": {1: card, 2: large, 3: steps}}
     header, seven, _, plain, galore = rows(gpu.tables(results, planned))
     assert seven[1:] == [
-        "24 GB", "8.00 GiB", "8.00 GiB", "8.16 GiB", "+2.0%", "3.00 to 2.00", "100.0 ms", "200.0 ms", "2,560", "10.0%",
+        "23.64 GiB", "8.00 GiB", "8.00 GiB", "8.16 GiB", "+2.0%", "3.00 to 2.00", "100.0 ms", "200.0 ms", "2,560", "10.0%",
     ]  # fmt: skip
     assert plain[3:9] == ["1.0 ms", "2.0 ms", "2.05", "200.0 ms", "1.000", "1.00"]
     assert galore[3:9] == ["0.5 ms", "1.0 ms", "2.05", "350.0 ms", "1.750", "1.14"]

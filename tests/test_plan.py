@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -21,9 +22,11 @@ from galore_jax.cli import main
 from galore_jax.memory import state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
-from galore_jax.planning.targets import TARGETS
+from galore_jax.planning.targets import TARGETS, compile_for
 from galore_jax.training import loop, plan_report
+from galore_jax.training.config import PretrainConfig
 from galore_jax.training.plan import PlanConfig, plan, prepare
+from galore_jax.training.program import _weights
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -134,6 +137,17 @@ def test_the_step_of_a_run_is_compiled_for_hardware_that_is_not_there(tiny, targ
     assert row["peak_bytes"] >= row["argument_bytes"] > 0.99 * state  # jit drops those that are not read
     assert row["compile_seconds"] > 0
     assert row["missing"] is None is row["refusal"]
+
+
+@pytest.mark.slow
+@needs_extra
+def test_int8_weights_are_drawn_one_after_the_other():
+    """The program that draws them has temporaries for one matrix in bfloat16, where two of a shape are drawn at once if let."""
+    config = PretrainConfig(dtype="bf16", weights="int8", layerwise=True)
+    model = config.model_config(256)
+    draw = functools.partial(_weights, config, model)
+    largest = 2 * model.num_hidden_layers * model.hidden_size * model.intermediate_size
+    assert compile_for(TARGETS["h100"], draw, jax.random.key(0)).temporary_bytes < 1.5 * largest
 
 
 @pytest.mark.slow
