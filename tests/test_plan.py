@@ -194,7 +194,7 @@ def test_kinds_of_state():
         (["--model", "9b.json"], "9b.json does not exist; name the config.json of a Hugging Face model."),
         (["--optimizer", "sgd"], "--optimizer 'sgd' is not known; choose one of galore_adamw, "),
         (["--compare", "adamw,sgd"], "--optimizer 'sgd' is not known; choose one of galore_adamw, "),
-        (["--target", "rtx9"], "Target 'rtx9' is not known; choose one of "),
+        (["--target", "rtx9"], "Target 'rtx9' is not known (did you mean "),
         (["--seq", "5000"], "--seq 5000 is longer than the 2048 positions of --model 7b."),
         (["--batch", "3", "--accumulate", "2"], "--batch 3 is not a multiple of --accumulate 2; "),
         (["--weights", "int8"], "--weights int8 needs --layerwise: "),
