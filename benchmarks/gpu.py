@@ -313,7 +313,7 @@ def plan_all(args: argparse.Namespace) -> None:
 
     compile_only()
     file = args.out / "plan.json"
-    for row in rows(args.tiny, None):
+    for row in sorted(rows(args.tiny, None), key=lambda row: row.worth):
         if (
             row.part not in args.parts
             or row.kind not in ("memory", "steps")
