@@ -73,17 +73,18 @@ def finetune(arguments: Sequence[str]) -> int:
     return _carried_out(lambda: loop.train(run), checkpoint.CheckpointError, divergence.Diverged)
 
 
-def _carried_out(train: Callable[[], Any], *reasons: type[Exception]) -> int:
+def _carried_out(train: Callable[[], dict[str, Any]], *reasons: type[Exception]) -> int:
     """The exit code of a training run, which ends with one sentence where it cannot go on for one of the ``reasons``."""
     try:
         with _sigterm_raises():
-            train()
+            stopped = train()["stopped"]
     except (*reasons, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except _Terminated:
         return 128 + signal.SIGTERM
-    return 0
+    # A shell lets its background jobs ignore SIGINT, which then raises nothing when it is passed on.
+    return 128 + signal.Signals[stopped] if stopped else 0
 
 
 class _Terminated(BaseException):

@@ -70,6 +70,7 @@ def test_it_equals_the_mean_gradient_between_refreshes(preset, proj_type):
     assert int(state[0].count) == 7
 
 
+@pytest.mark.slow
 def test_a_basis_comes_from_the_first_micro_batch():
     tx = galore(optax.sgd(1.0), rank=4, refresh="together", update_proj_gap=2, projector="svd")
     _, state = run(tx, 1, low_rank=True)
@@ -82,7 +83,7 @@ def test_a_basis_comes_from_the_first_micro_batch():
     assert not np.allclose(later.left["layers"]["up"], after.left["layers"]["up"])
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 2])
 def test_a_bad_micro_batch_skips_the_update(which):
     tx = galore_adamw(0.01, rank=4, update_proj_gap=1)

@@ -28,6 +28,9 @@ from galore_jax.training.plan import PlanConfig, prepare as prepare_plan
 from galore_jax.training.program import program
 from galore_jax.training.step import token_losses
 
+# They train.
+pytestmark = pytest.mark.slow
+
 MODEL = dataclasses.replace(TINY, vocab_size=257, max_position_embeddings=64)
 QUICK = {
     "steps": 6, "save_every": 2, "keep": 9, "eval_every": 6, "eval_tokens": 500, "log_every": 1, "batch": 4, "seq": 16, "rank": 4,
@@ -73,7 +76,6 @@ def moments(opt_state):
     return flat((adam.mu, adam.nu))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW_RANK_WEIGHTS)
 def test_a_run_trains_all_but_the_kernels_of_the_blocks_and_has_state_for_that(name, runs):
     run = runs[name]
@@ -95,7 +97,6 @@ def test_a_run_trains_all_but_the_kernels_of_the_blocks_and_has_state_for_that(n
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.slow
 def test_a_step_of_lora_is_adamw_on_a_and_b_with_the_gradient_of_the_sum():
     """dL/dA = s (dL/dW) B^T and dL/dB = s A^T (dL/dW), of the kernel W + s A B; s = 8 / 4."""
     config = PretrainConfig(optimizer="lora", **QUICK | {"clip": 0.0, "learning_rate": 0.1, "warmup_steps": 0})
@@ -124,7 +125,6 @@ def test_a_step_of_lora_is_adamw_on_a_and_b_with_the_gradient_of_the_sum():
     np.testing.assert_allclose(found["lora_b"], expected_b, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_micro_batches_give_the_step_of_the_whole_batch():
     results = []
     for accumulate in (1, 2):
@@ -151,7 +151,6 @@ def test_the_buffers_of_frozen_kernels_are_donated_too():
 # ReLoRA
 
 
-@pytest.mark.slow
 def test_a_restart_keeps_the_function_and_resets_the_moments_of_the_adapters_alone(runs):
     run = runs["relora"]
     state = at_step(run, 2)
@@ -205,7 +204,6 @@ def test_the_learning_rate_rises_again_after_each_merge():
     assert float(longer(5050)) == pytest.approx(float(longer(5100)) / 2, rel=1e-2)  # 100 steps, at most
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LOW_RANK_WEIGHTS)
 def test_a_run_that_was_cut_goes_on_bit_for_bit_over_a_merge(name, runs, tmp_path):
     whole = runs[name]
@@ -268,7 +266,6 @@ def test_parts_are_joined_to_what_they_were():
     assert part({"norm": {"scale": 3}}) == ({"norm": {"scale": 3}}, {})
 
 
-@pytest.mark.slow
 def test_bfloat16_weights_have_float32_adapters_and_moments():
     config = PretrainConfig(optimizer="relora", dtype="bf16", **QUICK | {"update_proj_gap": 2})
     model = LlamaConfig(**dataclasses.asdict(TINY) | config.numerics)

@@ -38,6 +38,7 @@ def test_checkpoints_come_back_exactly_and_only_the_newest_are_kept(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found, saved)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_what_was_saved_though_the_next_step_overwrites_its_buffers(tmp_path):
     graphdef, params = tiny_model()
     tx = make_optimizer(PretrainConfig(optimizer="adamw"), optax.constant_schedule(1e-2))
@@ -67,7 +68,7 @@ def test_another_model_or_optimizer_is_refused_by_the_first_parameter_that_diffe
         checkpoint.restore(folder, 3, params, optax.adamw(1e-3).init(params))
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -262,7 +262,7 @@ def test_a_coded_array_is_one_leaf_that_is_stored_alike_again(codec):
     assert structure.flatten_up_to(tree)[0] is leaves[0]
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @formats
 def test_vmap_over_layers_equals_the_stack(codec):
     x = jnp.abs(normal(0, (4, 5, 300)))
@@ -327,7 +327,7 @@ def test_stochastic_rounding_is_reproducible_and_its_noise_changes_with_the_key(
 SPECS = [P("a", None), P(None, "a"), P("a", "b"), P(None, ("a", "b")), P("b", "a"), P(None, None)]
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @formats
 @pytest.mark.parametrize("axis_type", [AxisType.Explicit, AxisType.Auto])
 @pytest.mark.parametrize("n", [2048, 320, 96])  # blocks whole on each device; not; one block a row

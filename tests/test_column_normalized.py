@@ -60,7 +60,7 @@ def test_a_column_without_a_gradient_stays():
     np.testing.assert_array_equal(updates["up_proj"]["kernel"], [[0.0, -1.0, 0.0]] * 4)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"layerwise": True}, {"mesh": "data=2,fsdp=2,model=2"}], ids=["layer-wise", "mesh"])
 def test_steps_layer_by_layer_and_on_a_mesh_are_those_of_a_plain_run(other):
     model = dataclasses.replace(TINY, hidden_size=32, intermediate_size=64, num_attention_heads=4, vocab_size=56)

@@ -65,6 +65,7 @@ def test_twenty_steps_of_every_preset_equal_those_of_one_device(name):
     assert all(float(jnp.max(jnp.abs(leaf))) > 0.05 for leaf in jax.tree.leaves(found[0]))
 
 
+@pytest.mark.slow
 def test_one_bad_device_leaves_the_matrix_alone_on_all_and_is_counted_once():
     tx = LOW_RANK["galore_adamw"](0.05, rank=4, update_proj_gap=1)
     step, state = step_on(tx, "data"), tx.init(PARAMS)

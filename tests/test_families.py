@@ -99,6 +99,7 @@ def test_a_sequence_in_pieces_has_the_residual_stream_of_the_whole():
     assert np.abs(jnp.concatenate(pieces, axis=1) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_layer_wise_step_is_the_plain_one():
     config = tiny(**ALL)
     model = random_model(config, scale=0.2)
@@ -147,6 +148,7 @@ def test_dynamic_wavelengths_are_those_of_a_sequence_as_long_as_the_cache():
 # Low-rank weights
 
 
+@pytest.mark.slow
 def test_adapters_and_factors_keep_biases():
     tokens = random_tokens((2, 7))
     model = random_model(tiny(**ALL), scale=0.2)

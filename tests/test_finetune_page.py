@@ -39,8 +39,10 @@ def test_a_command_is_one_that_can_be_typed(line, monkeypatch):
         parse(ClassifyConfig, arguments, name)
         return
     assert name == "finetune"
-    default = finetune_config.BLANK if "--resume" in arguments else None
-    finetune_config.check(parse(FinetuneConfig, arguments, "finetune", default))
+    if "--resume" in arguments:  # what it does not name is in the run's folder
+        assert parse(FinetuneConfig, arguments, name, finetune_config.BLANK).out is not None
+        return
+    finetune_config.check(parse(FinetuneConfig, arguments, name))
 
 
 def test_the_lines_of_examples_are_of_the_kinds_that_are_read(tmp_path):

@@ -25,6 +25,9 @@ from galore_jax.training.program import program
 from galore_jax.training.run_folder import kind_of, load_config
 from galore_jax.training.tokenizer import load_tokenizer
 
+# They train.
+pytestmark = pytest.mark.slow
+
 TEXT = "\n\n".join(f"Paragraph {n} of a text that is long enough for some batches of a tiny run." for n in range(100))
 # All as long, so that one program serves them, and names in the place of 0 and 1.
 ROWS = [{"text": row["text"][-24:], "label": ("bad", "good")[row["label"]]} for row in labelled(120)]
@@ -185,7 +188,7 @@ def refused(capsys, *arguments, says):
     ("data", "flags", "says"),
     [
         (None, ["--text", "a", "--data", "b"], "--text and --data are both given"),
-        (None, ["--text", ""], "--text has an empty text"),
+        (None, ["--text", ""], "--text is empty; "),
         (None, ["--data", "nowhere.txt"], "--data nowhere.txt does not exist"),
         ("", [], "holds no text"),
         ('{"body": "a"}\n', [], "line 1 has no text in 'text', only 'body': choose with --text-column."),

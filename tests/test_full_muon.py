@@ -184,6 +184,7 @@ STACK = BlockStack(
 )
 
 
+@pytest.mark.slow
 def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
     params = {"w": normal(0, {"w": (3, 64, 64)})["w"] / 16, "head": normal(1, {"h": (64, 4)})["h"] / 8}
     batch = normal(2, {"x": (8, 64)})["x"]
@@ -228,6 +229,7 @@ def test_in_4_bits_it_is_the_same_sharded_and_types_are_stable(spec):
     assert np.mean(np.abs(found - exact) > 1e-3) < 0.01
 
 
+@pytest.mark.slow
 def test_an_update_in_4_bits_needs_the_workspace_of_a_few_matrices_of_a_stack():
     """Beside the gradients, which become the updates, and the state, which is overwritten; with all of XLA's optimizations."""
     params, matrix = {"w": jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)}, 4 * 256 * 256

@@ -173,6 +173,7 @@ def test_a_run_and_a_hugging_face_folder_generate(run, theirs, capsys):
         assert all(text.startswith("A pär") and text.endswith("\n") for text in texts)
 
 
+@pytest.mark.slow
 def test_several_samples_are_those_of_the_seeds_and_the_prompt_may_be_empty_or_standard_input(
     theirs, capsys, monkeypatch
 ):

@@ -113,7 +113,7 @@ GALORE = {
 }
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "accumulate"), [("staggered", 1), ("staggered", 2), ("together", 1), ("lazy", 1)])
 def test_galore_layer_by_layer_is_galore_on_the_stack(name, accumulate):
     def bases(state):
@@ -235,6 +235,7 @@ def test_accumulating_four_micro_batches_is_one_step_on_the_batch(name):
     assert_same_run(cut, whole)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_a_llama_are_the_llama():
     config = LlamaConfig(
         hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=50
@@ -249,7 +250,7 @@ def test_the_blocks_of_a_llama_are_the_llama():
     jax.tree.map(lambda a, w, g: np.testing.assert_allclose(a, w - g, rtol=1e-5, atol=1e-6), new, weights, grads)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [2**30, 4 * 2 * 12 * 40 // 3, 1])
 def test_a_loss_taken_in_pieces_is_the_loss_and_has_its_gradient(limit, monkeypatch):
     monkeypatch.setattr("galore_jax.models.llama._LOGITS_BYTES", limit)

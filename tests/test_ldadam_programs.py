@@ -122,7 +122,7 @@ def test_several_updates_inside_shard_map():
 SHAPES = {"stack": (3, 12, 20), "wide": (12, 20), "tall": (20, 12)}
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["b1", "b2", "eps"])
 def test_reverse_mode_through_its_own_arguments(name):
     """With the same gradients, neither of the two bases depends on them, so a finite difference has constant bases too."""
@@ -189,6 +189,7 @@ def test_a_stack_is_updated_in_place(shape):
     assert memory.temp_size_in_bytes < 6 * (64 * 128 * 4) + 3 * small
 
 
+@pytest.mark.slow
 def test_a_parameter_does_not_depend_on_those_beside_it():
     """Beside others of its shape, turned or not, a parameter goes through a loop over all of them."""
     tx = galore_jax.ldadam(1.0, rank=4, seed=7)
@@ -203,6 +204,7 @@ def test_a_parameter_does_not_depend_on_those_beside_it():
         np.testing.assert_allclose(many["w"], one["w"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_count_for_the_whole_state():
     params = {"w": normal(0, (12, 20)), "bias": jnp.ones((20,))}
     tx = galore_jax.ldadam(0.01, rank=4)

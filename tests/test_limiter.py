@@ -84,6 +84,7 @@ def test_dtypes_stay_and_a_state_is_float32():
     assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, tx.init(params))
 
 
+@pytest.mark.slow
 def test_after_galore_it_is_the_bound_inside_the_rule_of_apollo():
     """The scale is 1, so the update is what the rule bounds."""
     outside = optax.chain(
@@ -114,7 +115,7 @@ def test_the_factor_can_be_injected():
     np.testing.assert_allclose(found["w"], 3.0, rtol=1e-6)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["complex64", "complex128"])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 def test_complex_updates_are_bounded_by_their_moduli(dtype, size):

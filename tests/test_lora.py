@@ -63,6 +63,7 @@ def test_an_adapted_layer_is_its_equation_in_numpy():
     np.testing.assert_allclose(layer(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_a_and_b_and_no_other_array_is_kept_for_it():
     model = with_random_adapters(random_model(tiny()))
     graphdef, adapters, rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -104,6 +105,7 @@ def test_merged_logits_are_those_of_the_adapted_model():
     np.testing.assert_allclose(forward(model, TOKENS), adapted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_can_be_adapted_and_merged():
     graphdef, state = nnx.split(random_model(tiny()))
     model = nnx.merge(graphdef, quantize_weights(nnx.to_pure_dict(state)))

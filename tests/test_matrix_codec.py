@@ -133,6 +133,7 @@ def test_the_split_takes_the_leading_directions_out_of_the_grid(tall, leading_bi
     assert np.all(np.abs(rest - (x - product)) <= 0.51 * step)
 
 
+@pytest.mark.slow
 def test_a_stack_is_its_matrices_one_by_one_and_zeros_stay_zeros():
     codec = MatrixCodec(bits=3, leading=0.1, leading_bits=4)
     x = np.stack([outliers(3, (32, 48)), low_rank_and_noise((32, 48)), np.zeros((32, 48), np.float32)])

@@ -139,6 +139,7 @@ def write_subspaces(folder, *numbers):
     return (folder / "subspace.png").read_bytes() if (folder / "subspace.png").exists() else None
 
 
+@pytest.mark.slow
 def test_the_subspaces_are_drawn_from_any_metrics_that_have_them(tmp_path):
     assert write_subspaces(tmp_path / "none") is None
     nan = {name: [math.nan, math.nan] for name in ("captured_energy", "overlap", "update_rms")}

@@ -105,7 +105,7 @@ def test_a_reply_that_is_not_finite_makes_a_zero_update_and_keeps_the_state_of_i
     np.testing.assert_allclose(updates["bias"], np.log(3.0), rtol=1e-6)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [2, 0.5])
 def test_a_traced_rank_projects_what_the_state_has(rank):
     """``small`` has no smaller side that exceeds rank 2, and half of it is less."""

@@ -159,6 +159,7 @@ def test_a_model_that_the_compiler_refuses_has_a_plan(capsys):
     assert "adamw: Ran out of memory" in printed
 
 
+@pytest.mark.slow
 def test_one_gradient_of_everything_or_of_a_layer(tiny):
     count = LlamaConfig(**SHAPE).num_params
     rest = 2 * 257 * 32 + 32

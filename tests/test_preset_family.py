@@ -232,7 +232,7 @@ def trained(name):
     return train(preset(name))[0]
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @family
 def test_it_learns_and_layer_by_layer_it_is_the_same(name):
     init, step = layerwise(STACK, preset(name), accumulate=2)
@@ -288,7 +288,7 @@ def test_micro_batches_are_summed_in_the_subspaces_or_it_is_said_why_not(name):
     np.testing.assert_allclose(accumulated(state)["w"], expected["w"], atol=1e-5)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["apollo_mini", "grass_adamw", "ldadam", "galore_muon", "muon"])
 def test_sharded_it_is_the_same_and_types_are_stable(name):
     """On a mesh with explicit axes, where the sharding is part of each type; both kinds of side."""

@@ -278,7 +278,7 @@ def test_the_8_bit_presets_take_the_arguments_of_galore_adamw(preset):
         preset(0.1, basis_codec="int3")
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @eight_bit
 def test_the_hyperparameters_of_the_8_bit_presets_can_be_injected(preset):
     tx = optax.inject_hyperparams(preset, static_args=("rank",))(learning_rate=0.1, rank=16, weight_decay=0.1)

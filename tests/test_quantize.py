@@ -191,7 +191,7 @@ def test_an_initial_value_is_stored_too():
     np.testing.assert_allclose(decoded(state.inner_state.sum_of_squares["kernel"]), 0.1, rtol=1e-6)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @codecs
 def test_a_stack_equals_its_layers_bit_for_bit(codec):
     layers = [tree(seed, {"kernel": (64, 96), "wide": (96, 300)}) for seed in range(6)]
@@ -216,7 +216,7 @@ def test_a_stack_equals_its_layers_bit_for_bit(codec):
         assert_trees_equal(states[layer], ours)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @codecs
 def test_a_layer_of_a_stacked_state_is_updated_as_it_is_stored(codec):
     """A layer below the bound on the size, whose state was coded as part of a larger stack, stays coded; and the reverse."""
@@ -259,7 +259,7 @@ def test_the_noise_is_reproducible_differs_by_seed_step_and_leaf_and_leaves_the_
     assert jnp.mean(first.nu["a"] != other.nu["a"]) > 0.5
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @codecs
 def test_the_state_is_saved_and_restored_exactly(codec, tmp_path):
     tx = galore(quantize_state(optax.adam(0.1), codec), rank=48, basis_codec="int4" if codec == "int8" else "bfloat16")
@@ -362,6 +362,7 @@ def test_a_state_of_ours_says_what_each_of_its_fields_is(state):
     assert set(state.FIELD_KINDS) == set(state._fields)
 
 
+@pytest.mark.slow
 def test_a_program_has_few_instructions_per_parameter():
     """Compile time goes with them.  Decade by decade, the map of the codec took 1,000 for each parameter and Adam 41."""
     params = {f"w{i}": jnp.zeros((64, 64 + i)) for i in range(4)}
@@ -389,7 +390,7 @@ INSIDE = {
 LARGE = {"kernel": (96, 300), "stack": (2, 300, 96), "bias": (96,)}  # projected to (48, 300), (2, 300, 48)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @codecs
 @pytest.mark.parametrize(
     ("transport", "proj_type"), [("rotate", "std"), ("rotate", "full"), ("keep", "std"), ("reset", "std")]
@@ -419,7 +420,7 @@ def test_inside_galore_it_is_close_to_float32(codec, transport, proj_type):
     np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_galore_every_inner_optimizer_turns(name):
     """The coded moments after a refresh are the decoded ones turned and coded again: to the cells of the codec."""

@@ -36,6 +36,7 @@ def trained(steps):
     return seen
 
 
+@pytest.mark.slow
 def test_a_momentum_is_decoded_updated_and_encoded_matrix_by_matrix():
     momentum = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for step, (updates, state) in enumerate(trained(4)):
@@ -110,6 +111,7 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, update(params, restored), update(params, state))
 
 
+@pytest.mark.slow
 def test_no_second_stack_in_float32_exists():
     """Beside the gradients, which become the updates; with all of XLA's optimizations."""
     params, matrix = {"w": jax.ShapeDtypeStruct((16, 256, 256), jnp.float32)}, 4 * 256 * 256

@@ -177,6 +177,7 @@ def test_manual_steps_hold_no_factorisation_and_refresh_bases_does_what_a_refres
     assert int(mine[2].count) == 2 * T + 1
 
 
+@pytest.mark.slow
 def test_manual_parameters_stand_still_until_the_first_refresh():
     tx = galore(optax.adam(1.0), rank=4, refresh="manual")
     params = {"w": normal(0, (12, 20)), "b": normal(1, (20,))}

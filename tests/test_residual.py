@@ -129,7 +129,7 @@ def test_orthogonal_moves_all_singular_values_to_one_and_reaches_outside_the_sub
     assert not np.any(residual.newton_schulz(jnp.zeros((2, 3, 4))))
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fira", "tensor", "orthogonal"])
 def test_a_stack_equals_separate_leaves_and_a_bad_matrix_is_left_alone(name):
     tx = galore(optax.scale_by_adam(), rank=RANK, residual=name, refresh="together")
@@ -309,7 +309,7 @@ def test_newton_schulz_of_a_stack_is_that_of_its_matrices():
         np.testing.assert_allclose(found[i, j], residual.newton_schulz(stack[i, j]), atol=1e-6)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [residual.fira, residual.channel, residual.sign, residual.orthogonal])
 @pytest.mark.parametrize("spec", [P("a", None, None), P(None, "a", "b"), P("a", None, "b"), P(("a", "b"), None, None)])
 def test_a_sharded_stack_gives_the_update_of_the_whole_one(build, spec):

@@ -199,6 +199,7 @@ def check_way_back(config, error):
     assert all(math.isfinite(record["loss"]) for record in read_metrics(config.out) if "loss" in record)
 
 
+@pytest.mark.slow
 def test_a_diverged_run_goes_on_at_a_lower_learning_rate(text, tmp_path):
     config = diverging("galore_adamw", text, tmp_path / "my run")
     with leniency(), pytest.raises(Diverged, match=r"--out '.*my run' --learning-rate 5e\+29") as error:
@@ -218,6 +219,7 @@ def test_a_diverged_run_of_any_optimizer_goes_on_at_a_lower_learning_rate(name, 
 # A run that a signal stops
 
 
+@pytest.mark.slow
 def test_the_first_signal_is_noted_and_the_second_kills():
     script = (
         "import os, signal\n"
@@ -313,6 +315,7 @@ def test_a_run_folder_belongs_to_one_process_until_it_ends_or_is_killed(tmp_path
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_a_run_holds_its_folder_from_its_preparation_to_its_end(text, tmp_path, capsys):
     config = PretrainConfig(optimizer="adamw", data=text, out=tmp_path / "run", **(SHORT | {"steps": 2}))
     run = loop.prepare(config, MODEL)

@@ -153,7 +153,7 @@ def test_sharded_updates_equal_those_on_one_device(mesh_name, proj_type, project
     assert_trees_close(state, expected_state, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_eager_sharded_updates_equal_those_on_one_device(proj_type):
     tx = adamw(proj_type, "svd")
@@ -165,7 +165,7 @@ def test_eager_sharded_updates_equal_those_on_one_device(proj_type):
     assert_trees_close(updates, {name: expected[name] for name in updates}, rtol=0, atol=1e-5)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @meshes
 def test_meshes_with_automatic_axes_work_too(mesh_name):
     tx = adamw("full", "svd")
@@ -235,7 +235,7 @@ def test_devices_turn_the_bases_of_their_own_part_of_a_stack():
     assert sum(exchanged) <= 6 * 16
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_in_shard_map_a_model_on_each_device_is_updated_as_it_is_alone(name):
     """With ``check_vma``, which asks loops and branches for equal types: the state starts as constants that do not vary."""

@@ -55,6 +55,7 @@ def test_gradients_are_clipped_before_the_optimizer_sees_them():
         assert float(optax.tree.norm(optax.tree.get(state, "mu"))) == pytest.approx(0.1 * expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adam():
     params = small_tree()
     tx = make_optimizer(PretrainConfig(optimizer="muon"), optax.constant_schedule(1.0))
@@ -65,6 +66,7 @@ def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adam():
     assert float(jnp.max(values) / jnp.min(values)) > 2
 
 
+@pytest.mark.slow
 def test_galore_state_is_smaller_than_that_of_adamw():
     config, (_, params) = PretrainConfig(rank=4), tiny_model()
     state = jax.eval_shape(make_optimizer(config, optax.constant_schedule(1e-3)).init, params)

@@ -15,6 +15,7 @@ from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.step import galore_counts, make_eval_step, make_train_step, subspace_metrics, token_losses
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token():
     graphdef, params = tiny_model()
     batch = tokens(2)

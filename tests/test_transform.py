@@ -447,6 +447,7 @@ def test_the_state_of_a_preset_has_one_count(name):
     assert int(optax.tree.get(state, "count")) == 1
 
 
+@pytest.mark.slow
 def test_parameters_in_boxes_keep_bare_arrays_where_the_shape_differs():
     """The metadata of a box holds for the shape of the parameter alone."""
     names = ("embed", "mlp")

@@ -64,6 +64,7 @@ def test_stochastic_rounding_is_unbiased():
     assert np.all(np.abs(found - wanted) < size * (1 + 1e-5))
 
 
+@pytest.mark.slow
 def test_a_weight_without_an_update_keeps_its_code_and_a_block_keeps_its_scale():
     weight = quantize_weights({"kernel": normal((2, 512))})
     update = jnp.zeros((2, 512)).at[0, 0].set(1e-3)
