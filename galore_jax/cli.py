@@ -77,7 +77,7 @@ def _carried_out(train: Callable[[], dict[str, Any]], *reasons: type[Exception])
     """The exit code of a training run, which ends with one sentence where it cannot go on for one of the ``reasons``."""
     try:
         with _sigterm_raises():
-            stopped = train()["stopped"]
+            stopped = train().get("stopped")  # nothing is returned but by the first of several processes
     except (*reasons, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
