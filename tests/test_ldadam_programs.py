@@ -51,7 +51,8 @@ MESH_PROGRAM = """
         state = jax.jit(tx.init, out_shardings=place and galore_jax.state_sharding(tx, abstract, place))(params)
         update = jax.jit(tx.update)
         for step in range(20):
-            gradients = {name: normal(step, shape) for name, shape in shapes.items()}
+            rng = np.random.default_rng(step)
+            gradients = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
             updates, state = update(jax.device_put(gradients, place), state, params)
             params = jax.block_until_ready(jax.tree.map(jnp.add, params, updates))
         return params

@@ -22,7 +22,7 @@ def updates(step):
     size = SIZES[step]
 
     def normal(seed, *shape):
-        return jnp.asarray(np.random.default_rng(10 * step + seed).normal(size=shape), jnp.float32)
+        return jnp.asarray(np.random.default_rng(10 * step + seed).normal(size=shape))
 
     return {
         "w": size * normal(0, 4, 6),
