@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax import sharding
+from galore_jax._core.folding import hidden_zero
 from galore_jax._core.matrix_loop import matrix_by_matrix
 from galore_jax._core.orthonormal import noise, orthonormal
 
@@ -151,16 +152,16 @@ class MatrixCodec:
         *batch, m, n = array.shape
         *lead, first, second = spec or (None,) * array.ndim
         seed = sharding.zeros(tuple(batch), jnp.uint32, spec and tuple(lead), array) if self.dither else None
-        rest = Grid.encode(array, seed, bits=self.bits)
+        zero = hidden_zero()
+        rest = Grid.encode(array.astype(jnp.float32) + zero, seed, bits=self.bits)
         if self.leading == 0:
             return CodedMatrix(rest, None, None)
         count = max(1, int(self.leading * min(m, n)))
 
         def zeros(side: int, entry: Any) -> Grid:
             shape = (*batch, count, side)
-            return Grid.encode(
-                sharding.zeros(shape, jnp.float32, spec and (*lead, None, entry), array), bits=self.leading_bits
-            )
+            empty = sharding.zeros(shape, jnp.float32, spec and (*lead, None, entry), array)
+            return Grid.encode(empty + zero, bits=self.leading_bits)
 
         return CodedMatrix(rest, zeros(m, first), zeros(n, second))
 

@@ -30,6 +30,7 @@ import optax
 from galore_jax import codecs
 from galore_jax._core import coordinates as subspace, seeds
 from galore_jax._core.dtypes import promoted
+from galore_jax._core.folding import hidden_zero
 from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
 from galore_jax._core.per_matrix import alone as only_leaf
 from galore_jax._core.state_fields import NO_PARAMETER, Kind, kinds, labelled, parameter_index
@@ -106,8 +107,7 @@ def quantize_state(
     def init(params: optax.Params) -> QuantizeState:
         state = inner.init(jax.tree.map(functools.partial(subspace.zero_coordinates, None), params))
         leaves, structure = codecs.flatten(state)
-        # XLA would encode zeros while it compiles, which takes minutes for a large state.  It cannot see that this zero is one.
-        zero = jax.lax.optimization_barrier(jnp.zeros([]))
+        zero = hidden_zero()
         stored = [_stored(codec, leaf, label.kind, zero) for leaf, label in zip(leaves, labelled(state), strict=True)]
         if isinstance(codec, MatrixCodec):
             stored = _with_matrices(codec, inner, params, state, stored)

@@ -190,3 +190,10 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             MatrixCodec(**arguments)
+
+
+def test_no_compiler_can_encode_the_first_state():
+    """It would take minutes for a large one, so the zeros come from a value that the compiler is kept from knowing."""
+    lowered = jax.jit(lambda: MatrixCodec().encode(jnp.zeros((64, 64)))).lower()
+    assert "stablehlo.optimization_barrier" in lowered.as_text()
+    assert not np.any(lowered.compile()().decode())
