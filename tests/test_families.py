@@ -18,7 +18,7 @@ import optax
 import pytest
 from flax import nnx
 from problems import leniency, shared_programs  # noqa: F401
-from test_llama import forward, random_model, random_tokens, shapes_by_path, tiny
+from test_llama import assert_pieces_are_the_whole, forward, random_model, random_tokens, shapes_by_path, tiny
 
 from galore_jax.cli import main
 from galore_jax.layerwise import layerwise
@@ -89,14 +89,7 @@ def test_a_bias_is_cut_as_the_outputs_of_its_kernel():
 
 
 def test_a_sequence_in_pieces_has_the_residual_stream_of_the_whole():
-    model = random_model(tiny(**ALL), scale=0.2)
-    tokens = random_tokens((2, 11))
-    expected = model.run_layers(model.embed(tokens))
-    cache, pieces = model.empty_cache(2, 16), []
-    for start, stop in ((0, 5), (5, 6), (6, 11)):
-        piece, cache = model.extend(tokens[:, start:stop], cache, jnp.int32(start))
-        pieces.append(piece)
-    assert np.abs(jnp.concatenate(pieces, axis=1) - expected).max() < 1e-5 * np.abs(expected).max()
+    assert_pieces_are_the_whole(random_model(tiny(**ALL), scale=0.2))
 
 
 @pytest.mark.slow

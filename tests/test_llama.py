@@ -58,6 +58,17 @@ def random_tokens(shape: tuple[int, ...], seed: int = 1) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).integers(0, TINY["vocab_size"], shape), jnp.int32)
 
 
+def assert_pieces_are_the_whole(model: Llama) -> None:
+    """A sequence in pieces, on a cache, has the residual stream of the whole sequence."""
+    tokens = random_tokens((2, 11))
+    expected = model.run_layers(model.embed(tokens))
+    cache, pieces = model.empty_cache(2, 16), []
+    for start, stop in ((0, 5), (5, 6), (6, 11)):
+        piece, cache = model.extend(tokens[:, start:stop], cache, jnp.int32(start))
+        pieces.append(piece)
+    assert np.abs(jnp.concatenate(pieces, axis=1) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 def shapes_by_path(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     return {"/".join(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}

@@ -44,7 +44,7 @@ from galore_jax.training.examples import (
 )
 from galore_jax.training.export import write_model
 from galore_jax.training.finetune_config import LORA, FinetuneConfig
-from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps
+from galore_jax.training.loop import StopSignals, is_validated, learning_rates, take_steps, until_stopped
 from galore_jax.training.metrics import Meter, MetricsLog, Record, rank, read_metrics
 from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.progress import Progress, clock, validation_words
@@ -119,11 +119,7 @@ def prepare(config: FinetuneConfig) -> Run:
 
 def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
-    signals = StopSignals()
-    with run.lock:
-        summary = _train(run, signals)
-    signals.pass_on()
-    return summary
+    return until_stopped(run, _train)
 
 
 def _train(run: Run, signals: StopSignals) -> Record:

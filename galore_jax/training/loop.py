@@ -129,9 +129,14 @@ def _load(
 
 def train(run: Run) -> Record:
     """Take the steps that are left, and write everything into the run folder; returns what ``summary.json`` holds."""
+    return until_stopped(run, _train)
+
+
+def until_stopped(run: Any, train: Callable[[Any, StopSignals], Record]) -> Record:
+    """``train(run, signals)`` with the run's folder locked; the signal that ended it then goes to whoever had it before."""
     signals = StopSignals()
     with run.lock:
-        summary = _train(run, signals)
+        summary = train(run, signals)
     signals.pass_on()
     return summary
 
