@@ -3,11 +3,14 @@
 """The measurements of gpu.py.  Each runs in a process of its own, and reports after every stage what it has so far."""
 
 import functools
+import gzip
 import importlib
 import importlib.util
+import json
 import pathlib
 import sys
 import sysconfig
+import tempfile
 import time
 import types
 import zlib
@@ -41,6 +44,21 @@ def card(report: Report, *, copy_bytes: int, size: int, rounds: int) -> None:
     report(found)
 
 
+def programs(report: Report, *, settings: dict, batch: int, seq: int, started: bool, updated: bool) -> None:
+    """Compiles a step, and runs the programs that start it or compiles the update alone, for the processes that measure them."""
+    import jax
+
+    made = training(settings, batch, seq)
+    found = compiled_step(made)[1]
+    report(found)
+    params, state, _ = made.abstract
+    if updated:
+        update_program(made.tx).lower(params, params, state).compile()
+    if started:
+        jax.block_until_ready(made.init(jax.random.key(0)))
+    report(found)
+
+
 def memory(report: Report, *, settings: dict, batch: int, seq: int, fall: int = 5, rounds: int = 20) -> None:
     """A training step on one repeated batch: what it takes of the device's memory, whether it learns, and how long it takes.
 
@@ -63,7 +81,9 @@ def memory(report: Report, *, settings: dict, batch: int, seq: int, fall: int = 
         losses.append(float(metrics["loss"]))
         if len(losses) in (fall, fall + rounds):
             found |= {"losses": losses[:fall], "falls": losses[fall - 1] < losses[0], "first_step_seconds": seconds[0]}
-            report(found | {"steps_seconds": seconds[fall:], "allocator": allocator()})
+            found |= {"steps_seconds": seconds[fall:], "allocator": allocator()}
+            report(found)
+    report(found | {"profile": profiled(lambda: compiled(params, state, tokens))})
 
 
 def steps(
@@ -102,9 +122,9 @@ def steps(
                 found[name]["steps_seconds"] = seconds[name]
             report({"tokens": batch * seq, "optimizers": found})
     for name in names:
-        made, _, params, state = runs.pop(name)
+        made, compiled, params, state = runs.pop(name)
         found[name] |= {"state_bytes": tree_bytes(state), "update_bytes": update_bytes(params, state)}
-        found[name]["update_seconds"] = update_seconds(made.tx, params, state)
+        found[name]["update_seconds"], found[name]["update_profile"] = update_seconds(made.tx, params, state)
         del params, state
         report({"tokens": batch * seq, "optimizers": found})
 
@@ -310,8 +330,8 @@ def update_bytes(params: Any, state: Any) -> int:
     return 3 * tree_bytes(params) + 2 * (sizes["moments"] + sizes["scales"]) + sizes["bases"]
 
 
-def update_seconds(tx: Any, params: Any, state: Any, rounds: int = 20) -> float:
-    """Of one update of given gradients in the dtype of the parameters, refreshes included; the arguments are donated."""
+def update_program(tx: Any) -> Any:
+    """Jitted: gradients in the dtype of the parameters, parameters and state (both donated) -> parameters and state."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -323,6 +343,15 @@ def update_seconds(tx: Any, params: Any, state: Any, rounds: int = 20) -> float:
         updates, state = tx.update(optax.tree.cast(grads, jnp.float32), state, params)
         return add_updates(params, updates), state
 
+    return update
+
+
+def update_seconds(tx: Any, params: Any, state: Any, rounds: int = 20) -> tuple[float, dict]:
+    """Of one update of given gradients in the dtype of the parameters, refreshes included, and its profile; all is donated."""
+    import jax
+
+    update = update_program(tx)
+
     def noise(path: tuple, leaf: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(0), zlib.crc32(jax.tree_util.keystr(path).encode()))
         return jax.random.normal(key, leaf.shape, leaf.dtype)
@@ -333,7 +362,47 @@ def update_seconds(tx: Any, params: Any, state: Any, rounds: int = 20) -> float:
     for _ in range(rounds):
         params, state = update(grads, params, state)
     jax.block_until_ready((params, state))
-    return (time.perf_counter() - start) / rounds
+    seconds = (time.perf_counter() - start) / rounds
+    return seconds, profiled(lambda: update(grads, params, state))
+
+
+def profiled(call: Callable[[], Any]) -> dict:
+    """What one call does on the GPU: kernels, copies, their seconds, those in between, and the kernels that take longest."""
+    import jax
+
+    if jax.devices()[0].platform != "gpu":
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        for file in pathlib.Path(folder).rglob("*.trace.json.gz"):
+            return read_trace(json.loads(gzip.decompress(file.read_bytes()))["traceEvents"])
+    return {"left_out": "the profiler wrote no trace"}
+
+
+def read_trace(events: list[dict]) -> dict:
+    """The events on the streams of a GPU, which lie beside lines that say the same by operation and by module."""
+    named = {
+        (e["pid"], e.get("tid")): e["args"]["name"]
+        for e in events
+        if e.get("ph") == "M" and e["name"] in ("process_name", "thread_name")
+    }
+    devices = {pid for (pid, _), name in named.items() if "/device:GPU" in name}
+    streams = {key for key, name in named.items() if key[0] in devices and name.startswith("Stream")}
+    done = [e for e in events if e.get("ph") == "X" and (e["pid"], e["tid"]) in streams]
+    if not done:
+        return {"lines": sorted({f"{pid}/{tid}: {name}" for (pid, tid), name in named.items()})}
+    copies = [e for e in done if e["name"].startswith(("Memcpy", "Memset"))]
+    longest: dict[str, list] = {}
+    for e in done:
+        one = longest.setdefault(e["name"], [0, 0.0])
+        one[0], one[1] = one[0] + 1, one[1] + e["dur"] / 1e6
+    span = max(e["ts"] + e["dur"] for e in done) - min(e["ts"] for e in done)
+    return {
+        "kernels": len(done) - len(copies), "copies": len(copies), "copy_seconds": sum(e["dur"] for e in copies) / 1e6,
+        "busy_seconds": sum(e["dur"] for e in done) / 1e6, "span_seconds": span / 1e6,
+        "longest": sorted(([name, *one] for name, one in longest.items()), key=lambda one: -one[2])[:25],
+    }  # fmt: skip
 
 
 def allocator() -> dict[str, int]:
@@ -346,7 +415,8 @@ def allocator() -> dict[str, int]:
 def read_bytes(text: str | None) -> np.ndarray:
     """A text as token ids 0 ... 255, without one the source of Python's standard library."""
     if text is not None:
-        return np.frombuffer(pathlib.Path(text).read_bytes(), np.uint8)
+        found = pathlib.Path(text).read_bytes()
+        return np.frombuffer(gzip.decompress(found) if text.endswith(".gz") else found, np.uint8)
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return np.frombuffer(b"\n".join(path.read_bytes() for path in files), np.uint8)
 
@@ -386,4 +456,4 @@ def _torch_wait() -> None:
         torch.cuda.synchronize()
 
 
-MEASUREMENTS = {f.__name__: f for f in (card, memory, steps, refreshes, torch_svd, torch_steps, learning)}
+MEASUREMENTS = {f.__name__: f for f in (card, programs, memory, steps, refreshes, torch_svd, torch_steps, learning)}

@@ -11,15 +11,17 @@
 
 Parts: (a) a 7B model in a process limited to the memory of a card of 24 GB and of 12 GB, an 8B one to that of 16 GB, with random
 weights, one batch again and again, and their speed; (b) steps with several optimizers in turns, and the update of each alone
-beside the bytes that it has to move; (c) one refresh with each projector; (d) the same 1b model with galore_torch, where torch,
-transformers and galore_torch are installed; (e) 60m on the bytes of a text (--text) for 3,000 steps, each optimizer at the best
-rate of quality.py.
+beside the bytes that it has to move; (c) one refresh with each projector; (d) the same models of 130m and 1b with galore_torch,
+where torch, transformers and galore_torch are installed; (e) 60m on the bytes of a text (--text) for 3,000 steps, each optimizer
+at the best rate of quality.py.
 
-Every line of the tables is measured in a process of its own.  OUT/gpu.json and OUT/gpu.md are written after each, and what they
-have is not measured again.  OUT/gpu.log has what the processes say.  Needs jax, flax, optax, numpy and safetensors.
+The programs are compiled first, several at a time, into OUT/cache or JAX_COMPILATION_CACHE_DIR.  Then every line of the tables
+is measured in a process of its own, which has the card to itself.  OUT/gpu.json and OUT/gpu.md are written after each, and what
+they have is not measured again.  OUT/gpu.log has what the processes say.  Needs jax, flax, optax, numpy and safetensors.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -70,20 +72,20 @@ class Row:
 LAYERWISE = {"layerwise": True, "steps": 1000}
 LARGE: dict[str, tuple[float, dict]] = {  # GiB that CUDA reports of an RTX 4090, an RTX 3060 and an RTX 4060 Ti
     "7b bf16, galore_adamw_8bit": (
-        23.64, {"model": "7b", "optimizer": "galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005},
+        23.64, {"model": "7b", "optimizer": "galore_adamw_8bit", "rank": 1024, "learning_rate": 0.001},
     ),
     "7b int8, q_galore_adamw_8bit": (
         11.75, {
-            "model": "7b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005, "weights": "int8",
+            "model": "7b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.001, "weights": "int8",
             "proj_type": "reverse_std",
         },
     ),
     "7b int8, muon_4bit": (
-        11.75, {"model": "7b", "optimizer": "muon_4bit", "learning_rate": 0.003, "weights": "int8"},
+        11.75, {"model": "7b", "optimizer": "muon_4bit", "learning_rate": 0.001, "weights": "int8"},
     ),
     "llama3-8b int8, q_galore_adamw_8bit": (
         15.6, {
-            "model": "llama3-8b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.005,
+            "model": "llama3-8b", "optimizer": "q_galore_adamw_8bit", "rank": 1024, "learning_rate": 0.001,
             "weights": "int8", "proj_type": "reverse_std",
         },
     ),
@@ -182,14 +184,21 @@ def refresh_rows(tiny: bool) -> list[Row]:
 
 def beside_rows(tiny: bool) -> list[Row]:
     numbers, found = {"batch": 64, "seq": 256, "rounds": 20}, []
-    for optimizer in ("adamw", "galore_adamw"):
-        settings = {"model": "1b", "remat": True} | setting("1b", optimizer)
-        name = SHOWN.get(optimizer, f"galore_jax.{optimizer}")
-        found.append(Row("d", name, "memory", numbers | {"settings": settings}, 8))
-    for optimizer, needs in {"torch.optim.AdamW": (), "galore_torch": ("galore_torch",)}.items():
-        arguments = numbers | {"model": torch_config("1b"), "optimizer": optimizer, "rank": RANKS["1b"], "gap": GAP}
-        found.append(Row("d", optimizer, "torch_steps", arguments, 8, needs=("torch", "transformers", *needs)))
-    return found[2:] if tiny else found
+    for model, worth in {"130m": 4, "1b": 8}.items():
+        for optimizer in ("adamw", "galore_adamw"):
+            settings = {"model": model, "remat": True} | setting(model, optimizer)
+            name = f"{model}, {SHOWN.get(optimizer, f'galore_jax.{optimizer}')}"
+            found.append(Row("d", name, "memory", numbers | {"settings": settings}, worth))
+        for optimizer, needs in {"torch.optim.AdamW": (), "galore_torch": ("galore_torch",)}.items():
+            arguments = numbers | {
+                "model": torch_config(model),
+                "optimizer": optimizer,
+                "rank": RANKS[model],
+                "gap": GAP,
+            }
+            needs = ("torch", "transformers", *needs)
+            found.append(Row("d", f"{model}, {optimizer}", "torch_steps", arguments, worth, needs=needs))
+    return found[2:4] if tiny else found
 
 
 def learning_rows(tiny: bool, text: str | None) -> list[Row]:
@@ -238,10 +247,16 @@ def measure_all(args: argparse.Namespace) -> None:
     results.setdefault("rows", {})
     print(f"driver: {results['driver'] or 'no NVIDIA card'}", flush=True)
     chosen = [row for row in rows(args.tiny, args.text) if row.part in args.parts or row.kind == "card"]
+    chosen = [row for row in chosen if row.kind == "card" or re.search(args.rows, row.key)]
+    chosen = [row for row in chosen if results["rows"].get(row.key, {}).get("status") != "done"]
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.out.resolve() / "cache"))
+    if not args.tiny:
+        compile_all(chosen, environment, args.out / "gpu.log", end)
+    if args.compile:
+        return
     for row in sorted(chosen, key=lambda row: row.worth):
-        if results["rows"].get(row.key, {}).get("status") == "done":
-            continue
         left = 900.0 if end is None else end - time.monotonic()
         if left < (1 if args.tiny else 20):
             print("no time is left", flush=True)
@@ -250,13 +265,56 @@ def measure_all(args: argparse.Namespace) -> None:
         if missing(row.needs):
             record = {"status": f"left out: needs {', '.join(missing(row.needs))}"}
         else:
-            record = measured(row, left, args.out / "gpu.log", results["driver"], args.tiny)
+            record = measured(row, left, args.out / "gpu.log", results["driver"], environment | slow(args.tiny))
         limit = row.limit if results["driver"] else None
         results["rows"][row.key] = {"part": row.part, "name": row.name, "kind": row.kind, "limit": limit} | record
         file.write_text(json.dumps(results, indent=1) + "\n")
         (args.out / "gpu.md").write_text(tables(results, plans(args.out)))
         print(f"{row.key}: {record['status']}, {time.monotonic() - start:.0f} s", flush=True)
     print(f"\n{tables(results, plans(args.out))}")
+
+
+def compile_all(chosen: list[Row], environment: dict, log: pathlib.Path, end: float | None) -> None:
+    """Compiles what the rows will run, as many programs at a time as there are pairs of cores."""
+    jobs: dict[str, None] = {}
+    for row in sorted(chosen, key=lambda row: row.worth):
+        if missing(row.needs) or row.kind not in ("memory", "steps", "learning"):
+            continue
+        sizes = {name: row.arguments[name] for name in ("batch", "seq")}
+        for settings in settings_of(row).values():
+            arguments = {"settings": settings, "started": row.kind == "memory", "updated": row.kind == "steps"}
+            jobs[json.dumps(["programs", arguments | sizes])] = None
+    environment = environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+    def compiled(job: str) -> None:
+        left = None if end is None else max(1.0, end - time.monotonic())
+        command, start = [sys.executable, "-u", __file__, "--measure", job], time.monotonic()
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left)
+            said = done.stdout.strip() or done.stderr[-2000:]
+        except subprocess.TimeoutExpired:
+            said = "cut off"
+        with log.open("a") as file:
+            print(f"--- compiled in {time.monotonic() - start:.0f} s: {job}\n{said}", file=file, flush=True)
+
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        list(pool.map(compiled, jobs))
+    print(f"{len(jobs)} programs compiled in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def settings_of(row: Row) -> dict[str, dict]:
+    """What a row trains with, by name."""
+    if row.kind == "steps":
+        model = row.arguments["model"]
+        return {f"{row.name}, {name}": model | settings for name, settings in row.arguments["optimizers"].items()}
+    shape = {"shape": {"vocab_size": 256}} if row.kind == "learning" else {}
+    return {row.name: row.arguments["settings"] | shape}
+
+
+def slow(tiny: bool) -> dict[str, str]:
+    """The environment of a tiny run: optimizations take longer than its steps."""
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if tiny else {}
 
 
 def driver() -> dict | None:
@@ -271,15 +329,13 @@ def driver() -> dict | None:
     return {"card": name, "memory": int(memory) * 2**20, "version": version}
 
 
-def measured(row: Row, seconds: float, log: pathlib.Path, card: dict | None, tiny: bool) -> dict:
+def measured(row: Row, seconds: float, log: pathlib.Path, card: dict | None, environment: dict) -> dict:
     """The last report of a process that measures the row, and how it ended."""
-    environment = dict(os.environ)
+    environment = dict(environment)
     if row.limit is not None and card is not None:
         environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{row.limit * 2**30 / card['memory']:.4f}"
     elif row.kind != "torch_steps":
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    if tiny:
-        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # they take longer than the steps
     command = [sys.executable, "-u", __file__, "--measure", json.dumps([row.kind, row.arguments])]
     with log.open("a") as stderr:
         print(f"--- {row.key}", file=stderr, flush=True)
@@ -321,13 +377,7 @@ def plan_all(args: argparse.Namespace) -> None:
             or missing(row.needs)
         ):
             continue
-        if row.kind == "memory":
-            chosen = {row.name: row.arguments["settings"]}
-        else:
-            chosen = {
-                f"{row.name}, {name}": row.arguments["model"] | s for name, s in row.arguments["optimizers"].items()
-            }
-        for name, settings in chosen.items():
+        for name, settings in settings_of(row).items():
             found = plans(args.out)
             if name in found:
                 continue
@@ -469,7 +519,7 @@ def refresh_table(found: list[dict]) -> list[str]:
 
 
 def beside_table(found: list[dict]) -> list[str]:
-    lines = _header("1b, 16,384 tokens a step, blocks recomputed", "median step", "longest", "peak")
+    lines = _header("16,384 tokens a step, blocks recomputed", "median step", "longest", "peak")
     for r in found:
         if r.get("steps_seconds"):
             peak = r.get("peak_bytes", r.get("allocator", {}).get("peak_bytes_in_use"))
@@ -533,6 +583,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the results")
     parser.add_argument("--parts", nargs="+", choices=list(TITLES), default=list(TITLES))
+    parser.add_argument("--rows", default="", metavar="REGEX", help="only the lines whose name it is found in")
+    parser.add_argument(
+        "--compile", action="store_true", help="fill the cache of compiled programs, and measure nothing"
+    )
     parser.add_argument("--minutes", type=float, help="end by then, what is worth most first; default: no end")
     parser.add_argument("--text", help="a file to learn from; default: the source of Python's standard library")
     parser.add_argument("--tiny", action="store_true", help="small models and few steps")

@@ -182,7 +182,8 @@ class Task:
         return jnp.mean(token_losses(self.graphdef, join(trained, frozen), tokens))
 
     def schedule(self, peak):
-        return make_schedule(dataclasses.replace(self.config, learning_rate=peak))
+        shape = make_schedule(dataclasses.replace(self.config, learning_rate=1.0))
+        return lambda count: peak * shape(count)  # the peak can be one of a batch
 
     def optimizer(self, make, rate):
         rest = dataclasses.replace(self.config, optimizer=ADAMW, learning_rate=self.args.rest_rate)
@@ -195,7 +196,7 @@ class Task:
         ]
 
     def train_step(self, tx):
-        """(parameters, state, tokens) -> the same after a step, the loss, and the root mean square of the matrices' updates."""
+        """(parameters, state, tokens) -> parameters, state, (the loss, the root mean square of the matrices' updates)."""
 
         def restarted(params, state):
             clipped, partitioned = state
@@ -204,7 +205,6 @@ class Task:
             inner = partitioned.inner_states | {"matrices": matrices}
             return params, (clipped, partitioned._replace(inner_states=inner))
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
         def step(params, state, tokens):
             if self.restart is not None:
                 params, state = restarted(params, state)
@@ -234,7 +234,7 @@ def run(task: Task, make, rate: float) -> dict:
     tx, steps = task.optimizer(make, rate), task.args.steps
     params, state = task.params, tx.init(part(task.params)[0])
     state_bytes = galore_jax.tree_bytes(state[1].inner_states["matrices"])
-    step, validation = task.train_step(tx), task.validation()
+    step, validation = jax.jit(task.train_step(tx), donate_argnums=(0, 1)), task.validation()
     batches, schedule = task.text.train_iterator(), task.schedule(rate)
     curve, sizes, seconds, validations = [], [], [], []
     for number in range(steps):
@@ -252,6 +252,55 @@ def run(task: Task, make, rate: float) -> dict:
     }  # fmt: skip
 
 
+def run_together(tasks: list[Task], make, rates: list[float]) -> dict[tuple[float, int], dict]:
+    """What ``run`` returns for each rate and seed, made by one program in which the runs are a batch.
+
+    A small model leaves most of an accelerator idle; this fills it.  The seconds are those of all runs over their number.
+    """
+    task, members = tasks[0], [(rate, seed) for rate in rates for seed in range(len(tasks))]
+    peaks, seeds = jnp.array([rate for rate, _ in members]), np.array([seed for _, seed in members])
+
+    def step(peak, params, state, tokens):
+        return task.train_step(task.optimizer(make, peak))(params, state, tokens)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def several(params, state, tokens):
+        def one(carry, tokens):
+            params, state, found = jax.vmap(step)(peaks, *carry, tokens[seeds])
+            return (params, state), found
+
+        return jax.lax.scan(one, (params, state), tokens)
+
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves)[seeds], *(each.params for each in tasks))
+    start = jax.jit(jax.vmap(lambda peak, params: task.optimizer(make, peak).init(part(params)[0])))
+    state = start(peaks, params)
+    state_bytes = galore_jax.tree_bytes(state[1].inner_states["matrices"]) // len(members)
+    evaluate = jax.jit(jax.vmap(task.loss))
+    held_out = np.stack([list(each.text.validation_batches(task.args.val_tokens)) for each in tasks], axis=1)
+    batches = [each.text.train_iterator() for each in tasks]
+    steps, every = task.args.steps, max(1, task.args.steps // 8)
+    losses, sizes, seconds, validations = [], [], 0.0, []
+    for number in range(0, steps, every):
+        taken = min(every, steps - number)
+        tokens = jnp.asarray(np.stack([[next(each) for each in batches] for _ in range(taken)]))
+        begun = time.perf_counter()
+        (params, state), (loss, size) = jax.block_until_ready(several(params, state, tokens))
+        seconds += time.perf_counter() - begun
+        losses.append(loss), sizes.append(size)
+        value = np.mean([evaluate(*part(params), tokens[seeds]) for tokens in held_out], axis=0)
+        validations.append((number + taken, value))
+    curves, rates_now = np.concatenate(losses), np.array([task.schedule(1.0)(number) for number in range(steps)])
+    relative = np.concatenate(sizes)[rates_now > 0] / rates_now[rates_now > 0, None] / np.asarray(peaks)
+    return {
+        member: {
+            "train_loss": curves[:, i].tolist(), "validation": [(number, float(value[i])) for number, value in validations],
+            "val_loss": float(validations[-1][1][i]), "update_rms": float(relative[:, i].mean()),
+            "matrix_state_bytes": state_bytes, "seconds_per_step": seconds / steps / len(members),
+        }
+        for i, member in enumerate(members)
+    }  # fmt: skip
+
+
 class Runs:
     """The runs in OUT, made when they are asked for and not there."""
 
@@ -263,8 +312,26 @@ class Runs:
         }
         (args.out / "runs").mkdir(parents=True, exist_ok=True)
 
+    def path(self, name: str, rate: float, seed: int) -> pathlib.Path:
+        return self.args.out / "runs" / f"{name}-{rate:g}-{seed}.json".replace(" ", "_").replace("/", "_")
+
+    def make_together(self, name: str) -> None:
+        """The runs of one optimizer with all rates and seeds, unless they are all there."""
+        members = list(itertools.product(self.args.rates, range(self.args.seeds)))
+        if all(self.path(name, *member).exists() for member in members):
+            return
+        tasks = [Task(self.args, name, seed) for seed in range(self.args.seeds)]
+        for (rate, seed), found in run_together(tasks, self.contestants[name], self.args.rates).items():
+            self.write(name, rate, seed, found)
+
+    def write(self, name: str, rate: float, seed: int, found: dict) -> dict:
+        record = {"optimizer": name, "learning_rate": rate, "seed": seed, "settings": self.settings} | found
+        self.path(name, rate, seed).write_text(json.dumps(record) + "\n")
+        print(f"{name}, {rate:g}, seed {seed}: {record['val_loss']:.4f}", file=sys.stderr, flush=True)
+        return record
+
     def get(self, name: str, rate: float, seed: int = 0) -> dict | None:
-        path = self.args.out / "runs" / f"{name}-{rate:g}-{seed}.json".replace(" ", "_").replace("/", "_")
+        path = self.path(name, rate, seed)
         if path.exists():
             record = json.loads(path.read_text())
             if record["settings"] != self.settings:
@@ -274,11 +341,7 @@ class Runs:
             return record
         if self.args.report:
             return None
-        record = {"optimizer": name, "learning_rate": rate, "seed": seed, "settings": self.settings}
-        record |= run(Task(self.args, name, seed), self.contestants[name], rate)
-        path.write_text(json.dumps(record) + "\n")
-        print(f"{name}, {rate:g}, seed {seed}: {record['val_loss']:.4f}", file=sys.stderr, flush=True)
-        return record
+        return self.write(name, rate, seed, run(Task(self.args, name, seed), self.contestants[name], rate))
 
     def grid(self) -> dict[str, dict]:
         """Each contestant's best run with the first seed, and under "tried" the losses by learning rate."""
@@ -431,6 +494,9 @@ def main() -> None:
     parser.add_argument("--leaders", type=int, default=3)
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument(
+        "--together", action="store_true", help="all rates and seeds of an optimizer as one batch, for an accelerator"
+    )
     parser.add_argument("--report", action="store_true", help="of the runs in OUT, and make no new ones")
     args = parser.parse_args()
     if args.ablation:
@@ -444,6 +510,10 @@ def main() -> None:
     chosen = {name: make for name, make in known.items() if not args.only or name in args.only}
     matplotlib.use("Agg")
     runs = Runs(args, chosen)
+    if args.together:
+        for name in chosen:
+            runs.make_together(name)
+        args.report, args.leaders = True, len(chosen)
     best = runs.grid()
     if not best:
         raise SystemExit(
