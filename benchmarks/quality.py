@@ -7,12 +7,18 @@
     python benchmarks/quality.py OUT --data TEXT --report      table and picture of the runs that are in OUT, and no new ones
     python benchmarks/quality.py OUT --data TEXT --short       five minutes: five optimizers, 40 steps, two learning rates
     python benchmarks/quality.py OUT --data TEXT --ablation    projector x transport x residual of galore, at one learning rate
+    python benchmarks/quality.py OUT --data TEXT --frontier    what a byte of state buys: momenta of every size at their own decay
+
+--only takes names and patterns of names of all of these, such as 'muon_4bit-*-nor'.  In a name, b is the decay rate of the
+momentum, b2 that of Adam's second moment, nor is NorMuon's division, polar Polar Express, c the weight of the gradient outside,
+k16 a subspace of a sixteenth of the smaller side, and pr4 that subspace in four bits.
 
 A byte-level LLaMA of 3.3 million parameters (the preset 20m), 1,024 tokens a step, float32, warm-up over a tenth of the steps
 and a cosine to a tenth, gradients bounded to a global norm of 1.  Each optimizer gets the matrices of the blocks alone and its
 learning rate from one grid: from the middle of it, up and then down, as far as the validation loss falls.  Embeddings, head and
 norms are on AdamW at --rest-rate in every run, so that what differs is the treatment of the matrices.  The best --leaders, and
-AdamW, Muon and galore_adamw, are run with more seeds at their best rate.
+AdamW, Muon and galore_adamw, are run with more seeds at their best rate; with --frontier, all that nothing of at most as many
+bytes is better than.
 
 Low-rank optimizers keep --rank of each matrix's smaller side.  State is counted for the matrices, in bytes, and as a share of
 AdamW's.  The update's RMS is the mean over the run of the root mean square of what is added to the matrices, over the rate.
@@ -21,6 +27,7 @@ Writes OUT/runs/*.json, OUT/quality.json and OUT/quality.png, and prints a Markd
 
 import argparse
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import json
@@ -28,6 +35,7 @@ import pathlib
 import statistics
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +48,8 @@ from _common import language_text
 from flax import nnx
 
 import galore_jax
+from galore_jax._core.state_fields import Kind, kinds
+from galore_jax.matrix_codec import MatrixCodec
 from galore_jax.matrix_view import is_matrix_name
 from galore_jax.models import Llama
 from galore_jax.training.adapters import adapt, join, make_restart, part
@@ -48,7 +58,9 @@ from galore_jax.training.config import LOW_RANK_WEIGHTS, PretrainConfig
 from galore_jax.training.optimizers import make_schedule
 from galore_jax.training.step import token_losses
 
-ADAMW, MUON = "adamw", "muon"
+ADAMW, MUON = "adamw", "optax_muon-b.95"
+# So many points in the picture that only those with several seeds, or with the lowest loss for their bytes, get names.
+MANY = 40
 ALWAYS_AGAIN = (ADAMW, MUON, "galore_adamw")
 
 
@@ -67,33 +79,69 @@ def direction(make):
     return lambda learning_rate, rank: optax.chain(make(), optax.scale_by_learning_rate(learning_rate))
 
 
-def muon():
+def optax_muon(beta):
     numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    against = optax.contrib.muon(
-        1.0, consistent_rms=0.2, muon_weight_dimension_numbers=lambda params: jax.tree.map(lambda _: numbers, params)
-    )
+    everywhere = functools.partial(jax.tree.map, lambda _: numbers)
+    against = optax.contrib.muon(1.0, beta=beta, consistent_rms=0.2, muon_weight_dimension_numbers=everywhere)
     return optax.chain(against, optax.scale(-1.0))
 
 
-def galore_muon_8bit(learning_rate, rank, **settings):
-    """galore_muon with a momentum in 8 bits and bases in 4."""
-    momentum = galore_jax.quantize_state(optax.trace(0.95, nesterov=True))
-    settings |= {"projector": "random", "transport": "rotate", "basis_codec": "int4", "scale": 1.0}
-    low_rank = galore_jax.galore(momentum, rank=rank, residual="orthogonal", **settings)
+def coded_galore_muon(learning_rate, rank, codec, beta, factor, neuron_decay=None, times=1, **settings):
+    """galore_muon with its momentum in a codec and ``times`` the rank."""
+    momentum = galore_jax.quantize_state(optax.trace(beta, nesterov=True), codec)
+    rule = galore_jax.residual.orthogonal(factor, neuron_decay)
+    low_rank = galore_jax.galore(
+        momentum, rank=times * rank, residual=rule, **{"scale": 1.0, "transport": "rotate"} | settings
+    )
     return optax.chain(low_rank, optax.scale_by_learning_rate(learning_rate))
+
+
+class FactoredAdamState(NamedTuple):
+    FIELD_KINDS = kinds("count mu", v_row=Kind.ROW, v_col=Kind.COLUMN)
+
+    count: jax.Array
+    mu: Any
+    v_row: Any  # (*batch, m)
+    v_col: Any  # (*batch, n)
+
+
+def scale_by_factored_adam(b1=0.9, b2=0.999):
+    """Adam on matrices whose second moment is the product of its means over rows and columns, as in Adafactor."""
+
+    def init(params):
+        means = [jax.tree.map(functools.partial(jnp.mean, axis=axis), params) for axis in (-1, -2)]
+        zeros = [jax.tree.map(jnp.zeros_like, tree) for tree in (params, *means)]
+        return FactoredAdamState(jnp.zeros([], jnp.int32), *zeros)
+
+    def update(gradients, state, params=None):
+        count = state.count + 1
+        mu = optax.tree.update_moment(gradients, state.mu, b1, 1)
+        squares = jax.tree.map(lambda g: g * g + 1e-30, gradients)
+        rows, columns = (
+            jax.tree.map(lambda v, g, axis=axis: b2 * v + (1 - b2) * jnp.mean(g, axis=axis), old, squares)
+            for axis, old in ((-1, state.v_row), (-2, state.v_col))
+        )
+
+        def direction(mu, row, column):
+            variance = row[..., :, None] * (column / jnp.mean(row, axis=-1, keepdims=True))[..., None, :]
+            return mu / (1 - b1**count) / (jnp.sqrt(variance / (1 - b2**count)) + 1e-8)
+
+        return jax.tree.map(direction, mu, rows, columns), FactoredAdamState(count, mu, rows, columns)
+
+    return optax.GradientTransformation(init, update)
 
 
 def contestants(steps: int) -> dict:
     """Each optimizer of the comparison, a function of learning rate and rank.
 
     Bases are refreshed eight times in a run, those of galore_muon four times.  Adam trains low-rank weights too (lora, relora,
-    low_rank), and relora merges three times.  "muon" is Optax's, with a momentum of 0.95.
+    low_rank), and relora merges three times.
     """
     gap = max(1, steps // 8)
     galore_muon = functools.partial(preset, galore_jax.galore_muon)
     return {
         ADAMW: direction(optax.scale_by_adam),
-        MUON: direction(muon),
+        MUON: direction(lambda: optax_muon(0.95)),
         "adamw_8bit": direction(lambda: galore_jax.quantize_state(optax.scale_by_adam())),
         **dict.fromkeys(LOW_RANK_WEIGHTS, direction(optax.scale_by_adam)),
         "adafactor": direction(lambda: optax.scale_by_factored_rms(min_dim_size_to_factor=32)),
@@ -121,19 +169,109 @@ def contestants(steps: int) -> dict:
         "galore_muon, power": galore_muon(update_proj_gap=2 * gap, projector="power"),
         "galore_muon, power, c = 8": galore_muon(update_proj_gap=2 * gap, projector="power", factor=8.0),
         "galore_muon, power, c = 30, T = 200": galore_muon(update_proj_gap=4 * gap, projector="power", factor=30.0),
-        **{
-            f"{make.__name__}, {name}": full_rank(make, **settings)
-            for make in (galore_jax.muon, galore_jax.muon_8bit, galore_jax.muon_4bit)
-            for name, settings in MUONS.items()
-        },
-        "galore_muon, 8-bit": functools.partial(galore_muon_8bit, update_proj_gap=2 * gap),
-        "galore_muon, 8-bit, r = 1/2": lambda rate, rank: galore_muon_8bit(rate, 2 * rank, update_proj_gap=2 * gap),
     }
 
 
-MUONS = {
-    "b = 0.9": {"momentum": 0.9},
-    "b = 0.9, NorMuon": {"momentum": 0.9, "neuron_decay": 0.95},
+BETAS = (0.8, 0.9, 0.95)
+BETAS_2 = (0.95, 0.99, 0.999)
+NORMUON = {"": {}, "-nor": {"neuron_decay": 0.95}}
+# Momenta in few bits: those that may be on the frontier, and those that show what a part of them is worth.
+MOMENTA = {
+    "8bit": MatrixCodec(bits=8, leading=0),
+    "4bit": MatrixCodec(bits=4),
+    "4bit-pr4": MatrixCodec(bits=4, leading_bits=4),
+    "3bit": MatrixCodec(bits=3),
+    "3bit-k8": MatrixCodec(bits=3, leading=1 / 8),
+    "3bit-pr4": MatrixCodec(bits=3, leading_bits=4),
+    "3bit-k8-pr4": MatrixCodec(bits=3, leading=1 / 8, leading_bits=4),
+    "2bit": MatrixCodec(bits=2),
+    "2bit-k8": MatrixCodec(bits=2, leading=1 / 8),
+    "2bit-k8-pr4": MatrixCodec(bits=2, leading=1 / 8, leading_bits=4),
+    "0bit-k16": MatrixCodec(bits=0),
+    "0bit-k8": MatrixCodec(bits=0, leading=1 / 8),
+    "0bit-k4": MatrixCodec(bits=0, leading=1 / 4),
+    "0bit-k4-pr4": MatrixCodec(bits=0, leading=1 / 4, leading_bits=4),
+}
+OTHER_MOMENTA = {
+    "8bit-k16": MatrixCodec(bits=8),
+    "4bit-k0": MatrixCodec(bits=4, leading=0),
+    "4bit-k32": MatrixCodec(bits=4, leading=1 / 32),
+    "4bit-k8": MatrixCodec(bits=4, leading=1 / 8),
+    "4bit-nearest": MatrixCodec(bits=4, rounding="nearest"),
+    "4bit-stochastic": MatrixCodec(bits=4, rounding="stochastic"),
+}
+
+
+def name_of(number: float) -> str:
+    """.9 for 0.9"""
+    return f"{number:g}".lstrip("0")
+
+
+def muons(momenta: dict[str, MatrixCodec]) -> dict:
+    """Muon with each momentum, each decay rate, and NorMuon's division or without."""
+    return {
+        f"muon_{name}-b{name_of(beta)}{nor}": full_rank(galore_jax.muon_8bit, codec=codec, momentum=beta, **settings)
+        for name, codec in momenta.items()
+        for nor, settings in NORMUON.items()
+        for beta in BETAS
+    }
+
+
+def variants(steps: int) -> dict:
+    """Momenta in few bits without a part of the method, and Polar Express."""
+    polar = {
+        f"{make.__name__}-b{name_of(beta)}{nor}-polar": full_rank(
+            make, momentum=beta, ns_coeffs="polar_express", **settings
+        )
+        for make in (galore_jax.muon, galore_jax.muon_4bit)
+        for nor, settings in NORMUON.items()
+        for beta in BETAS
+    }
+    return muons(OTHER_MOMENTA) | polar
+
+
+def frontier(steps: int) -> dict:
+    """Optimizers with state of every size, each with several decay rates of its moments."""
+    gap = max(1, steps // 8)
+    found: dict = {f"optax_muon-b{name_of(beta)}": direction(functools.partial(optax_muon, beta)) for beta in BETAS}
+    found |= {
+        f"muon-b{name_of(beta)}{nor}": full_rank(galore_jax.muon, momentum=beta, **settings)
+        for nor, settings in NORMUON.items()
+        for beta in BETAS
+    }
+    found |= muons(MOMENTA)
+    for (nor, settings), beta in itertools.product(NORMUON.items(), BETAS):
+        for factor in (4, 8, 16):
+            low_rank = {"momentum": beta, "factor": float(factor), "update_proj_gap": 2 * gap}
+            found[f"galore_muon-b{name_of(beta)}-c{factor}{nor}"] = preset(
+                galore_jax.galore_muon, **low_rank, **settings
+            )
+        for projector, bits in itertools.product(PROJECTORS, (8, 4)):
+            low_rank = {"update_proj_gap": 2 * gap, "beta": beta, "factor": 0.8 / (1 - beta), **PROJECTORS[projector]}
+            codec = MatrixCodec(bits=bits, leading=1 / 16 if bits == 4 else 0)
+            name = f"galore_muon_{bits}bit-{projector}-b{name_of(beta)}{nor}"
+            found[name] = functools.partial(coded_galore_muon, codec=codec, **low_rank, **settings)
+    for b2 in BETAS_2:
+        suffix = "" if b2 == 0.999 else f"-b2{name_of(b2)}"
+        coded = functools.partial(galore_jax.quantize_state, codec=MatrixCodec())
+        found |= {
+            f"{ADAMW}{suffix}": direction(functools.partial(optax.scale_by_adam, b2=b2)),
+            f"adamw_8bit{suffix}": direction(lambda b2=b2: galore_jax.quantize_state(optax.scale_by_adam(b2=b2))),
+            f"adamw_factored{suffix}": direction(functools.partial(scale_by_factored_adam, b2=b2)),
+            f"adamw_4bit{suffix}": direction(lambda b2=b2, coded=coded: coded(scale_by_factored_adam(b2=b2))),
+            f"galore_adamw{suffix}": preset(galore_jax.galore_adamw, update_proj_gap=gap, b2=b2),
+            f"fira_adamw{suffix}": preset(galore_jax.fira_adamw, update_proj_gap=gap, b2=b2),
+        }
+    return found
+
+
+# Bases of galore_muon with a momentum in few bits: random ones in 4 bits, those of which only the seed is stored, also at twice
+# the rank, and rows.
+PROJECTORS = {
+    "random": {"projector": "random", "basis_codec": "int4"},
+    "seeded": {"projector": galore_jax.projectors.random(stored=False)},
+    "seeded-r2": {"projector": galore_jax.projectors.random(stored=False), "times": 2},
+    "rows": {"projector": "rows", "transport": "keep"},
 }
 SHORT = (ADAMW, MUON, "galore_adamw", "fira_adamw", "galore_muon")
 
@@ -172,6 +310,10 @@ class Task:
             update_proj_gap=max(1, args.steps // 4),
         )  # fmt: skip
         model = Llama(self.config.model_config(self.text.tokenizer.vocab_size), rngs=nnx.Rngs(seed))
+        whole = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        kinds_of_whole = jax.tree.leaves(matrices_and_rest(whole))
+        whole = zip(jax.tree.leaves(whole), kinds_of_whole, strict=True)
+        self.weights = sum(x.size for x, kind in whole if kind == "matrices")
         adapt(model, self.config, jax.random.key(seed))
         self.graphdef, params = nnx.split(model, nnx.Param)
         self.params = nnx.to_pure_dict(params)
@@ -247,8 +389,10 @@ def run(task: Task, make, rate: float) -> dict:
         if (number + 1) % max(1, steps // 8) == 0 or number + 1 == steps:
             validations.append((number + 1, validation(params)))
     return {
-        "train_loss": curve, "validation": validations, "val_loss": validations[-1][1], "update_rms": statistics.fmean(sizes),
-        "matrix_state_bytes": state_bytes, "seconds_per_step": statistics.median(seconds),
+        "train_loss": curve, "validation": validations, "val_loss": validations[-1][1],
+        "update_rms": statistics.fmean(sizes),
+        "matrix_state_bytes": state_bytes, "bytes_per_weight": state_bytes / task.weights,
+        "seconds_per_step": statistics.median(seconds),
     }  # fmt: skip
 
 
@@ -381,10 +525,21 @@ def loss_of(record: dict) -> float:
     return float(np.nan_to_num(record["val_loss"], nan=np.inf))
 
 
-def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> list[dict]:
+def undominated(found: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of the (bytes, loss) that none of at most as many bytes has a lower loss than, the fewest bytes first."""
+    names, least = [], np.inf
+    for name, (_, loss) in sorted(found.items(), key=lambda item: item[1]):
+        if loss < least:
+            names, least = [*names, name], loss
+    return names
+
+
+def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int, frontier: bool) -> list[dict]:
     """One line a contestant, the lowest loss first."""
     order = sorted(best, key=lambda name: loss_of(best[name]))
     again = {*order[:leaders], *ALWAYS_AGAIN} & set(order)
+    if frontier:
+        again |= set(undominated({name: (best[name]["bytes_per_weight"], loss_of(best[name])) for name in order}))
     adamw = best[ADAMW]["matrix_state_bytes"] if ADAMW in best else None
     lines = []
     for name in order:
@@ -393,8 +548,11 @@ def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int) -> li
         losses = [record["val_loss"] for record in (found, *others) if record is not None]
         line = {
             key: found[key]
-            for key in ("optimizer", "learning_rate", "tried", "matrix_state_bytes", "update_rms", "seconds_per_step")
-        }
+            for key in (
+                "optimizer", "learning_rate", "tried", "matrix_state_bytes", "bytes_per_weight", "update_rms",
+                "seconds_per_step",
+            )
+        }  # fmt: skip
         lines.append(line | {"val_losses": losses, "share": adamw and found["matrix_state_bytes"] / adamw})
     return sorted(lines, key=lambda line: statistics.fmean(line["val_losses"]))
 
@@ -403,7 +561,8 @@ def table(lines: list[dict]) -> str:
     """Markdown: the validation losses by learning rate with the first seed, the best of them bold, and of all seeds with it."""
     rates = sorted({rate for line in lines for rate in line["tried"]}, key=float)
     heads = [
-        "matrices on", *rates, "of all seeds", "of AdamW's", "matrix state, MB", "of AdamW's", "update RMS", "s a step",
+        "matrices on", *rates, "of all seeds", "of AdamW's", "matrix state, MB", "bytes a weight", "of AdamW's", "update RMS",
+        "s a step",
     ]  # fmt: skip
     text = [heads, ["---"] * len(heads)]
     reference = next((statistics.fmean(line["val_losses"]) for line in lines if line["optimizer"] == ADAMW), None)
@@ -416,6 +575,7 @@ def table(lines: list[dict]) -> str:
         text.append([
             line["optimizer"], *(tried.get(rate, "") for rate in rates), f"{mean:.4f}{several}",
             f"{mean / reference:.3f}" if reference else "", f"{line['matrix_state_bytes'] / 1e6:.2f}",
+            f"{line['bytes_per_weight']:.3f}",
             "" if line["share"] is None else f"{line['share']:.1%}", f"{line['update_rms']:.2g}",
             f"{line['seconds_per_step']:.2f}",
         ])  # fmt: skip
@@ -440,7 +600,7 @@ def label_points(axis, points: list[tuple[float, float, str]]) -> None:
 
 
 def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
-    """Loss against state with names; against steps and time in colour for the optimizers with several seeds, if there are any."""
+    """Loss against state with names and the frontier; against steps and time in color for those with several seeds, if any."""
     figure, axes = plt.subplot_mosaic(
         [["state", "steps"], ["state", "clock"]], figsize=(14, 8.5), width_ratios=(1.5, 1), layout="constrained"
     )
@@ -448,19 +608,25 @@ def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
     several = any(len(line["val_losses"]) > 1 for line in lines)
     colours = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
     points = []
+    where = {x["optimizer"]: (x["matrix_state_bytes"] / 1e6, statistics.fmean(x["val_losses"])) for x in lines}
+    best = undominated(where)
+    state.step(
+        *np.array([where[name] for name in best]).T, where="post", color="0.6", linewidth=1, linestyle="--", zorder=1
+    )
     for line in lines:
         name, losses = line["optimizer"], line["val_losses"]
         shown = len(losses) > 1 or not several
         look = {"color": next(colours) if shown else "0.75", "marker": "o", "zorder": 3 if shown else 2}
-        megabytes, mean = line["matrix_state_bytes"] / 1e6, statistics.fmean(losses)
+        megabytes, mean = where[name]
         state.errorbar(megabytes, mean, yerr=(max(losses) - min(losses)) / 2, linestyle="", **look)
-        points.append((megabytes, mean, name))
+        if shown or name in best or len(lines) < MANY:
+            points.append((megabytes, mean, name))
         record = runs.get(name, line["learning_rate"])
         numbers, values = np.array(record["validation"]).T
         for axis, x in ((steps, numbers), (clock, numbers * line["seconds_per_step"])):
             axis.plot(x, values, markersize=3, linewidth=1, label=name if shown else None, **look)
     state.set_xscale("symlog", linthresh=0.1)
-    state.set_xlim(-0.02, 8 * max(x for x, *_ in points))
+    state.set_xlim(-0.02, 8 * max(x for x, _ in where.values()))
     state.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([0, 0.1, 0.3, 1, 3, 10, 30]))
     state.xaxis.set_major_formatter("{x:g}")
     state.set(xlabel="optimizer state of the matrices (MB)", ylabel="validation loss (nats a byte)")
@@ -482,7 +648,7 @@ def main() -> None:
     parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
     parser.add_argument("--data", default="python", help='text: "python", a file or a folder')
     parser.add_argument("--model", default="20m")
-    parser.add_argument("--only", nargs="+", help="names of optimizers; the others are left out")
+    parser.add_argument("--only", nargs="+", help="names of optimizers or patterns of names; the others are left out")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--rest-rate", type=float, default=3e-3, help="of AdamW on embeddings, head and norms")
     parser.add_argument("--rank", type=float, default=0.25)
@@ -497,17 +663,23 @@ def main() -> None:
     parser.add_argument(
         "--together", action="store_true", help="all rates and seeds of an optimizer as one batch, for an accelerator"
     )
+    parser.add_argument("--frontier", action="store_true")
     parser.add_argument("--report", action="store_true", help="of the runs in OUT, and make no new ones")
     args = parser.parse_args()
     if args.ablation:
         args.rates, args.leaders, args.seeds = [1e-2], 0, 1
     if args.short:
         args.only, args.rates, args.steps, args.seeds = args.only or SHORT, [3e-3, 1e-2], 40, 1
-    known = (ablation if args.ablation else contestants)(args.steps)
-    unknown = set(args.only or ()) - set(known)
-    if unknown:
-        raise SystemExit(f"--only {', '.join(sorted(unknown))}: not known; there are {', '.join(known)}.")
-    chosen = {name: make for name, make in known.items() if not args.only or name in args.only}
+    group = "ablation" if args.ablation else "frontier" if args.frontier else "quality"
+    groups = {"quality": contestants, "ablation": ablation, "frontier": frontier}
+    chosen = groups[group](args.steps)
+    if args.only:
+        known = {name: make for of in (*groups.values(), variants) for name, make in of(args.steps).items()}
+        unknown = [pattern for pattern in args.only if not fnmatch.filter(known, pattern)]
+        if unknown:
+            raise SystemExit(f"--only {', '.join(unknown)}: not known; there are {', '.join(known)}.")
+        names = {name for pattern in args.only for name in fnmatch.filter(known, pattern)}
+        chosen = {name: make for name, make in known.items() if name in names}
     matplotlib.use("Agg")
     runs = Runs(args, chosen)
     if args.together:
@@ -519,10 +691,9 @@ def main() -> None:
         raise SystemExit(
             f"--report: {args.out / 'runs'} has no run of {', '.join(chosen)}; leave --report out to make them."
         )
-    lines = summaries(runs, best, args.seeds, args.leaders)
-    name = "ablation" if args.ablation else "quality"
-    (args.out / f"{name}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
-    plot(runs, lines, args.out / f"{name}.png")
+    lines = summaries(runs, best, args.seeds, args.leaders, args.frontier)
+    (args.out / f"{group}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
+    plot(runs, lines, args.out / f"{group}.png")
     print(table(lines))
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""The momentum of a matrix in 8, 4 or 3 bits.
+"""The momentum of a matrix in 8, 4, 3 or 2 bits.
 
 **Grid.**  The scale of an entry follows its row and its column, so that a large row or column does not coarsen the others:
 
@@ -10,14 +10,15 @@
 The maxima are in bfloat16, rounded up.  The dither u is uniform in [-1/2, 1/2), a hash of a seed and the place of the entry, so
 it takes no bytes.  Subtracted again at decoding, it makes the error independent of x, with mean 0 and the variance of rounding to
 nearest.  With nearest (u = 0), a momentum has a dead zone: as long as D stays, round(β q) = q for |q| < 1 / (2 (1 - β)), so an
-entry without gradient never decays.
+entry without gradient never decays.  Stochastic rounding adds u and does not subtract it, with twice the variance.
 
 **Split.**  The leading directions M ≈ P Rᵀ are stored apart, and the grid holds the rest, whose entries are much smaller
 (4-bit-Muon-GRASP, ICLR 2026; MuonQ, arXiv 2605.11396).  One power step from the last R follows them:
 
     P = orth(M R),   R = MᵀP,   rest = M - P Rᵀ               with k = min(m, n) / 16 columns
 
-P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  A step that orthogonalizes a momentum
+P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  With 0 bits there is no rest: the
+momentum is P Rᵀ alone.  A step that orthogonalizes a momentum
 lifts all singular values to the same size, and most of them are small.  Noise that is small beside the largest entries would be
 large beside those.
 """
@@ -37,7 +38,8 @@ from galore_jax._core.folding import hidden_zero
 from galore_jax._core.matrix_loop import matrix_by_matrix
 from galore_jax._core.orthonormal import noise, orthonormal
 
-BITS = (8, 4, 3)
+BITS = (8, 4, 3, 2)
+ROUNDINGS = ("dither", "stochastic", "nearest")
 _MIN_SIZE = 4096
 _MIN_SIDE = 16
 # Bit patterns of bfloat16: infinity, a NaN, and 2^-119.  The step of a smaller scale would be below the normal numbers.
@@ -57,21 +59,25 @@ class Grid:
     [2.0, 0.29, -0.29]
     """
 
-    codes: jax.Array  # uint8 (*batch, m, bytes): q + 2^(b-1) in b bits, two codes a byte or eight in three bytes
+    codes: (
+        jax.Array
+    )  # uint8 (*batch, m, bytes): q + 2^(b-1) in b bits, four or two codes a byte or eight in three bytes
     rows: jax.Array  # bfloat16 (*batch, m); NaN if an entry is not finite, and then the row decodes to NaN
     columns: jax.Array  # bfloat16 (*batch, n)
     seed: jax.Array | None  # uint32 (*batch,); None rounds to nearest
     bits: int = dataclasses.field(metadata={"static": True})
+    # Whether decoding subtracts the dither again.
+    subtractive: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.rows.shape, self.columns.shape[-1])
 
     @classmethod
-    def encode(cls, array: jax.Array, seed: jax.Array | None = None, *, bits: int) -> Grid:
+    def encode(cls, array: jax.Array, seed: jax.Array | None = None, *, bits: int, subtractive: bool = True) -> Grid:
         """Encodes (*batch, m, n); ``seed`` is that of the dither, uint32 (*batch,)."""
         codes, rows, columns = _encoded(array, seed, bits)
-        return cls(codes, rows, columns, seed, bits)
+        return cls(codes, rows, columns, seed, bits, subtractive)
 
     def decode(self) -> jax.Array:
         """The matrices in float32."""
@@ -83,17 +89,22 @@ class Grid:
 class CodedMatrix:
     """Matrices (*batch, m, n) as a grid, and their leading directions apart if ``left`` is not None."""
 
-    rest: Grid
+    rest: Grid | None  # None if the leading directions are all that is stored
     left: Grid | None  # Pᵀ, (*batch, k, m)
     right: Grid | None  # Rᵀ, (*batch, k, n)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.rest.shape
+        if self.left and self.right:
+            return (*self.left.shape[:-2], self.left.shape[-1], self.right.shape[-1])
+        return self.rest.shape if self.rest else ()
 
     def decode(self) -> jax.Array:
         """The matrices in float32."""
-        return self.rest.decode() + _product(self.left, self.right) if self.left and self.right else self.rest.decode()
+        parts = [self.rest.decode()] if self.rest else []
+        if self.left and self.right:
+            parts.append(_product(self.left, self.right))
+        return sum(parts[1:], start=parts[0])
 
     def renewed(self, array: jax.Array, seed: jax.Array | None = None) -> CodedMatrix:
         """Encodes other matrices of the same shape in the same way, one after the other.
@@ -102,7 +113,7 @@ class CodedMatrix:
           array: Finite matrices (*batch, m, n).
           seed: The seed of the dither, uint32, which all matrices of a stack share.  None keeps the last one.
         """
-        seeds = self.rest.seed
+        seeds = self.rest.seed if self.rest else None
         if seeds is not None and seed is not None:
             seeds = sharding.like(jnp.broadcast_to(seed, seeds.shape), seeds)
         return matrix_by_matrix(_renewed, self, (array.astype(jnp.float32), seeds), array.ndim - 2)
@@ -115,10 +126,10 @@ class MatrixCodec:
     At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits 0.5.
 
     Args:
-      bits: 8, 4 or 3 bits for each entry.
+      bits: 8, 4, 3 or 2 bits for each entry, or 0 to store the leading directions alone.
       leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
-      leading_bits: 8, 4 or 3 bits for each entry of these.
-      dither: If True, subtractive dither; otherwise rounding to nearest.
+      leading_bits: 8, 4, 3 or 2 bits for each entry of these.
+      rounding: ``"dither"`` (subtractive), ``"stochastic"`` or ``"nearest"``.
 
     Raises:
       ValueError: An argument is out of range.
@@ -133,14 +144,18 @@ class MatrixCodec:
     bits: int = 4
     leading: float = 1 / 16
     leading_bits: int = 8
-    dither: bool = True
+    rounding: str = "dither"
 
     def __post_init__(self) -> None:
-        for name in ("bits", "leading_bits"):
-            if getattr(self, name) not in BITS:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, BITS))}.")
+        for name, known in (("bits", (*BITS, 0)), ("leading_bits", BITS), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, known))}.")
         if not 0 <= self.leading <= 0.5:
             raise ValueError(f"leading is {self.leading!r}; expected a share of the smaller side in [0, 0.5].")
+        if self.bits == self.leading == 0:
+            raise ValueError(
+                "bits and leading are both 0, which stores nothing; expected at least one of them above 0."
+            )
 
     def applies_to(self, shape: tuple[int, ...]) -> bool:
         """Whether arrays of this shape are encoded: matrices, or stacks, of 4,096 entries or more with sides of 16 or more."""
@@ -151,9 +166,13 @@ class MatrixCodec:
         spec = sharding.spec_of(array)
         *batch, m, n = array.shape
         *lead, first, second = spec or (None,) * array.ndim
-        seed = sharding.zeros(tuple(batch), jnp.uint32, spec and tuple(lead), array) if self.dither else None
+        dithered = self.rounding != "nearest"
+        seed = sharding.zeros(tuple(batch), jnp.uint32, spec and tuple(lead), array) if dithered else None
         zero = hidden_zero()
-        rest = Grid.encode(array.astype(jnp.float32) + zero, seed, bits=self.bits)
+        rest = None
+        if self.bits:
+            wide, subtractive = array.astype(jnp.float32) + zero, self.rounding != "stochastic"
+            rest = Grid.encode(wide, seed, bits=self.bits, subtractive=subtractive)
         if self.leading == 0:
             return CodedMatrix(rest, None, None)
         count = max(1, int(self.leading * min(m, n)))
@@ -170,14 +189,18 @@ def _renewed(old: CodedMatrix, given: tuple[jax.Array, jax.Array | None]) -> Cod
     """:meth:`CodedMatrix.renewed` of one matrix."""
     matrix, seed = given
     if old.left is None or old.right is None:
-        return CodedMatrix(Grid.encode(matrix, seed, bits=old.rest.bits), None, None)
+        return CodedMatrix(_encoded_like(old.rest, matrix, seed), None, None)
     last = old.right.decode()
     # A momentum that was zero has no directions yet.
     last = jnp.where(jnp.any(last != 0), last, noise(last.shape, last.dtype))
     basis = orthonormal(jnp.matmul(matrix, last.T, precision=_HIGHEST))
     left = Grid.encode(basis.T, bits=old.left.bits)
     right = Grid.encode(jnp.matmul(left.decode(), matrix, precision=_HIGHEST), bits=old.right.bits)
-    return CodedMatrix(Grid.encode(matrix - _product(left, right), seed, bits=old.rest.bits), left, right)
+    return CodedMatrix(_encoded_like(old.rest, matrix - _product(left, right), seed), left, right)
+
+
+def _encoded_like(old: Grid | None, matrix: jax.Array, seed: jax.Array | None) -> Grid | None:
+    return old and Grid.encode(matrix, seed, bits=old.bits, subtractive=old.subtractive)
 
 
 @functools.partial(jax.jit, static_argnames="bits", inline=True)
@@ -202,7 +225,7 @@ def _decoded(grid: Grid) -> jax.Array:
     top = _top(grid.bits)
     numbers = (_unpacked(grid.codes, grid.shape[-1], grid.bits) - (top + 1)).astype(jnp.float32)
     numbers = sharding.like(numbers, scales)
-    if grid.seed is not None:
+    if grid.seed is not None and grid.subtractive:
         numbers -= _dither(grid.seed, scales)
     return numbers * (scales / top)
 
@@ -236,7 +259,7 @@ def _rounded_up(magnitudes: jax.Array) -> jax.Array:
 
 def _group(bits: int) -> tuple[int, int]:
     """How many codes are in how many bytes."""
-    return {8: (1, 1), 4: (2, 1), 3: (8, 3)}[bits]
+    return {8: (1, 1), 4: (2, 1), 3: (8, 3), 2: (4, 1)}[bits]
 
 
 def _packed(codes: jax.Array, bits: int) -> jax.Array:

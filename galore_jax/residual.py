@@ -42,8 +42,21 @@ from galore_jax._core.matrix_loop import matrix_by_matrix
 from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
 from galore_jax.matrix_view import MatrixView
 
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
+# The factors a, b, c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X in each step, and a factor of the norm that X starts from.
+_NS_COEFFS = {
+    "standard": (((3.4445, -4.7750, 2.0315),) * 5, 1.0),
+    # The best polynomial for each step (Amsel et al. 2025, arXiv 2505.16932), rounded to four digits.
+    "polar_express": (
+        (
+            (8.1566, -22.4833, 15.8788),
+            (4.0429, -2.8089, 0.5000),
+            (3.8917, -2.7725, 0.5061),
+            (3.2858, -2.3681, 0.4645),
+            (2.3465, -1.7098, 0.4232),
+        ),
+        1.02,
+    ),
+}
 
 
 class Parts(NamedTuple):
@@ -113,15 +126,18 @@ def tensor(growth: float | None = GAMMA) -> Residual:
     return _scaled("tensor", lambda parts: _ratio(parts, (-2, -1)), growth)
 
 
-def orthogonal(factor: float | jax.Array = 16.0, neuron_decay: float | jax.Array | None = None) -> Residual:
+def orthogonal(
+    factor: float | jax.Array = 16.0, neuron_decay: float | jax.Array | None = None, ns_coeffs: str = "standard"
+) -> Residual:
     """The direction P N + ``factor`` S with all singular values moved to about 1, scaled to the root mean square of AdamW.
 
     With a momentum inside, N sums about 1/(1-β) gradients, so S needs a factor of that order.  With ``neuron_decay``, the part of
-    each output neuron is divided as :func:`divided_by_neuron` does.
+    each output neuron is divided as :func:`divided_by_neuron` does.  ``ns_coeffs`` is that of :func:`newton_schulz`.
     """
+    check_ns_coeffs(ns_coeffs)
 
     def combine(parts: Parts, state: Any) -> tuple[jax.Array, Any]:
-        whole, state = muon_step(_with_outside(parts._replace(alpha=1.0), factor), state, neuron_decay)
+        whole, state = muon_step(_with_outside(parts._replace(alpha=1.0), factor), state, neuron_decay, ns_coeffs)
         return parts.alpha * whole, state
 
     return Residual("orthogonal", combine, lambda view: neuron_squares(view, neuron_decay))
@@ -246,17 +262,30 @@ def check_direction(inner: optax.GradientTransformation, residual: Residual | No
             )
 
 
-def newton_schulz(matrices: jax.Array) -> jax.Array:
+def newton_schulz(matrices: jax.Array, ns_coeffs: str = "standard") -> jax.Array:
     """Matrices (*batch, m, n) with their singular values moved to between about 0.7 and 1.2; zeros stay zeros.
+
+    Args:
+      matrices: (*batch, m, n), at least float32.
+      ns_coeffs: The coefficients of the five steps: ``"standard"``, those of Muon, or ``"polar_express"``, which move singular
+        values nearer to 1.
 
     >>> x = jnp.diag(jnp.array([3.0, 0.3]))
     >>> bool(jnp.all(jnp.abs(jnp.diagonal(newton_schulz(x)) - 1) < 0.4))
     True
     """
-    return matrix_by_matrix(lambda matrix, _: _orthogonalized(matrix), matrices, (), matrices.ndim - 2)
+    return matrix_by_matrix(lambda matrix, _: _orthogonalized(matrix, ns_coeffs), matrices, (), matrices.ndim - 2)
 
 
-def muon_step(direction: jax.Array, squares: Any, neuron_decay: float | jax.Array | None) -> tuple[jax.Array, Any]:
+def check_ns_coeffs(ns_coeffs: str) -> None:
+    """Raises a ValueError if ``ns_coeffs`` names no coefficients."""
+    if ns_coeffs not in _NS_COEFFS:
+        raise ValueError(f"ns_coeffs is {ns_coeffs!r}; expected one of {', '.join(_NS_COEFFS)}.")
+
+
+def muon_step(
+    direction: jax.Array, squares: Any, neuron_decay: float | jax.Array | None, ns_coeffs: str = "standard"
+) -> tuple[jax.Array, Any]:
     """0.2 √max(m, n) NS(direction) of one matrix (m, n), and the mean squares of its neurons.
 
     The root mean square of the step is about that of AdamW's (arXiv 2502.16982, section 2.2).
@@ -265,8 +294,9 @@ def muon_step(direction: jax.Array, squares: Any, neuron_decay: float | jax.Arra
       direction: (m, n), at least float32.
       squares: The state that :func:`neuron_squares` makes for one matrix.
       neuron_decay: NorMuon's decay rate, or None.
+      ns_coeffs: The coefficients of :func:`newton_schulz`.
     """
-    whole = newton_schulz(direction)
+    whole = newton_schulz(direction, ns_coeffs)
     if neuron_decay is not None:
         whole, squares = divided_by_neuron(whole, squares, neuron_decay)
     return 0.2 * max(whole.shape) ** 0.5 * whole, squares
@@ -301,18 +331,20 @@ def divided_by_neuron(matrix: jax.Array, squares: jax.Array, decay: float | jax.
     return divided * (before / jnp.where(after > 0, after, 1)), squares
 
 
-def _orthogonalized(matrix: jax.Array) -> jax.Array:
+def _orthogonalized(matrix: jax.Array, ns_coeffs: str) -> jax.Array:
     """:func:`newton_schulz` of one matrix."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = sharding.gather(matrix.T if tall else matrix)
-    norm = norm_of(x, (-2, -1))
-    a, b, c = _NEWTON_SCHULZ
+    coefficients, start = _NS_COEFFS[ns_coeffs]
+    norm = norm_of(x, (-2, -1)) * start
+    table = jnp.asarray(coefficients, x.dtype)
 
-    def step(_: Any, x: jax.Array) -> jax.Array:
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
+        a, b, c = table[i]
         gram = x @ x.T
         return a * x + (b * gram + c * gram @ gram) @ x
 
-    x = jax.lax.fori_loop(0, _STEPS, step, x / jnp.where(norm > 0, norm, 1))
+    x = jax.lax.fori_loop(0, len(coefficients), step, x / jnp.where(norm > 0, norm, 1))
     return x.T if tall else x
 
 

@@ -163,6 +163,25 @@ def test_quality_walks_the_learning_rates_from_the_middle_as_far_as_the_loss_fal
     np.testing.assert_array_equal([found[rate]["val_loss"] for rate in sorted(found)], made)
 
 
+def test_quality_draws_the_frontier_through_what_nothing_smaller_is_better_than(script):
+    found = {"a": (1.0, 2.0), "b": (0.5, 2.5), "c": (0.5, 2.4), "d": (2.0, 2.0), "e": (4.0, 1.9), "f": (0.6, 2.45)}
+    assert script("quality").undominated(found) == ["c", "a", "e"]
+
+
+def test_quality_makes_every_contestant_and_says_at_which_bytes(script):
+    quality = script("quality")
+    groups = (quality.contestants, quality.ablation, quality.frontier, quality.variants)
+    known = {name: make(0.01, 0.25) for of in groups for name, make in of(400).items()}
+    params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
+    for name, size in {
+        "adamw": 8, "optax_muon-b.9": 4, "muon-b.9-nor": 4, "muon_8bit-b.9": 1, "muon_4bit-b.9": 0.65, "muon_4bit-pr4-b.9": 0.58,
+        "muon_3bit-pr4-b.9": 0.46, "muon_2bit-b.9": 0.4, "muon_0bit-k16-b.9": 0.13, "galore_muon-b.9-c8": 2,
+        "galore_muon_8bit-seeded-b.9": 0.25, "galore_muon_4bit-rows-b.9": 0.15, "adamw_factored": 4, "adamw_4bit": 0.66,
+    }.items():  # fmt: skip
+        state = jax.tree.leaves(jax.eval_shape(known[name].init, params))
+        assert sum(x.size * x.dtype.itemsize for x in state) / 256**2 == pytest.approx(size, abs=0.04), name
+
+
 def test_quality_trains_low_rank_weights_in_place_of_the_matrices(tmp_path, text):
     run(
         "quality.py", text, tmp_path, "--model", "demo", "--steps", 8, "--batch", 2, "--seq", 16, "--val-tokens", 64,

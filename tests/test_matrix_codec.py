@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from galore_jax.matrix_codec import CodedMatrix, Grid, MatrixCodec
 
-all_bits = pytest.mark.parametrize("bits", [8, 4, 3])
+all_bits = pytest.mark.parametrize("bits", [8, 4, 3, 2])
 
 
 def outliers(seed, shape):
@@ -89,7 +89,7 @@ def test_a_momentum_of_4_bits_decays_with_dither_and_not_with_nearest(dithered):
     """Entries without gradient, in rows and columns whose largest entry stays: here a diagonal with a constant gradient."""
     beta, eye = 0.95, jnp.eye(32)
     start = jnp.where(eye > 0, 20.0, 10.0)
-    coded = MatrixCodec(leading=0, dither=dithered).encode(start)
+    coded = MatrixCodec(leading=0, rounding="dither" if dithered else "nearest").encode(start)
 
     def update(i, coded):
         return coded.renewed(beta * coded.decode() + eye, (1000 + i).astype(jnp.uint32))
@@ -184,7 +184,7 @@ def test_a_grid_is_the_same_sharded(bits, spec):
 
 def test_bad_settings_are_named():
     for arguments, message in (
-        ({"bits": 5}, "bits is 5; expected one of 8, 4, 3"),
+        ({"bits": 5}, "bits is 5; expected one of 8, 4, 3, 2, 0"),
         ({"leading_bits": 16}, "leading_bits is 16"),
         ({"leading": 0.7}, "leading is 0.7; expected a share of the smaller side"),
     ):

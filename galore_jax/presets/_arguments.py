@@ -64,6 +64,8 @@ class MuonArguments(AdamWArguments, total=False):
     momentum: float | jax.Array
     nesterov: bool
     factor: float | jax.Array
+    neuron_decay: float | jax.Array | None
+    ns_coeffs: str
     adam_scale: float | jax.Array
 
 
@@ -73,6 +75,7 @@ class FullMuonArguments(TypedDict, total=False):
     momentum: float | jax.Array
     nesterov: bool
     neuron_decay: float | jax.Array | None
+    ns_coeffs: str
     b1: float | jax.Array
     b2: float | jax.Array
     eps: float | jax.Array

@@ -31,7 +31,7 @@ from galore_jax.presets._arguments import CodedMuonArguments, FullMuonArguments,
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.quantize import quantize_state
-from galore_jax.residual import muon_step, neuron_squares
+from galore_jax.residual import check_ns_coeffs, muon_step, neuron_squares
 
 
 def muon(
@@ -40,6 +40,7 @@ def muon(
     momentum: float | jax.Array = 0.95,
     nesterov: bool = True,
     neuron_decay: float | jax.Array | None = None,
+    ns_coeffs: str = "standard",
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
@@ -62,6 +63,8 @@ def muon(
       nesterov: If True, use Nesterov momentum.
       neuron_decay: The decay rate of NorMuon's mean squares, by which the step of each output neuron is divided (Li et al. 2025,
         arXiv 2510.05491, with 0.95), n more numbers of state.  None is Muon.
+      ns_coeffs: The coefficients of the orthogonalization, ``"standard"`` or ``"polar_express"``; see
+        :func:`galore_jax.residual.newton_schulz`.
       b1, b2, eps: The decay rates and epsilon of Adam, which updates embeddings, the LM head, norms and everything else that is
         no matrix of a block.
       mu_dtype: The dtype of the momentum and of Adam's first moment.  None keeps both in float32, whatever the dtype of the
@@ -76,9 +79,10 @@ def muon(
     [64, 64, 16384]
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
+    settings = {"momentum": momentum, "nesterov": nesterov, "neuron_decay": neuron_decay, "ns_coeffs": ns_coeffs}
     return decayed(
         _direction(
-            {"momentum": momentum, "nesterov": nesterov, "neuron_decay": neuron_decay, "mu_dtype": mu_dtype},
+            settings | {"mu_dtype": mu_dtype},
             optax.chain(adam, optax.scale(adam_scale)),
             mask,
             weight_dimension_numbers,
@@ -116,7 +120,7 @@ def muon_8bit(
     seeds.check_seed(seed)
     adam = quantize_state(optax.scale_by_adam(b1=arguments["b1"], b2=arguments["b2"], eps=arguments["eps"]))
     settings = {"codec": codec, "seed": seed}
-    settings |= {name: arguments[name] for name in ("momentum", "nesterov", "neuron_decay")}
+    settings |= {name: arguments[name] for name in ("momentum", "nesterov", "neuron_decay", "ns_coeffs")}
     return decayed(
         _direction(
             settings,
@@ -174,6 +178,7 @@ def scale_by_muon(
     momentum: float | jax.Array = 0.95,
     nesterov: bool = True,
     neuron_decay: float | jax.Array | None = None,
+    ns_coeffs: str = "standard",
     mu_dtype: Any = None,
     codec: MatrixCodec | None = None,
     seed: int | jax.Array = 0,
@@ -184,7 +189,7 @@ def scale_by_muon(
 
     Args:
       views_of: A callable that returns the view of each leaf of a tree like the parameters.
-      momentum, nesterov, neuron_decay, mu_dtype: The arguments of :func:`muon`.
+      momentum, nesterov, neuron_decay, ns_coeffs, mu_dtype: The arguments of :func:`muon`.
       codec: How the momentum of large matrices is stored; None stores arrays of ``mu_dtype``.
       seed: Seed for the dither of the codec.
 
@@ -195,6 +200,9 @@ def scale_by_muon(
     >>> tx.init({"kernel": jnp.ones((3, 8, 16))}).momentum["kernel"].shape
     (3, 8, 16)
     """
+
+    check_ns_coeffs(ns_coeffs)
+    one = functools.partial(_step, nesterov, ns_coeffs)
 
     def views(tree: Any) -> list[MatrixView]:
         return [view for view in views_of(tree) if view is not None]
@@ -224,7 +232,7 @@ def scale_by_muon(
             own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
             decays = (momentum, neuron_decay) if neuron_decay is not None else (momentum,)
             given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
-            reply, mu, square = _updated(nesterov, (view.to_matrices(gradient), *old), given, view.batch_shape)
+            reply, mu, square = _updated(one, (view.to_matrices(gradient), *old), given, view.batch_shape)
             replies.append(trees.boxed_like(sharding.like(view.from_matrices(reply), gradient), leaf))
             momenta.append(mu)
             squares.append(square)
@@ -247,27 +255,29 @@ def _direction(
     )
 
 
-def _updated(nesterov: bool, carried: tuple, given: list[jax.Array], batch_shape: tuple[int, ...]) -> tuple:
+def _updated(one: Callable, carried: tuple, given: list[jax.Array], batch_shape: tuple[int, ...]) -> tuple:
     """The steps of a parameter's matrices in the place of their gradients, and the new momentum and mean squares.
 
     Args:
-      nesterov: Whether the momentum is Nesterov's.
+      one: :func:`_step` with its settings.
       carried: The gradients (*batch, m, n), the momentum and the mean squares.
       given: Scalars: the seed of the dither, the decay rate of the momentum, and that of the mean squares if they exist.
       batch_shape: The shape of the batch axes.
     """
     given = [jnp.broadcast_to(x, batch_shape) for x in given]
-    return matrix_by_matrix_anywhere(functools.partial(_step, nesterov), carried, given, len(batch_shape))
+    return matrix_by_matrix_anywhere(one, carried, given, len(batch_shape))
 
 
-def _step(nesterov: bool, carried: tuple, given: list[jax.Array]) -> tuple:
+def _step(nesterov: bool, ns_coeffs: str, carried: tuple, given: list[jax.Array]) -> tuple:
     """:func:`_updated` for one matrix."""
     matrix, stored, squares = carried
     seed, momentum, *decay = given
     sound = is_sound(level_of(matrix))
     gradient = jnp.where(sound, promoted(matrix), 0)
     mu = momentum * promoted(codecs.decoded(stored)) + gradient
-    direction, new_squares = muon_step(gradient + momentum * mu if nesterov else mu, squares, *(decay or [None]))
+    direction, new_squares = muon_step(
+        gradient + momentum * mu if nesterov else mu, squares, decay[0] if decay else None, ns_coeffs
+    )
     kept = stored.renewed(mu, seed) if isinstance(stored, CodedMatrix) else mu.astype(stored.dtype)
     usable = sound & is_sound(level_of(direction))
     new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), (kept, new_squares), (stored, squares))

@@ -24,6 +24,8 @@ def galore_muon(
     momentum: float | jax.Array = 0.95,
     nesterov: bool = True,
     factor: float | jax.Array = 16.0,
+    neuron_decay: float | jax.Array | None = None,
+    ns_coeffs: str = "standard",
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-8,
@@ -51,6 +53,8 @@ def galore_muon(
       momentum: The decay rate of the momentum in the subspace.
       nesterov: If True, use Nesterov momentum.
       factor: The weight of the gradient outside.  The momentum inside sums about 1 / (1 - momentum) gradients.
+      neuron_decay, ns_coeffs: The arguments of :func:`galore_jax.muon`: NorMuon's division by neuron, and the coefficients of the
+        orthogonalization.
       b1, b2, eps: The decay rates and epsilon of Adam, which updates embeddings, the LM head, norms and everything else that is
         not projected.
       mu_dtype: The dtype of the momentum and of Adam's first moment.  None keeps both in float32, whatever the dtype of the
@@ -70,7 +74,7 @@ def galore_muon(
     def build(views: Any) -> optax.GradientTransformation:
         return galore(
             optax.trace(momentum, nesterov, accumulator_dtype=mu_dtype),
-            residual=residuals.orthogonal(factor),
+            residual=residuals.orthogonal(factor, neuron_decay, ns_coeffs),
             **galore_arguments | {"mask": None, "weight_dimension_numbers": views},
         )
 
