@@ -439,7 +439,8 @@ def run_together(tasks: list[Task], make, rates: list[float]) -> dict[tuple[floa
         member: {
             "train_loss": curves[:, i].tolist(), "validation": [(number, float(value[i])) for number, value in validations],
             "val_loss": float(validations[-1][1][i]), "update_rms": float(relative[:, i].mean()),
-            "matrix_state_bytes": state_bytes, "seconds_per_step": seconds / steps / len(members),
+            "matrix_state_bytes": state_bytes, "bytes_per_weight": state_bytes / task.weights,
+            "seconds_per_step": seconds / steps / len(members),
         }
         for i, member in enumerate(members)
     }  # fmt: skip

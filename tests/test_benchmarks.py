@@ -36,6 +36,21 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """The config.json of a LLaMA that compiles quickly."""
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 256,
+    }
+    path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64} | sizes))
+    return path
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Imports a benchmark by name."""
@@ -161,6 +176,24 @@ def test_quality_walks_the_learning_rates_from_the_middle_as_far_as_the_loss_fal
     rates = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
     found = quality.walk(rates, lambda rate: {"val_loss": losses[rates.index(rate)]})
     np.testing.assert_array_equal([found[rate]["val_loss"] for rate in sorted(found)], made)
+
+
+def test_quality_makes_the_runs_of_a_batch_as_it_makes_them_one_by_one(tmp_path, text, one_layer):
+    arguments = [
+        "--model", one_layer, "--steps", 9, "--batch", 2, "--seq", 16, "--val-tokens", 64, "--seeds", 2, "--leaders", 9,
+        "--rates", 0.003, 0.01, "--only", "galore_muon", "muon_8bit-b.9-nor",
+    ]  # fmt: skip
+    run("quality.py", text, tmp_path / "one", *arguments)
+    run("quality.py", text, tmp_path / "several", *arguments, "--together")
+    several = {path.name: json.loads(path.read_text()) for path in (tmp_path / "several" / "runs").iterdir()}
+    assert len(several) == 2 * 2 * 2
+    for path in (tmp_path / "one" / "runs").iterdir():
+        alone, batched = json.loads(path.read_text()), several[path.name]
+        assert alone.keys() == batched.keys()
+        for name in ("train_loss", "validation", "val_loss", "update_rms"):
+            np.testing.assert_allclose(batched[name], alone[name], rtol=2e-4)
+        for name in ("optimizer", "learning_rate", "seed", "settings", "matrix_state_bytes", "bytes_per_weight"):
+            assert batched[name] == alone[name]
 
 
 def test_quality_draws_the_frontier_through_what_nothing_smaller_is_better_than(script):
@@ -455,6 +488,7 @@ def test_gpu_runs_what_is_worth_most_first_and_ends_in_time(tmp_path, gpu_script
     monkeypatch.setattr(gpu, "driver", lambda: {"card": "A card", "memory": 80 * 10**9, "version": "1"})
     monkeypatch.setattr(gpu, "missing", lambda needs: [])
     monkeypatch.setattr(gpu, "measured", lambda row, *_: order.append(row) or {"status": "cut off"})
+    monkeypatch.setattr(gpu, "compile_all", lambda *_: None)
     main("--minutes", "8")
     assert [row.worth for row in order] == sorted(row.worth for row in order)
     assert [row.limit for row in order if row.worth == 1] == [23.64, 11.75, 11.75, 15.6]
@@ -464,14 +498,69 @@ def test_gpu_runs_what_is_worth_most_first_and_ends_in_time(tmp_path, gpu_script
     assert len(order) == tried
     main("--parts", "e")  # and the card, which the others are compared with
     assert {row.part for row in order[tried + 1 :]} == {"e"}
+    order.clear()
+    main("--rows", "^b: 1b$")
+    assert [row.key for row in order] == ["a: card", "b: 1b"]
+    order.clear()
+    assert main("--compile").startswith("driver: ")
+    assert order == []
+
+
+def test_gpu_compiles_each_program_once_before_it_measures(tmp_path, gpu_script, monkeypatch):
+    gpu, _ = gpu_script
+    jobs = []
+
+    def run(command, env, **_):
+        assert env["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        jobs.append(json.loads(command[-1]))
+        return subprocess.CompletedProcess(command, 0, '{"compile_seconds": 1.0}', "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    chosen = [row for row in gpu.rows(False, None) if row.part in "abcde"]
+    gpu.compile_all(chosen, {}, tmp_path / "log", None)
+    assert {kind for kind, _ in jobs} == {"programs"}
+    assert len({json.dumps(job) for job in jobs}) == len(jobs)
+    trained = [
+        settings | {name: row.arguments[name] for name in ("batch", "seq")}
+        for row in chosen
+        if row.kind in ("memory", "steps", "learning")
+        for settings in gpu.settings_of(row).values()
+    ]
+    found = [job["settings"] | {name: job[name] for name in ("batch", "seq")} for _, job in jobs]
+    assert {json.dumps(one, sort_keys=True) for one in found} == {json.dumps(one, sort_keys=True) for one in trained}
+    assert (tmp_path / "log").read_text().count("--- compiled in") == len(jobs)
+
+
+def test_gpu_reads_kernels_and_copies_from_a_trace(script):
+    def named(kind, pid, tid, name):
+        return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+
+    def event(pid, tid, name, start, length):
+        return {"ph": "X", "name": name, "pid": pid, "tid": tid, "ts": start, "dur": length}
+
+    events = [
+        {"displayTimeUnit": "ns"}, named("process_name", 1, None, "/device:GPU:0"),
+        named("thread_name", 1, 13, "Stream #13(Compute)"), named("thread_name", 1, 14, "XLA Ops"),
+        named("process_name", 7, None, "/host:CPU"), named("thread_name", 7, 13, "python"),
+        event(1, 13, "fusion_1", 100.0, 30.0), event(1, 13, "MemcpyD2D", 140.0, 10.0), event(1, 13, "fusion_1", 160.0, 40.0),
+        event(1, 14, "fusion", 100.0, 100.0), event(7, 13, "call", 0.0, 500.0),
+    ]  # fmt: skip
+    read_trace = script("_gpu").read_trace
+    found = read_trace(events)
+    assert (found["kernels"], found["copies"]) == (2, 1)
+    assert found["copy_seconds"] == pytest.approx(10e-6)
+    assert found["busy_seconds"] == pytest.approx(80e-6)
+    assert found["span_seconds"] == pytest.approx(100e-6)
+    assert found["longest"] == [["fusion_1", 2, pytest.approx(70e-6)], ["MemcpyD2D", 1, pytest.approx(10e-6)]]
+    assert read_trace(events[:1] + events[4:])["lines"]  # a profiler that names its lines otherwise
 
 
 def test_gpu_keeps_the_last_report_of_a_process_that_failed_or_was_cut_off(tmp_path, gpu_script):
     gpu, _ = gpu_script
     missing = gpu.Row("a", "a kind that is not there", "nothing", {}, 0)
-    record = gpu.measured(missing, 60, tmp_path / "log", None, True)
+    record = gpu.measured(missing, 60, tmp_path / "log", None, dict(os.environ))
     assert record["status"] == "failed: KeyError: 'nothing'"
-    cut = gpu.measured(gpu.rows(True, None)[1], 0.5, tmp_path / "log", None, True)
+    cut = gpu.measured(gpu.rows(True, None)[1], 0.5, tmp_path / "log", None, dict(os.environ))
     assert cut == {"status": "cut off"}
 
 
@@ -483,11 +572,10 @@ def test_gpu_limits_the_process_to_a_share_of_the_card(tmp_path, gpu_script, mon
         seen.append(env.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
         return subprocess.CompletedProcess(command, 0, b'{"a": 1}\nsome words\n{"a": 2}\n{"a"')
 
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.setattr(subprocess, "run", run)
     card = {"card": "A card", "memory": 80 * 10**9, "version": "1"}
     row = next(row for row in gpu.rows(False, None) if row.limit == 23.64)
-    assert gpu.measured(row, 1, tmp_path / "log", card, False) == {"a": 2, "status": "done"}
+    assert gpu.measured(row, 1, tmp_path / "log", card, {}) == {"a": 2, "status": "done"}
     assert seen == ["0.3173"]
 
 
