@@ -200,7 +200,7 @@ def test_config_json_names_what_none_stands_for_and_null_in_an_older_one_means_w
         assert (config.refresh, config.transport) == expected
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", ["power", "svd"])
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
 def test_what_none_stands_for_is_what_the_library_does_on_its_own(optimizer, projector):
