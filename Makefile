@@ -1,7 +1,7 @@
 # make pretrain      trains a small LLaMA with GaLore on the Python standard library's text
-# make test          lints, type-checks, runs the doctests and the tests
-# make test-slow     runs the slow tests: whole runs, meshes and hardware that is not there; and the code of the documentation, the
-#                    notebooks, the examples and the benchmarks
+# make test          lints, type-checks, runs the tests
+# make test-slow     runs the slow tests: whole runs, meshes and hardware that is not there; and the code of the docstrings, the
+#                    documentation, the notebooks, the examples and the benchmarks
 # make test-newest   tests the core on the newest Python here with the newest jax
 # make docs          builds the documentation site into build/site
 # make package       builds the wheel and the sdist, and tries each in an empty environment

@@ -87,9 +87,11 @@ def _covering(cases, count):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the cases of a test as slow but for those that ``covering`` keeps, before ``-m`` selects."""
+    """Marks doctests as pages, and as slow the cases of a test that ``covering`` does not keep, before ``-m`` selects."""
     tests = {}
     for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.pages)
         if item.get_closest_marker("covering"):
             tests.setdefault((item.path, item.originalname), []).append(item)
     for cases in tests.values():

@@ -151,6 +151,7 @@ def test_there_must_be_one_galore():
         low_rank_mean(two, micro_gradient, batch, two.init(small()), small())
 
 
+@pytest.mark.slow
 def test_a_gradient_outside_the_basis_is_treated_as_in_the_plain_step():
     """Not zero, but zero in its subspace: both steps leave the matrix alone."""
     params = {"kernel": jnp.zeros((8, 16))}

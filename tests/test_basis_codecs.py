@@ -35,6 +35,7 @@ def decoded_of(basis_codec, p):
     return np.asarray(jax.jit(lambda p: store.decode(store.encode(p), p.shape[1], jnp.float32))(p), np.float64)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(("m", "r"), [(512, 128), (1024, 256), (300, 5), (700, 301)])
 def test_the_defect_of_four_bits_is_the_one_stated(m, r):
     """Unit columns; the rest of the defect, and the part of the subspace that is lost."""
@@ -102,7 +103,7 @@ def test_two_numbers_share_a_byte():
     assert (state.left["w"].shape, state.left["w"].dtype) == ((2, 64, 33), jnp.bfloat16)
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @coded
 @pytest.mark.parametrize(("projector", "proj_type"), SIDES)
 def test_the_coordinates_of_a_refresh_are_those_of_the_decoded_basis(basis_codec, projector, proj_type):
@@ -161,6 +162,7 @@ def test_training_is_close_to_that_with_a_float32_basis(basis_codec):
     assert distance(basis_codec) < 1.1 * distance("float32") + 0.01
 
 
+@pytest.mark.covering(1)
 @coded
 def test_a_basis_is_checked_before_it_is_coded(basis_codec):
     """One that is not orthonormal is rejected; one that is, is taken, although its code is not."""

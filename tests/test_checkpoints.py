@@ -3,6 +3,7 @@
 """Checkpoints: exact, few, and never trusted when they are damaged."""
 
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from problems import normal
 from runs import small_tree, state_of, tiny_model, tokens
 
+import galore_jax
 from galore_jax.training import checkpoint
 from galore_jax.training.checkpoint import Checkpoint, CheckpointWriter
 from galore_jax.training.config import PretrainConfig
@@ -64,7 +66,8 @@ def test_another_model_or_optimizer_is_refused_by_the_first_parameter_that_diffe
         checkpoint.restore(folder, 3, {"layers": params["layers"]}, opt_state)
     with pytest.raises(ValueError, match=r"parameter norm is float32\[8\] there, and bfloat16\[8\] in this run"):
         checkpoint.restore(folder, 3, optax.tree.cast(params, jnp.bfloat16), opt_state)
-    with pytest.raises(ValueError, match=r"optimizer state \S+ is .* there, and .* in this run"):
+    remedy = "continue it with the settings and the versions that config.json names, or start a new run with another"
+    with pytest.raises(ValueError, match=rf"optimizer state \S+ is .* there, and .* in this run; {remedy}"):
         checkpoint.restore(folder, 3, params, optax.adamw(1e-3).init(params))
 
 
@@ -156,3 +159,26 @@ def test_a_checkpoint_from_before_the_field_step_was_named_so_is_read(tmp_path, 
     restored = checkpoint.restore(tmp_path / "checkpoints", 1, params, state)
     assert jax.tree.structure(restored.opt_state) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state)
+
+
+# The optimizer state of the first runs: galore_adamw of a parameter "w" of shape (8, 16) at rank 2, without the counters of
+# bases that were kept and rejected.
+EARLIEST = {
+    "count": (), "skipped": (), "left/w": (8, 2), "inner_state/0/count": (), "inner_state/0/mu/w": (2, 16),
+    "inner_state/0/nu/w": (2, 16),
+}  # fmt: skip
+
+
+def test_a_state_without_todays_counters_is_refused_with_what_to_do(tmp_path):
+    params = {"w": jnp.ones((8, 16))}
+    saved = {}
+    for path, shape in EARLIEST.items():
+        *parents, name = path.split("/")
+        node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), parents, saved)
+        node[name] = jnp.zeros(shape, jnp.float32 if shape else jnp.int32)
+    with CheckpointWriter(tmp_path / "checkpoints", 1) as writer:
+        writer.save(Checkpoint(1, params, saved, {}, []))
+    state = galore_jax.galore(optax.scale_by_adam(), rank=2).init(params)
+    says = r"optimizer state kept is absent there, and int32\[\] in this run; continue it with the settings and the versions"
+    with pytest.raises(ValueError, match=says):
+        checkpoint.restore(tmp_path / "checkpoints", 1, params, state)

@@ -305,6 +305,7 @@ def test_a_stream_is_deterministic(hub):
     assert not np.array_equal(take(one.train_iterator(), 5), take(other.train_iterator(), 5))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shard_count", [1, 2, 3])  # 2 divides the files, 3 does not
 def test_a_stream_resumes_exactly(hub, monkeypatch, shard_count):
     monkeypatch.setattr(data, "SHUFFLE_DOCUMENTS", 6)  # several blocks an epoch
@@ -323,7 +324,7 @@ def test_a_stream_resumes_exactly(hub, monkeypatch, shard_count):
     np.testing.assert_array_equal(take(iterator, 50), np.stack(batches[7:57]))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("validation_split", [True, False])
 @pytest.mark.parametrize("shard_count", [1, 3])  # 3 does not divide the files
 def test_other_iterators_do_not_move_a_stream(hub, monkeypatch, validation_split, shard_count):

@@ -141,6 +141,7 @@ def test_accuracy_and_loss_are_those_of_the_weights_that_are_written(shop, label
     assert np.mean(losses) == pytest.approx(labels["final_val_loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_responses_are_learnt_and_the_perplexity_is_that_of_the_responses_alone(shop, answers):
     model = load_hf(shop / "answers" / "last")
     text = [*(row["prompt"] + row["response"] for row in ANSWERED)]
@@ -186,6 +187,7 @@ def test_the_best_weights_are_kept_when_later_ones_are_worse(shop):
     assert not [path for path in (shop / "worse").iterdir() if path.suffix in (".partial", ".old")]
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_with_the_way_back_and_writes_no_weights(shop, capsys):
     config = settings(shop, "diverged")
     flags = ["--learning-rate=1e30", "--clip=0", "--optimizer=adamw", "--steps=12", "--eval-every=1", "--save-every=1"]
@@ -208,6 +210,7 @@ def test_a_diverged_run_ends_with_the_way_back_and_writes_no_weights(shop, capsy
     assert (summary["steps"], summary["resumed_from_step"]) == (12, step)
 
 
+@pytest.mark.slow
 def test_transformers_opens_what_is_written(shop, labels, answers):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -42,6 +42,7 @@ def matrix_numbers(params):
     return numbers | {"query": {"kernel": optax.contrib.MuonDimensionNumbers(0, (1, 2))}}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_on_matrices_it_is_that_of_optax_and_adamw_elsewhere(nesterov):
     """Optax corrects the bias of the two parts of Nesterov's sum by one step apart, which no longer shows after a few steps."""
@@ -142,6 +143,7 @@ def after(name, steps):
     return updates, state, update
 
 
+@pytest.mark.covering(1)
 @coded_presets
 def test_in_few_bits_the_momentum_is_near_that_in_float32(name):
     """The first step is read from a momentum that is not stored yet."""
@@ -158,6 +160,7 @@ def test_in_few_bits_the_momentum_is_near_that_in_float32(name):
         assert error < {"muon_8bit": 0.01, "muon_4bit": 0.2}[name]
 
 
+@pytest.mark.covering(1)
 @coded_presets
 def test_a_gradient_that_is_not_finite_leaves_a_matrix_and_its_momentum_as_they_are(name):
     _, state, update = after(name, 2)
@@ -209,6 +212,7 @@ def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
     assert np.mean(np.asarray(layers.codes) != np.asarray(whole.codes)) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P(None, "a", "b"), P("a", None, None)], ids=str)
 def test_in_4_bits_it_is_the_same_sharded_and_types_are_stable(spec):
     """Whether the matrices are cut or their stack."""

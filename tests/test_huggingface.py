@@ -88,6 +88,7 @@ def test_transformers_computes_the_same_with_what_is_saved(name, tmp_path):
     np.testing.assert_allclose(theirs[0], RECORDED[name]["logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.covering(5)
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -118,6 +119,7 @@ def test_the_recorded_models_tell_such_settings_apart(name, change, tmp_path):
 # Round trips
 
 
+@pytest.mark.covering(10)
 @pytest.mark.parametrize(("name", "version"), CASES)
 def test_what_is_saved_is_what_was_loaded(name, version, tmp_path):
     tensors = write(tmp_path / "theirs", RECORDED[name]["configs"][version])

@@ -81,7 +81,7 @@ def up(x, left, right):
     }
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @inners
 def test_the_inner_optimizer_sees_the_low_rank_problem(name):
     """Step by step equal to the inner optimizer run by hand on PᵀG with params PᵀW, its update lifted by α P."""
@@ -117,6 +117,7 @@ def of_parameter(state, name):
 STATELESS = ("sgd",)
 
 
+@pytest.mark.covering(6)
 @inners
 @pytest.mark.parametrize(("bad", "parameter"), [(np.nan, "kernel"), (0.0, "kernel"), (np.inf, "bias")])
 def test_a_bad_gradient_leaves_that_parameters_moments_alone(name, bad, parameter):
@@ -143,6 +144,7 @@ def test_a_bad_gradient_leaves_that_parameters_moments_alone(name, bad, paramete
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((updates, after)))
 
 
+@pytest.mark.covering(6)
 @inners
 def test_one_bad_matrix_of_a_stack_is_held_alone(name):
     """Where the moments keep the batch axis the good matrix goes on; a statistic of the whole leaf is held."""

@@ -82,6 +82,7 @@ def one_update(tx, params):
     return tx.update(params, tx.init(params), params)[0]
 
 
+@pytest.mark.slow
 def test_each_device_has_a_model_of_its_own():
     """Two models with a parameter of their own, and one, of the same shape, that they share and that stays shared."""
     mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,))

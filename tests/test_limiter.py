@@ -38,6 +38,7 @@ def of_a_matrix(x, before, gamma):
     return x, norm
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("gamma", [1.01, 1.5])
 def test_every_matrix_is_bounded_by_its_own_last_norm(gamma):
     tx = galore_jax.limit_norm_growth(gamma)
@@ -68,6 +69,7 @@ def test_what_is_zero_or_not_finite_is_handed_on_and_not_remembered():
         np.testing.assert_allclose(found["w"], 1.01, rtol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_squares_neither_overflow_nor_vanish(size):
     tx = galore_jax.limit_norm_growth(2.0)
@@ -183,6 +185,7 @@ def test_a_boxed_parameter_has_a_bare_norm_and_a_boxed_update():
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", [(4, 6), (3, 4, 6), (5,), ()])
 def test_one_model_per_device_is_bounded_as_it_is_alone(shape):
     """The norms are the carry of a loop, whose type says over which mesh axes they vary."""

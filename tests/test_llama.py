@@ -287,6 +287,7 @@ def attention_promotes():
         yield
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("attention_promotes")
 @pytest.mark.parametrize("tied", [False, True])
 def test_bfloat16_model_gives_float32_logits_near_the_float32_model(tied):

@@ -52,6 +52,7 @@ def unpacked(codes, n, bits):
     return np.sum(strings * 2 ** np.arange(bits), axis=-1)
 
 
+@pytest.mark.covering(6)
 @all_bits
 @pytest.mark.parametrize("seed", [None, 5, 2**32 - 1])
 @pytest.mark.parametrize("shape", [(17, 33), (24, 16)])
@@ -110,6 +111,7 @@ def low_rank_and_noise(shape=(64, 96), k=4):
     return (leading + 0.1 * rng.normal(size=shape)).astype(np.float32)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(("tall", "leading_bits"), [(False, 4), (True, 8)])
 def test_the_split_takes_the_leading_directions_out_of_the_grid(tall, leading_bits):
     x = low_rank_and_noise()
@@ -161,6 +163,7 @@ def test_numbers_of_any_size_and_those_that_are_not_finite(bits):
         np.testing.assert_allclose(found[4, 4], 1e38, rtol=2**-7)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("bits", "spec"),
     [(3, P(None, "a", "b")), (4, P("a", None, "b")), (8, P(None, "a", "b")), (4, P(("a", "b"), None, None))],

@@ -381,6 +381,7 @@ def numbered_matrices(views, leaves, layer=0):
     return found
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_a_layer_and_the_rest_have_the_matrices_and_the_numbers_of_the_whole_tree(choice):
     kwargs, projected = CHOICES[choice]

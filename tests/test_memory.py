@@ -35,6 +35,7 @@ def elements(proj_type, m, n, r):
     return {"std": r * (k + 2 * K), "reverse_std": r * (K + 2 * k), "full": r * (m + n) + 2 * r * r}[proj_type]
 
 
+@pytest.mark.covering(14)
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def test_injected_hyperparameters_equal_constants(preset, kwargs):
     assert_trees_close(injected_state.inner_state, state, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.covering(8)
 @presets
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_updates_have_the_dtype_of_the_parameters(preset, kwargs, dtype):
@@ -219,7 +220,7 @@ def test_the_state_keeps_its_shapes_and_dtypes(preset, kwargs, dtype):
         assert int(assert_projected(state).count) == 2
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @presets
 def test_a_constant_schedule_equals_a_constant(preset, kwargs):
     constant, update = program(preset)

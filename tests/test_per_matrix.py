@@ -29,7 +29,7 @@ RESET = [
 ]
 
 
-@pytest.mark.covering(5)
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("name", RESET)
 def test_a_reset_matrix_goes_on_like_a_fresh_optimizer(name):
     """One matrix of the stack; the others, and the parameter that is not projected, like optimizers that never stopped."""
@@ -90,6 +90,7 @@ def test_a_reset_leaves_schedules_and_hyperparameters_where_they_are():
     assert_trees_close(updates["stack"], 2 * 0.7 * jnp.sign(gradient["stack"]), rtol=1e-4)
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", ["adam", "adamw", "inject", *BY_NAME])
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_per_matrix_changes_nothing_for_what_treats_coordinates_alike(name, proj_type):

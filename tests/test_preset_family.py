@@ -59,6 +59,7 @@ def test_grass_is_adam_on_the_largest_rows_which_starts_again_when_they_change(t
     assert not np.array_equal(chosen[1], chosen[2])
 
 
+@pytest.mark.covering(1)
 @both_sides
 def test_golore_carries_both_moments_into_a_random_subspace_that_no_gradient_decides(tall):
     tx = galore_jax.golore_adamw(1.0, random_from=4, rank=RANK, update_proj_gap=2, refresh="together")
@@ -268,6 +269,7 @@ def test_its_moments_can_be_kept_in_8_bits(name):
     np.testing.assert_allclose(updates["w"], exact["w"], atol=1e-6)
 
 
+@pytest.mark.covering(3)
 @family
 def test_micro_batches_are_summed_in_the_subspaces_or_it_is_said_why_not(name):
     """Of multiples of one gradient, in which all of them find the same bases."""

@@ -81,6 +81,7 @@ def test_adafactor_scales_by_the_full_parameter_and_factors_the_low_rank_moment(
     assert optax.tree.get(state, "v_col")["w"].size == 320
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("preset", [galore_jax.galore_adamw, galore_jax.galore_adafactor])
 def test_weight_decay_acts_on_the_full_weight_and_not_in_the_subspace(preset):
     """One step with decay minus one step without it is -learning_rate · decay · W, in every direction."""
@@ -137,6 +138,7 @@ def test_a_preset_can_be_injected_and_its_learning_rate_changed(name):
             assert_trees_close(updates, expected, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.covering(5)
 @every_preset
 def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
     """Without ``static_args`` and at every default, also where ``init`` and ``update`` are traced."""
@@ -151,7 +153,7 @@ def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", ["galore_adamw", "galore_muon", "ldadam"])
 def test_hyperparameters_in_float32_are_those_of_a_preset_on_bfloat16_parameters(name):
     """The documented recipe; in bfloat16, the dtype of the parameters, b2 = 0.999 is 1."""
@@ -292,7 +294,7 @@ def test_the_hyperparameters_of_the_8_bit_presets_can_be_injected(preset):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(2 * a, b, rtol=1e-5), once, twice)
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("basis_codec", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("rank", [8, 33])
 def test_the_bytes_of_the_8_bit_presets_are_the_formula(rank, basis_codec):

@@ -126,6 +126,7 @@ def test_the_shared_properties(name, kind):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), twice, basis)
 
 
+@pytest.mark.covering(5)
 @every_projector
 def test_a_second_refresh_from_a_basis_and_a_key_of_its_own(name):
     """Into a changed gradient: the basis is orthonormal again, and the overlap is that of the two bases."""
@@ -141,6 +142,7 @@ def test_a_second_refresh_from_a_basis_and_a_key_of_its_own(name):
         np.testing.assert_allclose(jitted(name, "overlap")(new, old, 12, RANK), p.T @ p_old, atol=1e-5)
 
 
+@pytest.mark.covering(8)
 @pytest.mark.parametrize("name", [*EXACT, *SKETCHED])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (40, 60)])
 def test_the_captured_energy_is_near_the_largest_possible(name, shape):
@@ -231,6 +233,7 @@ def mean_of_ppt(name, gradient, draws):
     return np.asarray(jnp.mean(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), draws)), axis=0), np.float64)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -90,6 +90,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_second_moments_are_unsigned_first_moments_signed_and_small_leaves_float32(name):
     state = quantize_state(OPTIMIZERS[name]()).init(tree(0))
@@ -98,7 +99,7 @@ def test_second_moments_are_unsigned_first_moments_signed_and_small_leaves_float
     assert set(stored_types(state).values()) == {"Bfloat16"}
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @codecs
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_close_to_float32(name, codec):
@@ -116,6 +117,7 @@ def test_training_is_close_to_float32(name, codec):
 TOLERANCE = {"int8": 0.06, "bf16": 0.02}
 
 
+@pytest.mark.covering(1)
 @codecs
 def test_an_update_of_adam_is_close_to_float32_at_each_step(codec):
     """The same gradients: the cosine between the two updates and the ratio of their norms."""
@@ -273,6 +275,7 @@ def test_the_state_is_saved_and_restored_exactly(codec, tmp_path):
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
 
 
+@pytest.mark.covering(1)
 @codecs
 def test_optax_sees_through_it(codec):
     """map_params, an empty tree, eval_shape, injected hyperparameters, extra arguments, MultiSteps, a state in lax.cond."""
@@ -334,7 +337,7 @@ def test_the_count_in_a_state_is_that_of_the_inner_optimizer(codec):
     assert int(optax.tree.get(state, "count")) == int(optax.tree.get(state, "step")) == int(state.count) == 1
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @codecs
 @pytest.mark.parametrize("shape", [(64, 80), (2, 32, 300), (5000,)])
 def test_one_model_per_device_is_updated_as_it_is_alone(codec, shape):

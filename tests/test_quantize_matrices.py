@@ -98,6 +98,7 @@ def test_a_momentum_in_a_subspace_can_be_in_4_bits():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     tx = quantize_state(optax.trace(0.9), MatrixCodec(bits=3, leading_bits=4), seed=1)
     params = {"w": normal(0)["kernel"]}

@@ -76,7 +76,7 @@ def test_an_injected_gap_does_what_a_static_one_does():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.inner_state.left, expected.left)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "transport", "proj_type"),
     [
@@ -105,6 +105,7 @@ def test_a_stacked_leaf_equals_separate_leaves_under_every_policy(policy, transp
         jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, jnp.stack(b), atol=2e-5), one.left, *other.left)
 
 
+@pytest.mark.slow
 def test_staggered_and_together_are_the_same_at_T_1():
     params = {"a": jnp.zeros((3, 12, 20)), "b": jnp.zeros((20, 12))}
     runs = [galore(optax.adam(1.0), rank=4, update_proj_gap=1, refresh=name) for name in ("staggered", "together")]
@@ -118,6 +119,7 @@ def test_staggered_and_together_are_the_same_at_T_1():
             jax.tree.map(np.testing.assert_array_equal, results[0], other)
 
 
+@pytest.mark.slow
 def test_lazy_that_never_grows_is_staggered():
     params = {"a": jnp.zeros((3, 12, 20)), "b": jnp.zeros((12, 20))}
     never = galore(optax.sgd(1.0), rank=3, update_proj_gap=5, refresh=refresh.lazy(threshold=2.0))

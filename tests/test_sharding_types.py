@@ -104,7 +104,7 @@ def on_one_device(proj_type, projector):
     return three_updates(tx, jax.jit(tx.update))[1:]
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @meshes
 @pytest.mark.parametrize(("proj_type", "projector"), KINDS)
 def test_types_are_stable_and_abstract_parameters_give_the_same(mesh_name, proj_type, projector):
@@ -139,7 +139,7 @@ def matrices():
     return [(name, shape) for name, shape in SHAPES.items() if len(shape) > 1]
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @meshes
 @pytest.mark.parametrize(("proj_type", "projector"), [("std", "randomized"), ("full", "svd"), ("std", "eigh")])
 def test_sharded_updates_equal_those_on_one_device(mesh_name, proj_type, projector):
@@ -176,6 +176,7 @@ def test_meshes_with_automatic_axes_work_too(mesh_name):
     assert_trees_close(updates, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     "spec", [P(None, "tp", None), P("fsdp", "tp", None), P("tp", None, None), P(None, None, "fsdp")]
 )

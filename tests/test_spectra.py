@@ -52,6 +52,7 @@ def gradients():
     }
 
 
+@pytest.mark.covering(2)
 @pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize("extra", [0, 200, 500, 900, 1400])
 def test_no_other_ranks_in_so_many_bytes_keep_more(gradients, extra):

@@ -54,6 +54,7 @@ def test_here_is_the_first_device():
     assert here.memory > GIB
 
 
+@pytest.mark.covering(5)
 @needs_extra
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_compiler_of_every_target_takes_its_figures(name):
@@ -102,6 +103,7 @@ def test_what_the_tpu_compiler_refuses_is_an_answer():
     assert "RESOURCE_EXHAUSTED" not in plan.refusal
 
 
+@pytest.mark.slow
 @needs_extra
 def test_a_process_that_uses_jax_already_can_compile_for_a_gpu():
     script = """
@@ -133,6 +135,7 @@ sys.stdin.read()  # stay, with the library loaded
         one.stdin.close(), other.stdin.close()
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("name", "package", "module"),
     [("rtx4090", "plugin and ptxas", "jax_plugins.xla_cuda13"), ("tpu-v5e", "libtpu", "libtpu")],

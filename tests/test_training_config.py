@@ -16,7 +16,15 @@ import galore_jax
 from galore_jax.presets import PRESETS, RANK_ONE, WHOLE_GRADIENT
 from galore_jax.training.config import PretrainConfig, check, check_lengths
 from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.run_folder import check_same_run, choose_folder, load_config, new_folder, save_config
+from galore_jax.training.run_folder import (
+    check_same_run,
+    check_same_text,
+    check_same_tokenizer,
+    choose_folder,
+    load_config,
+    new_folder,
+    save_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +173,17 @@ def test_a_config_that_calls_the_weights_param_dtype_still_means_them(tmp_path):
     assert load_config(tmp_path)[0].weights == "bf16"
 
 
+def test_a_config_from_before_the_fingerprints_is_read_and_what_it_names_is_not_compared(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("abc")
+    save_config(PretrainConfig(), TINY, tmp_path, "3:00000000")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["data_fingerprint"], fields["tokenizer_fingerprint"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    fingerprints = load_config(tmp_path)[2]
+    check_same_tokenizer(tmp_path, fingerprints)
+    check_same_text("python", tmp_path, "4:00000001", fingerprints)
+
+
 def test_a_config_from_before_a_field_says_what_such_a_run_did(tmp_path):
     (tmp_path / "tokenizer.json").write_text("abc")
     save_config(PretrainConfig(projector="randomized"), TINY, tmp_path, "3:00000000")
@@ -200,7 +219,7 @@ def test_config_json_names_what_none_stands_for_and_null_in_an_older_one_means_w
         assert (config.refresh, config.transport) == expected
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", ["power", "svd"])
 @pytest.mark.parametrize("optimizer", ["galore_adamw", "galore_adafactor"])
 def test_what_none_stands_for_is_what_the_library_does_on_its_own(optimizer, projector):

@@ -16,7 +16,7 @@ from galore_jax.training.config import PretrainConfig
 from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(name):
     config = PretrainConfig(optimizer=name, rank=4)
@@ -36,7 +36,7 @@ def test_every_optimizer_keeps_float32_or_coded_state_for_bfloat16_parameters(na
     assert all(bool(jnp.all(jnp.isfinite(leaf))) and bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_decays_weights_by_learning_rate_times_weight_decay(name):
     params = small_tree()

@@ -27,6 +27,7 @@ def test_loss_is_the_mean_negative_log_likelihood_of_the_next_token():
     assert float(total) == pytest.approx(float(sum(expected)), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_step_of_the_whole_batch():
     graphdef, params = tiny_model()
     results = []

@@ -44,7 +44,7 @@ def whole(_):
     return jax.tree.map(lambda _: GaLoreDimensionNumbers(), _)
 
 
-@pytest.mark.covering(5)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
@@ -82,6 +82,7 @@ def test_full_rank_adam_is_adam_in_the_rotated_basis():
         np.testing.assert_allclose(update["w"], basis @ np.asarray(plain["w"]), atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
     "nothing",
@@ -102,7 +103,7 @@ def test_nothing_selected_is_the_inner_optimizer_bit_for_bit(nothing):
     jax.tree.map(np.testing.assert_array_equal, (ours, last, state.inner_state), (theirs, their_last, their_state))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 def test_the_update_of_a_transposed_matrix_is_the_transposed_update(proj_type, projector):
@@ -141,7 +142,7 @@ def test_lift_is_the_adjoint_of_project(proj_type):
     np.testing.assert_allclose(jnp.vdot(low_rank, reply), jnp.vdot(gradient, lifted), rtol=1e-5)
 
 
-@pytest.mark.covering(6)
+@pytest.mark.covering(3)
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scale_rms_keeps_the_root_mean_square_of_the_inner_update(shape, proj_type):
@@ -151,7 +152,7 @@ def test_scale_rms_keeps_the_root_mean_square_of_the_inner_update(shape, proj_ty
     np.testing.assert_allclose(jnp.sqrt(jnp.mean(updates[0] ** 2)), 1, rtol=1e-5)
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
 def test_a_stacked_leaf_equals_separate_leaves(proj_type, projector):
@@ -217,6 +218,7 @@ def test_the_inner_optimizer_sees_params_in_the_same_coordinates():
     assert seen["extra"] == {"value": 3.0}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_state_is_float32_and_updates_keep_the_dtype(dtype):
     params = {"w": normal(0, (12, 20)).astype(dtype), "b": jnp.ones((20,), dtype)}
@@ -244,6 +246,7 @@ def compiled(projector):
     return tx, jax.jit(tx.update)
 
 
+@pytest.mark.covering(12)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf, 0.0])
 @pytest.mark.parametrize("when", [0, 2, 3], ids=["first", "refresh", "between"])
@@ -287,6 +290,7 @@ def test_a_step_with_no_good_gradient_at_all_leaves_the_state_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, after._replace(skipped=state.skipped), state)
 
 
+@pytest.mark.covering(4)
 @pytest.mark.parametrize("projector", PROJECTORS)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
 def test_tiny_huge_and_rank_deficient_gradients_give_orthonormal_bases(magnitude, projector):
@@ -423,6 +427,7 @@ def test_swapped_arguments_are_named():
         tx.update(tx.init(gradient), gradient)
 
 
+@pytest.mark.slow
 def test_copies_of_a_bare_galore_are_bound_as_it_is():
     bare, params = galore(rank=4), {"w": normal(0, (12, 20))}
 
@@ -434,7 +439,7 @@ def test_copies_of_a_bare_galore_are_bound_as_it_is():
         jax.tree.map(np.testing.assert_array_equal, update(copied), update(bare))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"grass_adamw"}))
 def test_the_state_of_a_preset_has_one_count(name):
     """As AdamW's has.  Grass starts moments again, so that each of its matrices has a count of its own."""
@@ -469,6 +474,7 @@ def test_parameters_in_boxes_keep_bare_arrays_where_the_shape_differs():
             np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", ["power", "svd", "eigh"])
 def test_a_gradient_whose_projection_would_overflow_is_left_alone(projector):
     """Also the first one, which makes no basis: that is kept, and there is nothing to project on."""

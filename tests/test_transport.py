@@ -48,7 +48,7 @@ def after(name, views, steps):
     return state
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @carried
 @pytest.mark.parametrize("proj_type", ["std", "full"])
 def test_rotate_by_a_signed_permutation_is_a_change_of_names(name, proj_type):
@@ -67,6 +67,7 @@ def test_rotate_by_a_signed_permutation_is_a_change_of_names(name, proj_type):
     assert name in ("apply_every", "multi_steps") or all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(expected))
 
 
+@pytest.mark.covering(1)
 @sides
 def test_a_rotation_of_the_same_subspace_leaves_the_lifted_first_moment(proj_type):
     """To 1e-6, for random rotations and for flipped columns; the count and what is not projected stay."""
@@ -166,7 +167,7 @@ def test_a_turned_second_moment_is_nearer_to_the_truth_than_a_kept_one():
     assert mean["rotate"] < 0.2 * min(mean["keep"], mean["linear"])
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("each", [False, True])
 @pytest.mark.parametrize(
     ("shape", "proj_type", "shared"),

@@ -84,7 +84,7 @@ CASES = {
 }
 
 
-@pytest.mark.covering(3)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_hosvd_in_float64(case):
     """Two refreshes, at updates 0 and 3; the core is what Adam sees, and the update is the Tucker product of its answer."""
@@ -116,6 +116,7 @@ def test_the_default_projector_finds_the_leading_directions():
         assert 0.98 * best < captured <= 1.0001 * best
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("rank", [1.0, 8, 100])
 def test_full_rank_is_the_inner_optimizer(rank):
     """No mode has a basis, and an int is clipped: also scale acts on nothing."""
@@ -128,6 +129,7 @@ def test_full_rank_is_the_inner_optimizer(rank):
     assert jax.tree.leaves(state.basis) == []
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("transport", ["keep", "rotate"])
 def test_gradients_inside_the_subspaces_lose_nothing(transport):
     """Momentum, linear, at a rank that all gradients together have: with rotation also over refreshes, at α = 1 that of SGD."""
@@ -146,6 +148,7 @@ def test_gradients_inside_the_subspaces_lose_nothing(transport):
         assert_trees_close(updates, expected, atol=1e-5)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("projector", ["gaussian", "rows"])
 def test_bases_that_are_not_stored_as_matrices(projector):
     """The core of a core is in its place, and the lift is the adjoint of the projection: <ΔW, G> = |R|²."""
@@ -162,7 +165,7 @@ def test_bases_that_are_not_stored_as_matrices(projector):
 ORDERS = {"one": (4, 6, 8), "two": (2, 3, 6, 8), "three": (2, 2, 3, 6, 8)}
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("inner", ["adafactor", "adam", "lion", "sgd"])
 def test_every_optimizer_takes_kernels_of_every_order(inner):
     """There, every optimizer passes its projector an argument that it has not, and the first step raises."""
@@ -210,6 +213,7 @@ def test_what_goes_back_is_the_answer_of_the_inner_optimizer():
     assert np.any(replies[1.0])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_updates_have_the_dtype_of_the_parameters_and_state_is_float32(dtype):
     """There, the dtype is not cast back."""
@@ -358,7 +362,7 @@ def composed(name):
     )
 
 
-@pytest.mark.covering(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nested", "partition"])
 def test_convolutions_beside_matrices_in_galore(name):
     """Each leaf's updates are those of the one method alone."""

@@ -29,6 +29,7 @@ def compiled(policy):
     return tx, jax.jit(tx.update)
 
 
+@pytest.mark.covering(9)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, 0.0])
 @pytest.mark.parametrize("when", [0, 3, T], ids=["first", "between", "refresh"])
@@ -73,7 +74,7 @@ def compiled_with(projector, transport, projected):
     return tx, jax.jit(tx.update)
 
 
-@pytest.mark.covering(4)
+@pytest.mark.covering(2)
 @pytest.mark.filterwarnings("ignore:galore projects none")
 @pytest.mark.parametrize(
     ("kind", "projector", "transport"),

@@ -38,6 +38,7 @@ def run(tx, params, steps=3, seed=1):
     return updates, state
 
 
+@pytest.mark.slow
 def test_multi_steps_inside_a_partition_updates_every_second_step():
     """One group accumulates gradients, the other moves at every step."""
     params = tree(0)

@@ -337,7 +337,8 @@ def _check_matches(folder: Path, step: int, kind: str, saved: Any, expected: Any
         if found.get(path) != wanted.get(path):
             raise ValueError(
                 f"Checkpoint {folder / str(step)} is of another model, optimizer or version of galore_jax: {kind} {path} is "
-                f"{found.get(path, 'absent')} there, and {wanted.get(path, 'absent')} in this run."
+                f"{found.get(path, 'absent')} there, and {wanted.get(path, 'absent')} in this run; continue it with the "
+                "settings and the versions that config.json names, or start a new run with another --out."
             )
 
 

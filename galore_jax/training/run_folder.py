@@ -169,7 +169,8 @@ def check_same_run(config: Any, saved: Any, may_change: set[str] = _MAY_CHANGE) 
 
 def check_same_tokenizer(folder: Path, fingerprints: dict[str, str]) -> None:
     """Raises a ValueError if the run's ``tokenizer.json`` is not the file that the run wrote."""
-    if _tokenizer_fingerprint(folder) != fingerprints["tokenizer_fingerprint"]:
+    found = _tokenizer_fingerprint(folder)
+    if fingerprints.get("tokenizer_fingerprint", found) != found:
         raise ValueError(
             f"{folder / 'tokenizer.json'} is not the tokenizer that the run was started with; "
             "put that file back, or start a new run with another --out."
@@ -178,7 +179,7 @@ def check_same_tokenizer(folder: Path, fingerprints: dict[str, str]) -> None:
 
 def check_same_text(source: str, folder: Path, fingerprint: str, fingerprints: dict[str, str]) -> None:
     """Raises a ValueError if the text of ``source`` is not the one that the run in ``folder`` was started with."""
-    if fingerprint != fingerprints["data_fingerprint"]:
+    if fingerprints.get("data_fingerprint", fingerprint) != fingerprint:
         remedy = "put that text back"
         if source == "python":
             remedy = "another version of Python has another library: resume with the interpreter that started the run"
@@ -314,7 +315,9 @@ def load_config(folder: Path) -> tuple[PretrainConfig, LlamaConfig, dict[str, st
         config = from_json(PretrainConfig, settings)
         meant = _BEFORE_THE_FIELD if config.projector == "svd" else _WHERE_NULL
         nulls = {name: meant[name] for name in _WHERE_NULL if settings[name] is None}
-        fingerprints = {name: fields[name] for name in ("data_fingerprint", "tokenizer_fingerprint")}
+        # The earliest runs have none, so what they read cannot be compared.
+        names = ("data_fingerprint", "tokenizer_fingerprint")
+        fingerprints = {name: fields[name] for name in names if name in fields}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); restore it from a copy.") from error
     return dataclasses.replace(config, out=folder, resume=True, **nulls), model, fingerprints
