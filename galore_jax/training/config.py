@@ -104,6 +104,8 @@ class PretrainConfig:
     or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst. Also a folder that galore-jax tokenize wrote."""
     text_column: str = "text"
     """The field of rows that holds the text."""
+    data_workers: int = 0
+    """Processes that read and tokenize a stream (hf:...) ahead of the training, each its own part. 0: the training's own."""
     tokenizer: str = "bytes"
     """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json or its folder."""
     vocab_size: int = 4096
@@ -237,7 +239,12 @@ def check(config: PretrainConfig) -> None:
     for name in ("update_proj_gap", "eval_tokens"):
         if getattr(config, name) is not None:
             at_least(name, getattr(config, name), 1)
-    at_least("sample_tokens", config.sample_tokens, 0)
+    for name in ("sample_tokens", "data_workers"):
+        at_least(name, getattr(config, name), 0)
+    if config.data_workers and not config.data.startswith("hf:"):
+        raise ValueError(
+            f"--data-workers {config.data_workers} is for a stream, hf:NAME or hf:FILE; other text is in memory."
+        )
     for name in ("clip", "weight_decay"):
         value = getattr(config, name)
         if not (value >= 0 and math.isfinite(value)):

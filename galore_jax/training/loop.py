@@ -96,6 +96,8 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
         run = _load(config, folder, model_config, fingerprints)
         if run.step < config.steps:
             run.trackers = lock.enter_context(tracked(config.track, folder, dataclasses.asdict(config.resolved)))
+        if config.data_workers:
+            lock.callback(run.batches.close)
         run.lock = lock.pop_all()
     processes.wait_for_all("prepared")  # nobody writes into the folder before all have looked into it
     return run
@@ -117,6 +119,7 @@ def _load(
             seed=config.seed,
             vocab_size=config.vocab_size,
             text_column=config.text_column,
+            workers=config.data_workers,
             tokenizer_file=folder / "tokenizer.json" if config.resume else None,
         )
     if fingerprints is not None:
