@@ -79,7 +79,7 @@ def _carried_out(train: Callable[[], dict[str, Any]], *reasons: type[Exception])
         with _sigterm_raises():
             stopped = train().get("stopped")  # nothing is returned but by the first of several processes
     except (*reasons, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_sentence(error)}", file=sys.stderr)
         return 1
     except _Terminated:
         return 128 + signal.SIGTERM
@@ -294,7 +294,19 @@ def usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_sentence(error)) from error
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says; of one from the operating system, its path and reason without the number.
+
+    >>> _sentence(OSError(30, "Read-only file system", "runs/a"))
+    'runs/a cannot be read or written (Read-only file system); name another place, or make it one that can.'
+    """
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    what = "A file" if error.filename is None else error.filename
+    return f"{what} cannot be read or written ({error.strerror}); name another place, or make it one that can."
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks run from end to end, on tiny shapes and few steps, and what they write holds on any machine."""
 
+import dataclasses
 import importlib
 import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 
@@ -17,10 +19,11 @@ import optax
 import pytest
 from finetuning import write_lines, write_model
 from problems import leniency
+from runs import TINY
 
 from galore_jax import projectors, refresh
 from galore_jax.projectors import ProjectorInput
-from galore_jax.training import FinetuneConfig, finetune_config
+from galore_jax.training import FinetuneConfig, PretrainConfig, finetune_config, run_pretrain
 
 pytestmark = pytest.mark.pages
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
@@ -89,6 +92,7 @@ def test_every_benchmark_has_a_test():
         "compile.py",
         "finetune.py",
         "gpu.py",
+        "kills.py",
         "learns.py",
         "memory.py",
         "quality.py",
@@ -301,6 +305,33 @@ def test_learns_compares_the_best_of_each_optimizer(tmp_path, text):
 
 
 RATES = {"adamw": "0.001", "galore_adamw": "0.003"}
+
+
+def test_a_run_that_is_killed_ten_times_ends_with_the_bits_of_one_that_is_not(tmp_path, text):
+    out = run("kills.py", text, tmp_path, "--kills", 10, "--steps", 30, "--optimizer", "adamw")
+    results = json.loads((tmp_path / "kills.json").read_text())
+    assert len(results["kills"]) == sum(found["kills"] for found in results["runs"]) == 10
+    assert all(found["killed"] for found in results["kills"])
+    assert [found["differences"] for found in results["runs"]] == [[]] * len(results["runs"])
+    assert out.count("the same bits") == len(results["runs"])
+
+
+def test_a_run_that_ended_otherwise_is_noticed_by_the_script_of_kills(tmp_path, text, script):
+    kills = script("kills")
+    config = PretrainConfig(
+        optimizer="adamw", data=str(text), out=tmp_path / "whole", steps=3, batch=2, seq=16, log_every=1, save_every=1,
+        sample_tokens=0, eval_tokens=100,
+    )  # fmt: skip
+    shape = dataclasses.replace(TINY, vocab_size=257)
+    for out, rate in (("whole", 0.01), ("other", 0.02)):
+        with leniency():
+            run_pretrain(dataclasses.replace(config, out=tmp_path / out, learning_rate=rate), shape)
+    shutil.copytree(tmp_path / "whole", tmp_path / "twice")
+    metrics = tmp_path / "twice" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + metrics.read_text().splitlines()[-1] + "\n" + '{"step": 3, "loss": 1.0}\n')
+    assert kills.differences(tmp_path / "whole", tmp_path / "whole") == []
+    assert "metrics.jsonl has the steps [1, 2, 3, 3]" in kills.differences(tmp_path / "twice", tmp_path / "whole")
+    assert [words for words in kills.differences(tmp_path / "other", tmp_path / "whole") if "embed_tokens" in words]
 
 
 def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_path, script, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from galore_jax.cli import main, needed_packages
 from galore_jax.training.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-CLOCKED = ("tokens_per_second", "peak_memory_bytes")
+CLOCKED = ("tokens_per_second", "peak_memory_bytes", "data_wait")
 """Of a record, what another run of the same settings has otherwise."""
 
 # Records every 4 steps, a refresh of each matrix in every 4 updates, validation at 6 and 12.
@@ -204,7 +204,8 @@ def test_the_summary_is_complete_and_agrees_with_the_metrics(whole):
     assert result.keys() == {
         "steps", "stopped", "tokens", "final_val_loss", "final_val_perplexity", "params_bytes", "optimizer_state_bytes",
         "adamw_params_bytes", "adamw_state_bytes", "compile_seconds", "step_seconds_median", "step_seconds_max",
-        "tokens_per_second", "peak_memory_bytes", "resumed_from_step", "wall_seconds",
+        "save_seconds_median", "save_seconds_max", "data_wait", "tokens_per_second", "peak_memory_bytes",
+        "resumed_from_step", "wall_seconds",
     }  # fmt: skip
     assert (result["steps"], result["tokens"], result["resumed_from_step"]) == (12, 1536, None)
     last = records(whole[0])[-1]

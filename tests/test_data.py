@@ -7,8 +7,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import subprocess
 import sys
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -349,6 +352,61 @@ def test_other_iterators_do_not_move_a_stream(hub, monkeypatch, validation_split
         resumed.set_state(state)
         np.testing.assert_array_equal(take(resumed, 10), expected[step + 1 : step + 11])
         next(validation)
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """Collects iterators, whose worker processes end with the test."""
+    iterators = []
+    yield lambda iterator: iterators.append(iterator) or iterator
+    for iterator in iterators:
+        iterator.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_read_a_stream_ahead_once_and_resume_exactly(hub, ended):
+    workers = 2
+    corpus = load(f"hf:{hub}", batch_size=1, workers=workers)
+    iterator = ended(corpus.train_iterator())
+    states, batches = [], []
+    for _ in range(30):
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        batches.append(next(iterator))
+    alone = [
+        load(f"hf:{hub}", batch_size=1, shard_index=i, shard_count=workers).train_iterator() for i in range(workers)
+    ]
+    np.testing.assert_array_equal(batches, [next(alone[step % workers]) for step in range(30)])
+    for step in (0, 17):
+        resumed = ended(load(f"hf:{hub}", batch_size=1, workers=workers).train_iterator())
+        resumed.set_state(states[step])
+        np.testing.assert_array_equal(take(resumed, 5), np.stack(batches[step : step + 5]))
+
+
+@pytest.mark.slow
+def test_worker_processes_end_with_the_process_that_started_them(hub):
+    script = (
+        "import multiprocessing, sys, time\n"
+        "from galore_jax.training.data import load_data\n"
+        "if __name__ == '__main__':\n"
+        "    corpus = load_data(sys.argv[1], tokenizer='bytes', sequence_length=8, batch_size=1, seed=0, workers=1)\n"
+        "    next(iterator := corpus.train_iterator())\n"
+        "    print(*(process.pid for process in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    (hub.parent / "script.py").write_text(script)
+    trainer = subprocess.Popen(
+        [sys.executable, str(hub.parent / "script.py"), f"hf:{hub}"], stdout=subprocess.PIPE, text=True
+    )
+    workers = [int(word) for word in trainer.stdout.readline().split()]
+    trainer.stdout.close()
+    trainer.kill()
+    trainer.wait()
+    assert len(workers) == 1
+    for _ in range(200):
+        if not Path(f"/proc/{workers[0]}").exists():
+            break
+        time.sleep(0.1)
+    assert not Path(f"/proc/{workers[0]}").exists()
 
 
 def test_shards_of_a_stream_read_different_documents(hub):

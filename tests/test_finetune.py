@@ -29,7 +29,7 @@ from galore_jax.training.metrics import read_metrics
 from galore_jax.training.tokenizer import load_tokenizer
 
 SHORT = {"seq": 32, "batch": 8, "learning_rate": 0.02, "log_every": 3, "eval_every": 12, "save_every": 5}
-CLOCKED = ("tokens_per_second", "peak_memory_bytes")
+CLOCKED = ("tokens_per_second", "peak_memory_bytes", "data_wait")
 LABELLED, ANSWERED = labelled(120), answered(64)
 
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import warnings
 
@@ -238,12 +240,38 @@ def test_every_command_says_what_a_folder_is_and_which_command_is_for_it(shop, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_library_says_that_a_language_model_is_no_classifier(shop):
+def test_the_library_says_what_is_a_classifier_and_what_a_language_model(shop):
+    with pytest.raises(
+        ValueError, match=r"best holds a classifier: load_hf_classifier reads it, and `galore-jax classify`"
+    ):
+        load_hf(shop / "tuned" / "best")
     with pytest.raises(
         ValueError, match=r"has no tensor score\.weight: it is no classifier, and load_hf reads language models"
     ):
         load_hf_classifier(shop / "exported")
     assert load_hf_classifier(shop / "tuned" / "best", "bfloat16").body.norm.scale.dtype == jnp.bfloat16
+
+
+def test_a_folder_that_only_can_be_read_is_one_sentence_for_every_command(shop, tmp_path, capsys, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    opened = os.open
+    (tmp_path / "empty").mkdir()
+    commands = [
+        ["pretrain", "--data", shop / "text.txt", "--out"],
+        ["finetune", "--model", shop / "exported", "--data", shop / "text.txt", "--out"],
+        ["tokenize", "--data", shop / "text.txt", "--out"],
+        ["export", shop / "run"],
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", refuse)
+        # The lock of a run is the first that it writes into a folder that is there.
+        patch.setattr(os, "open", lambda path, *rest: (refuse if str(path).endswith(".lock") else opened)(path, *rest))
+        for command in commands:
+            for out in (tmp_path / "new", tmp_path / "empty"):
+                refused(capsys, *command, out, says="Read-only file system")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
 def test_export_writes_over_nothing_and_names_checkpoints_that_are_there(shop, tmp_path, capsys):

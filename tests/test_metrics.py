@@ -90,7 +90,8 @@ def test_tensorboard_itself_writes_the_scalars_where_tensorboardx_is_absent(tmp_
     with metrics.MetricsLog(tmp_path, 0) as log:
         overlaps = {"mlp/up_proj": {"overlap": [math.nan, 0.5, 1.0]}, "mlp/down_proj": {"overlap": [math.nan]}}
         log.write({"step": 3, "loss": 1.5, "skipped": 0, "basis_overlap": None, "subspace": overlaps})
-        board = log._board
+        (tracker,) = log._trackers
+        board = tracker._writer
     assert board.scalars == [("loss", 1.5, 3), ("skipped", 0, 3), ("subspace/overlap/mlp/up_proj", 0.75, 3)]
     (record,) = metrics.read_metrics(tmp_path)
     assert record["subspace"] == {"mlp/up_proj": {"overlap": [None, 0.5, 1.0]}, "mlp/down_proj": {"overlap": [None]}}

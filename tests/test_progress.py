@@ -32,7 +32,9 @@ class Terminal(io.StringIO):
         return True
 
 
-RECORD = {"step": 10, "loss": 2.5, "learning_rate": 0.01, "tokens_per_second": 51234.5, "peak_memory_bytes": 2**30}
+RECORD = {
+    "step": 10, "loss": 2.5, "learning_rate": 0.01, "tokens_per_second": 51234.5, "data_wait": 0.0, "peak_memory_bytes": 2**30,
+}  # fmt: skip
 
 
 def shown(monkeypatch, stream):
@@ -89,8 +91,31 @@ def test_a_speed_is_that_of_the_steps_alone_and_over_enough_of_them(monkeypatch)
     assert speeds[19:] == pytest.approx([5.0] * 81)
     assert [record["mfu"] for record in records[19:]] == pytest.approx([0.25] * 81)
     assert records[0]["peak_memory_bytes"] == 7
-    assert meter.speed(100) == {"tokens_per_second": 5.0, "mfu": 0.25, "peak_memory_bytes": 7}
+    assert meter.speed(100) == {"tokens_per_second": 5.0, "mfu": 0.25, "data_wait": 0.0, "peak_memory_bytes": 7}
     assert meter.step_seconds == 2.0
+
+
+def test_the_share_of_the_time_that_goes_into_waiting_for_data(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def batches():
+        for number in range(40):
+            clock[0] += 0.5 if number < 20 else 3.0
+            yield number
+
+    meter, texts = Meter(np.ones(40), 10, 1, []), batches()
+    meter.start()
+    for step in range(1, 41):
+        assert meter.batch(texts) == step - 1
+        clock[0] += 1.5 if step <= 20 else 1.0
+        meter.add(step, {"loss": np.float32(1), "grad_norm": np.float32(1), **galore_counts({}), "subspace": {}})
+        if step == 20:
+            meter.finish()
+            assert meter.speed(20)["data_wait"] == pytest.approx(0.25)
+    meter.finish()
+    assert meter.speed(20)["data_wait"] == pytest.approx(0.75)
+    assert meter.speed(40)["data_wait"] == pytest.approx(70 / 120)
 
 
 def test_the_operations_of_a_token_are_those_that_the_compiler_counts():

@@ -12,22 +12,27 @@ import subprocess
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import leniency, shared_programs  # noqa: F401
 from runs import TINY
 
 from galore_jax.cli import main
-from galore_jax.training import loop, run_folder
+from galore_jax.presets import PRESETS
+from galore_jax.training import checkpoint, loop, program, run_folder
 from galore_jax.training.checkpoint import CheckpointWriter, saved_steps
 from galore_jax.training.config import PretrainConfig, preset_arguments
 from galore_jax.training.divergence import STUCK_STEPS, Diverged
+from galore_jax.training.examples import load_examples
 from galore_jax.training.loop import StopSignals, run_pretrain, take_steps
 from galore_jax.training.metrics import Meter, MetricsLog, read_metrics
-from galore_jax.training.optimizers import OPTIMIZERS
+from galore_jax.training.optimizers import OPTIMIZERS, make_optimizer
 from galore_jax.training.progress import Progress
 from galore_jax.training.step import galore_counts
+from galore_jax.training.tokenizer import ByteTokenizer
 
 MODEL = dataclasses.replace(TINY, vocab_size=257)
 
@@ -216,6 +221,57 @@ def test_a_diverged_run_of_any_optimizer_goes_on_at_a_lower_learning_rate(name, 
     check_way_back(config, error)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_gradient_that_is_nan_at_one_step_is_skipped_or_ends_the_run_and_what_is_saved_is_finite(
+    name, text, tmp_path, monkeypatch
+):
+    rng = random.Random(name)
+    broken, row = rng.randint(2, 4), rng.randrange(4)
+
+    def with_one_nan(*arguments, **options):
+        """The optimizer, to which one row of one matrix is NaN at one step."""
+        inner = make_optimizer(*arguments, **options)
+
+        def update(updates, state, params=None, **extra):
+            step, inner_state = state
+            leaves, structure = jax.tree.flatten(updates)
+            stack = max(range(len(leaves)), key=lambda number: leaves[number].ndim)
+            poison = jnp.where(step == broken - 1, jnp.nan, 0.0).astype(leaves[stack].dtype)
+            leaves[stack] = leaves[stack].at[0, row].add(poison)
+            updates, inner_state = inner.update(structure.unflatten(leaves), inner_state, params, **extra)
+            return updates, (step + 1, inner_state)
+
+        return optax.GradientTransformationExtraArgs(
+            lambda params: (jnp.zeros([], jnp.int32), inner.init(params)), update
+        )
+
+    monkeypatch.setattr(program, "make_optimizer", with_one_nan)
+    config = dataclasses.replace(diverging(name, text, tmp_path / "run"), learning_rate=1e-3, clip=1.0, keep=9)
+    with leniency():
+        if name in PRESETS:
+            assert run_pretrain(config, MODEL)["steps"] == 6
+        else:
+            with pytest.raises(
+                Diverged, match=rf"after step {broken} the parameters .* checkpoint of step {broken - 1} "
+            ):
+                run_pretrain(config, MODEL)
+        checkpoints = config.out / "checkpoints"
+        steps = saved_steps(checkpoints)
+        assert steps == list(range(7 if name in PRESETS else broken))
+        params = []
+        for step in steps:
+            saved = checkpoint.restore(checkpoints, step, *program.program(config, MODEL).state)
+            leaves = [leaf for leaf in jax.tree.leaves((saved.params, saved.opt_state)) if leaf.dtype.kind == "f"]
+            assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in leaves)
+            params.append(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(saved.params)))
+    # The first update has a learning rate of 0.
+    assert [step for step in steps[2:] if params[step] == params[step - 1]] == [broken] * (name in PRESETS)
+    records = [record for record in read_metrics(config.out) if "loss" in record]
+    assert [record["step"] for record in records if record["grad_norm"] is None] in ([broken], [])
+    assert all(math.isfinite(record["loss"]) for record in records)
+
+
 # A run that a signal stops
 
 
@@ -373,6 +429,15 @@ def test_an_empty_value_is_not_the_current_folder(arguments, named, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_text_is_refused_in_the_library_too():
-    with pytest.raises(ValueError, match="--data is empty; name a file or a folder"):
-        run_pretrain(PretrainConfig(data=""))
+def test_an_empty_text_is_refused_in_the_library_too(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokens.json").write_text("{}")  # of a folder that tokenize wrote
+    names = {"batch": 1, "seq": 4, "seed": 0, "eos": 256}
+    for refused in (
+        lambda: run_pretrain(PretrainConfig(data="")),
+        lambda: load_examples("", None, ByteTokenizer(), **names),
+        lambda: load_examples(text, "", ByteTokenizer(), **names),
+    ):
+        with pytest.raises(ValueError, match="The name of the data is empty; give a file, a folder"):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.json"]

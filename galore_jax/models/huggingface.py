@@ -112,6 +112,10 @@ def load_hf(path: str | Path, dtype: Any = None) -> Llama:
         config = _with_dtype(config, jnp.dtype(dtype).name)
     with contextlib.ExitStack() as stack:
         found = _open(folder, stack)
+        if _SCORE in found:
+            raise ValueError(
+                f"{folder} holds a classifier: load_hf_classifier reads it, and `galore-jax classify` labels texts with it."
+            )
         if dtype is None:
             stored = found.get("model.embed_tokens.weight")
             halved = stored is not None and stored.slice().get_dtype() == "BF16"

@@ -210,6 +210,8 @@ def _restore(folder: Path, step: int, abstract: dict[str, Any]) -> tuple[dict[st
                 f"Checkpoint {place} has format {meta.get('format')!r}, but this version reads {FORMAT}; "
                 "resume it with the version that config.json names."
             )
+        if not {"losses", "checksums"} <= meta.keys():
+            raise ValueError(_damaged(folder, step, "its meta is not what was saved"))
         named = {item: _named_as_saved(tree, saved[item]) for item, tree in abstract.items()}
         # Orbax would cast a dtype silently and report a shape at length, so both are compared first.
         for item, tree in named.items():

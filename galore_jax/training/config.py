@@ -104,6 +104,8 @@ class PretrainConfig:
     or rows (.jsonl, .json, .ndjson, .parquet), also in .gz and .zst. Also a folder that galore-jax tokenize wrote."""
     text_column: str = "text"
     """The field of rows that holds the text."""
+    data_workers: int = 0
+    """Processes that read and tokenize a stream (hf:...) ahead of the training, each its own part. 0: the training's own."""
     tokenizer: str = "bytes"
     """"bytes", "bpe" (trained on the text), or a path to a tokenizer.json or its folder."""
     vocab_size: int = 4096
@@ -138,6 +140,8 @@ class PretrainConfig:
     """Validation tokens used each time. None: all of them."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    track: Literal["wandb", "mlflow"] | None = None
+    """Weights & Biases or MLflow, if installed: gets the numbers of metrics.jsonl, too. TensorBoard needs no flag."""
     sample_tokens: int = 200
     """Tokens of sample text written at the end. 0: none."""
 
@@ -230,11 +234,17 @@ def check(config: PretrainConfig) -> None:
     sizes = ("steps", "batch", "accumulate", "seq", "save_every", "keep", "eval_every", "log_every")
     for name in sizes:
         at_least(name, getattr(config, name), 1)
+        if getattr(config, name) >= 2**31:
+            raise ValueError(f"{flag(name)} {getattr(config, name)} must be less than 2**31.")
     for name in ("update_proj_gap", "eval_tokens"):
         if getattr(config, name) is not None:
             at_least(name, getattr(config, name), 1)
-    at_least("sample_tokens", config.sample_tokens, 0)
-    not_empty("data", config.data)
+    for name in ("sample_tokens", "data_workers"):
+        at_least(name, getattr(config, name), 0)
+    if config.data_workers and not config.data.startswith("hf:"):
+        raise ValueError(
+            f"--data-workers {config.data_workers} is for a stream, hf:NAME or hf:FILE; other text is in memory."
+        )
     for name in ("clip", "weight_decay"):
         value = getattr(config, name)
         if not (value >= 0 and math.isfinite(value)):
@@ -341,12 +351,6 @@ def check_lengths(config: PretrainConfig, model: LlamaConfig) -> None:
             f"--sample-tokens {config.sample_tokens} and a prompt of {PROMPT_TOKENS} are longer than the {longest} "
             f"positions of --model {config.model}; ask for at most {longest - PROMPT_TOKENS}."
         )
-
-
-def not_empty(name: str, value: str | None) -> None:
-    """Raises a ValueError if the field ``name`` is an empty string, which as a path would be the current folder."""
-    if value == "":
-        raise ValueError(f"{flag(name)} is empty; name a file or a folder.")
 
 
 def at_least(name: str, value: int, least: int) -> None:

@@ -13,21 +13,28 @@ out), and nothing is padded.
 Local text is tokenized once and its windows are shuffled anew each epoch by Grain, whose batches are a pure
 function of the seed and the step; its iterator state is one integer. A Hugging Face stream has no random
 access: it is read in blocks of documents, which are shuffled within the block, and its state is the
-position in the stream and the tokens left over from the last batch. Either state is JSON, and a run that
-restores it goes on with exactly the same batches.
+position in the stream and the tokens left over from the last batch. Worker processes of Grain can do that
+ahead of the training; each reads its own part of the stream, and their batches come in turn. Every state is
+JSON, and a run that restores it goes on with exactly the same batches.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from galore_jax.training.sources import open_stream, read_documents, stream_texts
 from galore_jax.training.tokenized import TOKENIZER_DOCUMENTS, is_tokenized, open_tokenized
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
 
 # Documents of a stream that are shuffled together. They are also read again on resuming, so this stays small.
 SHUFFLE_DOCUMENTS = 1000
+
+# Batches that each worker process has ready: enough for the time in which it reads its next block of documents.
+BATCHES_AHEAD = 16
 
 
 class TrainIterator(Protocol):
@@ -88,13 +98,15 @@ def load_data(
     shard_count: int = 1,
     tokenizer_file: Path | None = None,
     text_column: str = "text",
+    workers: int = 0,
 ) -> TextData:
     """Opens a corpus: "python", a file, a folder, "hf:NAME[:CONFIG]" (see `sources`), or a folder of tokens (see `tokenized`).
 
     `batch_size` is that of one shard; the batches of the `shard_count` shards at one step make up the
     global batch. `tokenizer` and `vocab_size` are as in `load_tokenizer`. When `tokenizer_file` exists the
     tokenizer is read from it instead, otherwise shard 0 saves it there, so that a resumed run has the
-    tokenizer it began with. `text_column` is the field of rows that holds their text.
+    tokenizer it began with. `text_column` is the field of rows that holds their text. Of a stream, so many
+    `workers` processes prepare the batches; other text is in memory.
 
     Raises FileNotFoundError for a path that does not exist, and ValueError for unusable arguments,
     unreadable text, or too little of it for one global batch and one validation window.
@@ -118,7 +130,7 @@ def load_data(
         text_tokenizer = _saved_tokenizer(tokenizer, sample, vocab_size, tokenizer_file, shard_index)
         column = "" if text_column == "text" else f" (column {text_column!r})"
         description = f"{source}{column}: streamed, validation on {held_out}"
-        return StreamedText(description, text_tokenizer, train, validation, **window, **shard)
+        return StreamedText(description, text_tokenizer, train, validation, workers=workers, **window, **shard)
 
     if is_tokenized(source):
         if tokenizer != "bytes":
@@ -219,21 +231,42 @@ class StreamedText:
         seed: int,
         shard_index: int,
         shard_count: int,
+        workers: int = 0,
     ):
         self.description = self.fingerprint = description
-        self.tokenizer = tokenizer
+        self.tokenizer, self._workers = tokenizer, workers
         self._train, self._validation = train, validation
         self._sequence_length, self._batch_size = sequence_length, batch_size
         self._seed, self._shard_index, self._shard_count = seed, shard_index, shard_count
 
-    def train_iterator(self) -> StreamIterator:
+    def train_iterator(self) -> grain.DatasetIterator[np.ndarray]:
+        for number in range(max(1, self._workers)):
+            if next(stream_texts(self._stream(number)), None) is None:
+                raise _no_text()
+        if not self._workers:
+            return self._part(0)
+        if not flags.FLAGS.is_parsed():  # Grain asks for flags of its own, which a command line of absl would set
+            flags.FLAGS.mark_as_parsed()
+        numbers = grain.MapDataset.range(self._workers).to_iter_dataset(
+            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        )
+        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=BATCHES_AHEAD)
+        return iter(_Parts(numbers, self._part).mp_prefetch(options, worker_init_fn=_prepare_worker))
+
+    def _part(self, number: int) -> StreamIterator:
+        """The batches of one worker."""
+        packer = Packer(self._sequence_length, self._batch_size)
+        return StreamIterator(partial(self._stream, number), self.tokenizer, packer, seed=self._seed)
+
+    def _stream(self, number: int) -> datasets.IterableDataset:
+        """The documents of one worker."""
         from datasets.distributed import split_dataset_by_node
 
         # Datasets made from one another share the record of their position, so each iterator has its own copy.
         train = deepcopy(self._train)
-        stream = split_dataset_by_node(train, rank=self._shard_index, world_size=self._shard_count)
-        packer = Packer(self._sequence_length, self._batch_size)
-        return StreamIterator(stream, self.tokenizer, packer, seed=self._seed)
+        parts = max(1, self._workers)
+        rank, world_size = self._shard_index * parts + number, self._shard_count * parts
+        return split_dataset_by_node(train, rank=rank, world_size=world_size)
 
     def validation_batches(self, max_tokens: int | None = None) -> Iterator[np.ndarray]:
         packer = Packer(self._sequence_length, self._batch_size)
@@ -253,19 +286,42 @@ class StreamedText:
             yield windows.copy()
 
 
-class StreamIterator:
-    """Endless batches of a stream, in shuffled blocks of documents; starts the stream again when it ends."""
+class _Parts(grain.IterDataset[np.ndarray]):
+    """Batches of the part of a stream whose number its parent yields first, of which each worker process sees another one."""
 
-    def __init__(self, stream: datasets.IterableDataset, tokenizer: Tokenizer, packer: Packer, *, seed: int):
-        self._stream, self._tokenizer, self._packer, self._seed = stream, tokenizer, packer, seed
-        self._epoch, self._block = 0, -1
-        self._open({})
-        self._read_block()
+    def __init__(self, numbers: grain.IterDataset[int], part: Callable[[int], StreamIterator]):
+        super().__init__(numbers)
+        self._numbers, self._part = numbers, part
 
     def __iter__(self) -> StreamIterator:
-        return self
+        return self._part(int(next(iter(self._numbers))))
+
+
+def _prepare_worker(index: int, count: int) -> None:
+    """Called in each worker process: leaves Ctrl-C to the training process, and ends with it even if that is killed."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
+
+
+class StreamIterator(grain.DatasetIterator[np.ndarray]):
+    """Endless batches of a stream, in shuffled blocks of documents; starts the stream again when it ends.
+
+    Nothing is opened or read before the first batch is asked for: with workers, this process only asks for the first position.
+    """
+
+    def __init__(
+        self, opened: Callable[[], datasets.IterableDataset], tokenizer: Tokenizer, packer: Packer, *, seed: int
+    ):
+        super().__init__()
+        self._opened, self._tokenizer, self._packer, self._seed = opened, tokenizer, packer, seed
+        self.set_state({"epoch": 0, "block": 0, "block_start": {}, "next_document": 0, "tokens": []})
 
     def __next__(self) -> np.ndarray:
+        if self._unread is not None:
+            self._go_to(self._unread)
         while not self._packer.ready():
             if self._next_document == len(self._documents):
                 self._read_block()
@@ -274,7 +330,7 @@ class StreamIterator:
         return self._packer.pop()
 
     def get_state(self) -> dict[str, Any]:
-        return {
+        return self._unread or {
             "epoch": self._epoch,
             "block": self._block,
             "block_start": self._block_start,
@@ -283,6 +339,11 @@ class StreamIterator:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
+        self._unread: dict[str, Any] | None = state
+
+    def _go_to(self, state: dict[str, Any]) -> None:
+        self._unread = None
+        self._stream = self._opened()
         self._epoch, self._block = state["epoch"], state["block"] - 1
         self._open(state["block_start"])
         self._read_block()
@@ -303,7 +364,7 @@ class StreamIterator:
             self._open({})
             texts = self._read_texts()
         if not texts:
-            raise ValueError("the stream has no training text for this shard: use more text or fewer shards.")
+            raise _no_text()
         self._block += 1
         order = np.random.default_rng([self._seed, self._epoch, self._block]).permutation(len(texts))
         self._documents = [
@@ -380,6 +441,10 @@ def cut_windows(tokens: np.ndarray, sequence_length: int) -> np.ndarray:
     if tokens.size <= sequence_length:
         return np.zeros((0, sequence_length + 1), tokens.dtype)
     return np.lib.stride_tricks.sliding_window_view(tokens, sequence_length + 1)[::sequence_length]
+
+
+def _no_text() -> ValueError:
+    return ValueError("the stream has no training text for this shard: use more text, or fewer shards or workers.")
 
 
 def _too_little(kind: str, source: str, tokens: int, windows: int, sequence_length: int) -> ValueError:

@@ -32,7 +32,7 @@ import numpy as np
 
 from galore_jax.training.chat import ChatTemplate
 from galore_jax.training.data import cut_windows, encode_documents
-from galore_jax.training.files import Row, holds_rows, read_rows
+from galore_jax.training.files import Row, holds_rows, read_rows, source_path
 from galore_jax.training.sources import Corpus, read_documents
 from galore_jax.training.tokenizer import Tokenizer
 
@@ -294,8 +294,8 @@ def task_of(source: str, text_column: str = "text") -> Task:
     Raises:
       FileNotFoundError, ValueError: the file does not exist, is empty, or its first row has other fields.
     """
-    path = Path(source)
-    if source == "python" or path.is_dir() or not source:
+    path = source_path(source)
+    if source == "python" or path.is_dir():
         return "text"
     if not path.is_file():
         raise FileNotFoundError(f'{source} does not exist; name a file of rows or of text, a folder, or "python".')
@@ -330,8 +330,8 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _read_rows(source: str, held_out: str | None, task: Task, how: _How, seed: int) -> _Read:
-    rows = list(_rows(Path(source)))
-    others = [] if held_out is None else list(_rows(Path(held_out)))
+    rows = list(_rows(source_path(source)))
+    others = [] if held_out is None else list(_rows(source_path(held_out)))
     ids = _label_ids(source, rows) if task == "label" else None
 
     def examples(file: str, rows: list[Row]) -> list[Example]:

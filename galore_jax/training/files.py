@@ -34,6 +34,13 @@ class Row(NamedTuple):
     fields: dict[str, Any]
 
 
+def source_path(source: str) -> Path:
+    """The path that a source names; ValueError if it is empty, which as a path would be the current folder."""
+    if not source:
+        raise ValueError('The name of the data is empty; give a file, a folder, "python" or hf:NAME.')
+    return Path(source)
+
+
 def bare_suffix(path: Path) -> str:
     """The suffix in lower case, without that of the compression.
 

@@ -50,6 +50,7 @@ from galore_jax.training.optimizers import make_optimizer, make_schedule
 from galore_jax.training.progress import Progress, clock, validation_words
 from galore_jax.training.step import add_updates, optimizer_metrics
 from galore_jax.training.tokenizer import Tokenizer
+from galore_jax.training.trackers import Tracker, tracked
 from galore_jax.training.trained import Trained, open_trained
 
 BEST, LAST = "best", "last"
@@ -79,6 +80,7 @@ class Run:
     sizes: dict[str, int]  # for summary.json
     description: str
     lock: contextlib.ExitStack  # of the folder, held until the end of the training
+    trackers: list[Tracker] = dataclasses.field(default_factory=list)
     # Of the last validation: held-out examples by label and by likeliest label.
     confusion: list[list[int]] | None = None
 
@@ -113,6 +115,8 @@ def prepare(config: FinetuneConfig) -> Run:
             folder, facts = lock.enter_context(run_folder.new_folder(named)), None
         with clock("loading the model and the examples"):
             run = _load(config, folder, facts)
+        if run.step < config.steps:
+            run.trackers = lock.enter_context(tracked(config.track, folder, dataclasses.asdict(config.resolved)))
         run.lock = lock.pop_all()
     return run
 
@@ -141,7 +145,7 @@ def _train(run: Run, signals: StopSignals) -> Record:
     meter = Meter(learning_rates(config.training), tokens, config.log_every, run.losses, full_speed)
     with (
         signals,
-        MetricsLog(folder, run.step) as log,
+        MetricsLog(folder, run.step, run.trackers) as log,
         Progress(run.step, config.steps) as progress,
         CheckpointWriter(folder / "checkpoints", config.keep, "finetune") as writer,
     ):

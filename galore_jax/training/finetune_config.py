@@ -21,7 +21,8 @@ from galore_jax.training.optimizers import OPTIMIZERS
 LORA = "lora"
 
 MAY_CHANGE = {
-    "model", "data", "eval_data", "steps", "learning_rate", "save_every", "keep", "eval_every", "log_every", "out", "resume",
+    "model", "data", "eval_data", "steps", "learning_rate", "save_every", "keep", "eval_every", "log_every", "track", "out",
+    "resume",
 }  # fmt: skip
 """Fields that a resumed run may set anew: paths because fingerprints tell what they hold, the learning rate because a run that
 diverged needs a lower one; any other would be another run."""
@@ -98,6 +99,8 @@ class FinetuneConfig:
     """Steps between two validations; the last step is always validated."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    track: Literal["wandb", "mlflow"] | None = None
+    """Weights & Biases or MLflow, if installed: gets the numbers of metrics.jsonl, too. TensorBoard needs no flag."""
 
     @property
     def training(self) -> PretrainConfig:
@@ -141,7 +144,6 @@ def check(config: FinetuneConfig) -> None:
     ValueError: --lora-rank 0 must be at least 1.
     """
     settings.at_least("lora_rank", config.lora_rank, 1)
-    settings.not_empty("eval_data", config.eval_data)
     known = (LORA, *(name for name in OPTIMIZERS if name not in settings.LOW_RANK_WEIGHTS))
     if config.optimizer not in known:
         hint = did_you_mean(config.optimizer, known)

@@ -41,6 +41,7 @@ from galore_jax.training.program import Program, full_rank, program
 from galore_jax.training.progress import Progress, clock
 from galore_jax.training.step import make_eval_step
 from galore_jax.training.subspace_plot import plot_subspace
+from galore_jax.training.trackers import Tracker, tracked
 
 
 @dataclasses.dataclass
@@ -59,6 +60,7 @@ class Run:
     losses: list[float]  # of the steps since the last line of metrics.jsonl
     resumed_from: int | None
     lock: contextlib.ExitStack  # of the folder, held until the end of the training
+    trackers: list[Tracker] = dataclasses.field(default_factory=list)
 
 
 def run_pretrain(config: PretrainConfig, model_config: LlamaConfig | None = None) -> Record:
@@ -92,6 +94,10 @@ def prepare(config: PretrainConfig, model_config: LlamaConfig | None = None) -> 
             settings.check(config)
             folder, fingerprints = lock.enter_context(run_folder.new_folder(config)), None
         run = _load(config, folder, model_config, fingerprints)
+        if run.step < config.steps:
+            run.trackers = lock.enter_context(tracked(config.track, folder, dataclasses.asdict(config.resolved)))
+        if config.data_workers:
+            lock.callback(run.batches.close)
         run.lock = lock.pop_all()
     processes.wait_for_all("prepared")  # nobody writes into the folder before all have looked into it
     return run
@@ -113,6 +119,7 @@ def _load(
             seed=config.seed,
             vocab_size=config.vocab_size,
             text_column=config.text_column,
+            workers=config.data_workers,
             tokenizer_file=folder / "tokenizer.json" if config.resume else None,
         )
     if fingerprints is not None:
@@ -161,7 +168,7 @@ def _train(run: Run, signals: StopSignals) -> Record:
     validated = bool(processes.largest(first and is_validated(run)))
     with (
         signals,
-        MetricsLog(folder, run.step) if first else processes.Silent() as log,
+        MetricsLog(folder, run.step, run.trackers) if first else processes.Silent() as log,
         Progress(run.step, config.steps) if first else processes.Silent() as progress,
         CheckpointWriter(folder / "checkpoints", config.keep) as writer,
     ):
@@ -247,6 +254,7 @@ def take_steps(
     """
     config = run.config
     ranks = _ranks_of_checkpoints(run, writer)
+    stalls: list[float] = []  # seconds that each save kept the next step waiting; the files are written meanwhile
 
     def note(record: Record | None) -> None:
         if record is not None:
@@ -256,8 +264,10 @@ def take_steps(
 
     def pause(*, validate: bool, save: bool) -> None:
         note(meter.finish())
+        began = time.perf_counter()
         if validate or save:
             meter.watch.check_parameters(run.step, run.params)
+        checked = time.perf_counter()
         if validate:
             note(record := evaluate())
             meter.watch.check_validation(run.step, record["val_loss"])
@@ -265,8 +275,10 @@ def take_steps(
                 ranks[run.step] = rank(record)
                 writer.kept.best = min(ranks, key=lambda step: ranks[step])
         if save and (not meter.watch.stuck or run.step == config.steps):
+            validated_in = time.perf_counter() - checked
             state = run.batches.get_state()
             writer.save(Checkpoint(run.step, run.params, run.opt_state, state, list(meter.losses)), meter.watch.sound)
+            stalls.append(time.perf_counter() - began - validated_in)
         meter.start()
 
     def stopped() -> bool:
@@ -286,7 +298,7 @@ def take_steps(
         compile_seconds = time.perf_counter() - began
         meter.start()
         while run.step < config.steps and not stopped():
-            run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, next(run.batches))
+            run.params, run.opt_state, metrics = train_step(run.params, run.opt_state, meter.batch(run.batches))
             run.step += 1
             note(meter.add(run.step, metrics))
             progress.advance()
@@ -306,6 +318,8 @@ def take_steps(
         "compile_seconds": compile_seconds,
         "step_seconds_median": statistics.median(meter.seconds) if meter.seconds else None,
         "step_seconds_max": max(meter.seconds, default=None),
+        "save_seconds_median": statistics.median(stalls) if stalls else None,
+        "save_seconds_max": max(stalls, default=None),
         **meter.speed(config.steps),
     }
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run records while it trains: ``metrics.jsonl`` and TensorBoard.
+"""What a run records while it trains: ``metrics.jsonl``, whose scalars the trackers get, too.
 
 A step's scalars are read while the device works on the step after it, so that logging never leaves the device idle; the
 time between two such reads is the duration of a step.
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ import numpy as np
 from galore_jax.training import device_use
 from galore_jax.training.divergence import Watch
 from galore_jax.training.step import COUNTS, Metrics
+from galore_jax.training.trackers import TensorBoard, Tracker
 
 Record = dict[str, Any]
 
@@ -40,27 +40,44 @@ _MEANS = {"captured_energy": "captured_energy", "basis_overlap": "overlap", "upd
 
 
 class MetricsLog:
-    """Appends records to ``metrics.jsonl``, and to TensorBoard's files if its writer is installed; a context manager.
+    """Appends records to ``metrics.jsonl``; TensorBoard, if installed, and other trackers get their scalars.
+
+    A context manager.
 
     Args:
       folder: of the run.
       step: steps completed; records of later steps, from before a resume, are removed.
+      trackers: who gets the scalars besides; they stay open.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, trackers: Sequence[Tracker] = ()):
         path = folder / "metrics.jsonl"
         if path.exists():
             _keep_until(path, step)
         self._file = path.open("a")
-        self._board = _open_board(str(folder / "tensorboard"), step)
+        self._trackers = list(trackers)
+        self._board: TensorBoard | None = None
+        with contextlib.suppress(ModuleNotFoundError):
+            self._board = TensorBoard(folder / "tensorboard", step)
+            self._trackers.append(self._board)
 
     def write(self, record: Record) -> None:
-        """Append one record; a number that is not finite becomes null, which JSON has.  TensorBoard gets its scalars."""
+        """Append one record; a number that is not finite becomes null, which JSON has.  The trackers get its scalars.
+
+        One that fails, such as a server that is not there any more, is left out from then on.
+        """
         self._file.write(json.dumps(_with_nulls(record)) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in _scalars(record):
-                self._board.add_scalar(name, value, record["step"])
+        scalars = dict(_scalars(record))
+        for tracker in [*self._trackers]:
+            try:
+                tracker.write(record["step"], scalars)
+            except Exception as error:  # each has its own kinds
+                self._trackers.remove(tracker)
+                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                print(
+                    f"warning: {tracker.name} gets no more numbers ({reason}); metrics.jsonl has all.", file=sys.stderr
+                )
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -160,16 +177,6 @@ def _parse(path: Path, number: int, line: bytes) -> Record:
     return record
 
 
-def _open_board(folder: str, step: int) -> Any:
-    """A writer from tensorboardX, or else from TensorBoard itself; None if neither is installed."""
-    if importlib.util.find_spec("tensorboardX"):
-        return importlib.import_module("tensorboardX").SummaryWriter(folder, purge_step=step + 1)
-    with contextlib.suppress(ModuleNotFoundError):
-        # It cannot purge: steps that a resumed run repeats stand there twice, with the same losses.
-        return importlib.import_module("tensorboard.summary").Writer(folder)
-    return None
-
-
 def _keep_until(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path.parent) if record["step"] <= step]
     partial = path.with_name(path.name + ".partial")
@@ -203,6 +210,8 @@ class Meter:
     full_speed: float | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     """Duration of every step that was read."""
+    waits: list[float] = dataclasses.field(default_factory=list)
+    """Of each step, the seconds until its batch was there."""
     _pending: tuple[int, Metrics] | None = None
     _clock: float = 0.0
     _timed: int = 0  # steps since the last record
@@ -216,6 +225,13 @@ class Meter:
     def start(self) -> None:
         """Start the clock, after work that is not a training step."""
         self._clock = time.perf_counter()
+
+    def batch(self, batches: Iterator[Any]) -> Any:
+        """The next batch, and a note of how long it took."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waits.append(time.perf_counter() - began)
+        return batch
 
     def add(self, step: int, metrics: Metrics) -> Record | None:
         """Take the metrics of a step that was just dispatched; returns the record of the one before, if one is due.
@@ -258,14 +274,25 @@ class Meter:
         return record
 
     def speed(self, steps: int) -> Record:
-        """``tokens_per_second`` and ``mfu`` of the last ``steps`` steps, or of all if fewer, and ``peak_memory_bytes``."""
+        """Figures of the last ``steps`` steps, or of all if fewer, and ``peak_memory_bytes``.
+
+        They are ``tokens_per_second``, ``mfu``, and ``data_wait``, the share of the time in which the loop waited for a batch;
+        the device may still have been at work on the step before.
+        """
         steps = min(steps, len(self.seconds))
         if not steps:
-            return {"tokens_per_second": None, "peak_memory_bytes": device_use.peak_memory_bytes()}
+            return {"tokens_per_second": None, "data_wait": None, "peak_memory_bytes": device_use.peak_memory_bytes()}
         tokens = int(self._tokens_after[self._step] - self._tokens_after[self._step - steps])
-        speed = tokens / sum(self.seconds[-steps:])
+        seconds = sum(self.seconds[-steps:])
+        speed = tokens / seconds
+        wait = sum(self.waits[: len(self.seconds)][-steps:]) / seconds  # a step that is under way has waited already
         share = {} if self.full_speed is None else {"mfu": speed / self.full_speed}
-        return {"tokens_per_second": speed, **share, "peak_memory_bytes": device_use.peak_memory_bytes()}
+        return {
+            "tokens_per_second": speed,
+            **share,
+            "data_wait": wait,
+            "peak_memory_bytes": device_use.peak_memory_bytes(),
+        }
 
     @property
     def step_seconds(self) -> float:

@@ -95,14 +95,18 @@ def training_words(record: Record, seconds_left: float) -> str:
     """What a record of training says, on a terminal and elsewhere.
 
     >>> record = {"loss": 2.5, "learning_rate": 0.01, "tokens_per_second": 51234.5, "peak_memory_bytes": 3 * 2**30, "mfu": 0.413}
-    >>> training_words(record, 200)
+    >>> training_words(record | {"data_wait": 0.0}, 200)
     'loss 2.5000, learning rate 1.00e-02, 51,234 tokens/s, MFU 41.3%, 3.0 GiB, 03:20 left'
+    >>> training_words(record | {"data_wait": 0.25}, 200)
+    'loss 2.5000, learning rate 1.00e-02, 51,234 tokens/s, MFU 41.3%, 25% waiting for data, 3.0 GiB, 03:20 left'
     """
     words = [
         f"loss {record['loss']:.4f}, learning rate {record['learning_rate']:.2e}, {record['tokens_per_second']:,.0f} tokens/s"
     ]
     if "mfu" in record:
         words.append(f"MFU {record['mfu']:.1%}")
+    if record["data_wait"] >= 0.01:
+        words.append(f"{record['data_wait']:.0%} waiting for data")
     words += [format_bytes(record["peak_memory_bytes"]), f"{tqdm.format_interval(seconds_left)} left"]
     return ", ".join(words)
 

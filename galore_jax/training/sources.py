@@ -29,6 +29,7 @@ from galore_jax.training.files import (
     plain_lines,
     read_rows,
     read_text,
+    source_path,
 )
 
 if TYPE_CHECKING:
@@ -72,9 +73,7 @@ def read_documents(source: str, text_column: str = "text") -> Corpus:
       FileNotFoundError: the path does not exist.
       ValueError: it is empty, holds no text, or has a file that cannot be read as what it is.
     """
-    if not source:
-        raise ValueError('data source "" names nothing: use "python", a file, a folder or "hf:NAME[:CONFIG]".')
-    path = Path(sysconfig.get_paths()["stdlib"] if source == "python" else source)
+    path = Path(sysconfig.get_paths()["stdlib"]) if source == "python" else source_path(source)
     left_out: Counter[str] = Counter()
     documents: list[str] = []
     validation: list[str] = []

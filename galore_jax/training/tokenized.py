@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from galore_jax.training.files import source_path
 from galore_jax.training.sources import StreamError, open_stream, read_documents, stream_texts
 from galore_jax.training.tokenizer import Tokenizer, load_tokenizer, model_tokenizer
 
@@ -103,7 +104,7 @@ def tokenize(config: TokenizeConfig) -> str:
 
 def is_tokenized(source: str) -> bool:
     """Whether a source is a folder that :func:`tokenize` wrote."""
-    return not source.startswith("hf:") and Path(source, _FACTS).is_file()
+    return not source.startswith("hf:") and (source_path(source) / _FACTS).is_file()
 
 
 def open_tokenized(source: str) -> Tokenized:
