@@ -29,6 +29,7 @@ import argparse
 import dataclasses
 import fnmatch
 import functools
+import inspect
 import itertools
 import json
 import pathlib
@@ -64,14 +65,35 @@ MANY = 40
 ALWAYS_AGAIN = (ADAMW, MUON, "galore_adamw")
 
 
+class Preset(NamedTuple):
+    """(learning rate, rank) -> a preset of galore_jax."""
+
+    make: Any
+    settings: dict[str, Any]
+    has_rank: bool
+
+    def __call__(self, learning_rate, rank):
+        return self.make(learning_rate, **self.arguments(rank))
+
+    def arguments(self, rank):
+        return ({"rank": rank} if self.has_rank else {}) | self.settings
+
+    def published(self, rank):
+        """What galore_jax.recommend reads; how often bases are refreshed goes by the length of the run."""
+        arguments = {name: value for name, value in self.arguments(rank).items() if name != "update_proj_gap"}
+        if "codec" in arguments:
+            codec = arguments.pop("codec")
+            if codec != inspect.signature(self.make).parameters["codec"].default:
+                arguments["codec"] = dataclasses.asdict(codec)
+        return {"preset": self.make.__name__, "arguments": arguments}
+
+
 def preset(make, **settings):
-    """(learning rate, rank) -> a preset."""
-    return lambda learning_rate, rank: make(learning_rate, **({"rank": rank} | settings))
+    return Preset(make, settings, True)
 
 
 def full_rank(make, **settings):
-    """(learning rate, rank) -> a preset without a rank."""
-    return lambda learning_rate, rank: make(learning_rate, **settings)
+    return Preset(make, settings, False)
 
 
 def direction(make):
@@ -209,8 +231,12 @@ def name_of(number: float) -> str:
 
 def muons(momenta: dict[str, MatrixCodec]) -> dict:
     """Muon with each momentum, each decay rate, and NorMuon's division or without."""
+
+    def make(codec):
+        return galore_jax.muon_8bit if codec.bits == 8 else galore_jax.muon_4bit
+
     return {
-        f"muon_{name}-b{name_of(beta)}{nor}": full_rank(galore_jax.muon_8bit, codec=codec, momentum=beta, **settings)
+        f"muon_{name}-b{name_of(beta)}{nor}": full_rank(make(codec), codec=codec, momentum=beta, **settings)
         for name, codec in momenta.items()
         for nor, settings in NORMUON.items()
         for beta in BETAS
@@ -644,6 +670,25 @@ def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def publish(lines: list[dict], contestants: dict, steps: int, rank: float, path: pathlib.Path) -> None:
+    """Puts the presets that nothing smaller is better than into the file of galore_jax.recommend, in place of those at as many
+    steps.
+    """
+    file = json.loads(path.read_text())
+    lines = [line for line in lines if isinstance(contestants[line["optimizer"]], Preset)]
+    losses = {line["optimizer"]: statistics.fmean(line["val_losses"]) for line in lines}
+    best = undominated({line["optimizer"]: (line["bytes_per_weight"], losses[line["optimizer"]]) for line in lines})
+    found = [
+        contestants[line["optimizer"]].published(rank)
+        | {"steps": steps, "loss": round(losses[line["optimizer"]], 4), "learning_rate": line["learning_rate"]}
+        for line in lines
+        if line["optimizer"] in best
+    ]
+    points = [point for point in file["points"] if point["steps"] != steps] + found
+    points = ",\n".join(f"    {json.dumps(point)}" for point in sorted(points, key=lambda x: (-x["steps"], x["loss"])))
+    path.write_text(f'{{\n  "source": {json.dumps(file["source"])},\n  "points": [\n{points}\n  ]\n}}\n')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
@@ -665,6 +710,11 @@ def main() -> None:
         "--together", action="store_true", help="all rates and seeds of an optimizer as one batch, for an accelerator"
     )
     parser.add_argument("--frontier", action="store_true")
+    parser.add_argument(
+        "--publish",
+        type=pathlib.Path,
+        help="galore_jax/presets/frontier.json, for the presets that are best for their bytes",
+    )
     parser.add_argument("--report", action="store_true", help="of the runs in OUT, and make no new ones")
     args = parser.parse_args()
     if args.ablation:
@@ -695,6 +745,8 @@ def main() -> None:
     lines = summaries(runs, best, args.seeds, args.leaders, args.frontier)
     (args.out / f"{group}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
     plot(runs, lines, args.out / f"{group}.png")
+    if args.publish:
+        publish(lines, chosen, args.steps, args.rank, args.publish)
     print(table(lines))
 
 

@@ -26,6 +26,7 @@ from galore_jax.presets import (
     q_galore_adamw_8bit as q_galore_adamw_8bit,
     recommended as recommended,
 )
+from galore_jax.presets.recommendation import recommend as recommend
 from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases
 from galore_jax.sharding import state_sharding as state_sharding

@@ -22,6 +22,7 @@ from problems import leniency
 from runs import TINY
 
 from galore_jax import projectors, refresh
+from galore_jax.matrix_codec import MatrixCodec
 from galore_jax.projectors import ProjectorInput
 from galore_jax.training import FinetuneConfig, PretrainConfig, finetune_config, run_pretrain
 
@@ -217,6 +218,31 @@ def test_quality_makes_every_contestant_and_says_at_which_bytes(script):
     }.items():  # fmt: skip
         state = jax.tree.leaves(jax.eval_shape(known[name].init, params))
         assert sum(x.size * x.dtype.itemsize for x in state) / 256**2 == pytest.approx(size, abs=0.04), name
+
+
+def test_quality_publishes_the_presets_of_the_frontier_in_place_of_those_of_as_many_steps(tmp_path, script):
+    quality, path = script("quality"), tmp_path / "frontier.json"
+    old = [
+        {"preset": "muon", "arguments": {}, "steps": steps, "loss": 2.0, "learning_rate": 0.1} for steps in (400, 800)
+    ]
+    path.write_text(json.dumps({"source": "a test", "points": old}))
+    measured = {
+        "muon_4bit-b.9-nor": (0.64, [1.75, 1.77]), "muon_3bit-pr4-b.8": (0.45, [1.8]), "galore_muon-b.9-c8": (2.0, [1.7]),
+        "adamw": (8.0, [1.6]), "muon_8bit-b.9": (1.0, [1.76]),
+    }  # fmt: skip
+    lines = [
+        {"optimizer": name, "bytes_per_weight": size, "val_losses": losses, "learning_rate": 0.01}
+        for name, (size, losses) in measured.items()
+    ]
+    quality.publish(lines, quality.frontier(400), 400, 0.25, path)
+    preset, arguments, losses = zip(
+        *((x["preset"], x["arguments"], x["loss"]) for x in json.loads(path.read_text())["points"]), strict=True
+    )
+    assert preset == ("muon", "galore_muon", "muon_4bit", "muon_4bit")
+    assert losses == (2.0, 1.7, 1.76, 1.8)
+    assert arguments[1] == {"rank": 0.25, "momentum": 0.9, "factor": 8.0}
+    assert arguments[2] == {"momentum": 0.9, "neuron_decay": 0.95}
+    assert MatrixCodec(**arguments[3]["codec"]) == MatrixCodec(bits=3, leading_bits=4)
 
 
 def test_quality_trains_low_rank_weights_in_place_of_the_matrices(tmp_path, text):

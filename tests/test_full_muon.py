@@ -252,3 +252,15 @@ def test_describe_shows_the_matrices():
     assert (shown["stack"].matrix, shown["stack"].batch) == ((8, 16), (2,))
     assert {record.rank for record in shown.values()} == {None}
     assert {path for path, record in shown.items() if record.matrix is None} == {"embed", "norm"}
+
+
+def test_the_warning_that_nothing_is_a_matrix_advises_what_helps():
+    params = {"embed": jnp.zeros((9, 12)), "norm": jnp.zeros((20,))}
+    with pytest.warns(
+        galore_jax.GaLoreMemoryWarning, match="none of the 2 parameters is updated as a matrix"
+    ) as caught:
+        galore_jax.muon(0.1).init(params)
+    assert "select parameters by mask or weight_dimension_numbers" in str(caught[0].message)
+    assert "rank" not in str(caught[0].message).split(": ")[-1]
+    with pytest.warns(galore_jax.GaLoreMemoryWarning, match="Adam updates 1 of the 2 parameters whole because"):
+        galore_jax.muon(0.1).init({"query": {"strange": jnp.zeros((4, 8, 2, 4))}, "w": jnp.zeros((12, 20))})

@@ -34,7 +34,7 @@ from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
 from galore_jax.layouts import UNKNOWN
-from galore_jax.matrix_view import MatrixView, Rank, is_part, paths_of, views_of
+from galore_jax.matrix_view import NO_BASIS, MatrixView, Rank, is_part, paths_of, views_of
 from galore_jax.transport import Carrier, carriers
 
 
@@ -42,10 +42,13 @@ class GaLoreMemoryWarning(UserWarning):
     """GaLore is used in a way that saves no memory."""
 
 
-def warn_if_whole(params: Any, decided: list[MatrixView | str]) -> None:
+def warn_if_whole(params: Any, decided: list[MatrixView | str], proj_type: str = "std") -> None:
     """Warns if no parameter of a whole tree is projected, or if one is left whole because its matrix is unknown.
 
-    ``decided`` is what :func:`galore_jax.matrix_view.decisions` returns.
+    Args:
+      params: The parameters.
+      decided: What :func:`galore_jax.matrix_view.decisions` returns.
+      proj_type: Its argument.  With ``NO_BASIS``, the matrices are not projected, and what is no matrix is left to Adam.
     """
     if is_part(params) or not decided:
         return
@@ -54,17 +57,24 @@ def warn_if_whole(params: Any, decided: list[MatrixView | str]) -> None:
     whole.sort(key=lambda leaf: -math.prod(leaf[1]))
     unknown = [(path, shape) for path, shape, reason in whole if reason == UNKNOWN]
     show = "print(galore_jax.describe(tx, params)) shows all of them"
+    projects = proj_type != NO_BASIS
     if len(whole) == len(decided):
         named = ", ".join(f"{path!r} of shape {shape} ({reason})" for path, shape, reason in whole[:3])
-        message = (
-            f"galore projects none of the {len(decided)} parameters, so it saves no memory; the largest are {named}: write a "
-            f"smaller rank, or select parameters by mask or weight_dimension_numbers ({show})."
+        effect, remedy = (
+            (
+                f"galore projects none of the {len(decided)} parameters, so it saves no memory",
+                "write a smaller rank, or ",
+            )
+            if projects
+            else (f"none of the {len(decided)} parameters is updated as a matrix, so Adam updates all of them", "")
         )
+        message = f"{effect}; the largest are {named}: {remedy}select parameters by mask or weight_dimension_numbers ({show})."
     elif unknown:
         named = ", ".join(f"{path!r} of shape {shape}" for path, shape in unknown[:3])
         message = (
-            f"galore leaves {len(unknown)} of the {len(decided)} parameters whole because {UNKNOWN}, the largest are {named}: "
-            f"name them in weight_dimension_numbers, with None for what is to stay whole ({show})."
+            f"{'galore leaves' if projects else 'Adam updates'} {len(unknown)} of the {len(decided)} parameters whole because "
+            f"{UNKNOWN}, the largest are {named}: name them in weight_dimension_numbers, with None for what is to stay whole "
+            f"({show})."
         )
     else:
         return

@@ -69,7 +69,7 @@ def on_matrices(
         known = ranks.at_init(rank)
         leaves, treedef = trees.flatten(trees.as_arrays(params))
         decided = decisions(params, rank=known, **choices)
-        warn_if_whole(params, decided)
+        warn_if_whole(params, decided, proj_type)
         views = views_of(decided)
         ours, theirs = _split(views, leaves, treedef)
         return OnMatricesState(matrices_of(views).init(ours), rest.init(jax.tree.map(promoted, theirs)))

@@ -202,7 +202,6 @@ def scale_by_muon(
     """
 
     check_ns_coeffs(ns_coeffs)
-    one = functools.partial(_step, nesterov, ns_coeffs)
 
     def views(tree: Any) -> list[MatrixView]:
         return [view for view in views_of(tree) if view is not None]
@@ -232,7 +231,9 @@ def scale_by_muon(
             own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
             decays = (momentum, neuron_decay) if neuron_decay is not None else (momentum,)
             given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
-            reply, mu, square = _updated(one, (view.to_matrices(gradient), *old), given, view.batch_shape)
+            reply, mu, square = _updated(
+                (view.to_matrices(gradient), *old), given, view.batch_shape, nesterov, ns_coeffs
+            )
             replies.append(trees.boxed_like(sharding.like(view.from_matrices(reply), gradient), leaf))
             momenta.append(mu)
             squares.append(square)
@@ -255,15 +256,20 @@ def _direction(
     )
 
 
-def _updated(one: Callable, carried: tuple, given: list[jax.Array], batch_shape: tuple[int, ...]) -> tuple:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _updated(
+    carried: tuple, given: list[jax.Array], batch_shape: tuple[int, ...], nesterov: bool, ns_coeffs: str
+) -> tuple:
     """The steps of a parameter's matrices in the place of their gradients, and the new momentum and mean squares.
 
     Args:
-      one: :func:`_step` with its settings.
       carried: The gradients (*batch, m, n), the momentum and the mean squares.
       given: Scalars: the seed of the dither, the decay rate of the momentum, and that of the mean squares if they exist.
       batch_shape: The shape of the batch axes.
+      nesterov, ns_coeffs: The arguments of :func:`muon`.
     """
+    # A jitted function is traced and lowered once for all parameters of one shape.
+    one = functools.partial(_step, nesterov, ns_coeffs)
     given = [jnp.broadcast_to(x, batch_shape) for x in given]
     return matrix_by_matrix_anywhere(one, carried, given, len(batch_shape))
 
@@ -273,12 +279,21 @@ def _step(nesterov: bool, ns_coeffs: str, carried: tuple, given: list[jax.Array]
     matrix, stored, squares = carried
     seed, momentum, *decay = given
     sound = is_sound(level_of(matrix))
-    gradient = jnp.where(sound, promoted(matrix), 0)
-    mu = momentum * promoted(codecs.decoded(stored)) + gradient
-    direction, new_squares = muon_step(
-        gradient + momentum * mu if nesterov else mu, squares, decay[0] if decay else None, ns_coeffs
-    )
-    kept = stored.renewed(mu, seed) if isinstance(stored, CodedMatrix) else mu.astype(stored.dtype)
+
+    def gradient_and_momentum(matrix: jax.Array, stored: Any) -> tuple[jax.Array, jax.Array]:
+        gradient = jnp.where(sound, promoted(matrix), 0)
+        return gradient, momentum * promoted(codecs.decoded(stored)) + gradient
+
+    gradient, mu = gradient_and_momentum(matrix, stored)
+    ahead = gradient + momentum * mu if nesterov else mu
+    direction, new_squares = muon_step(ahead, squares, decay[0] if decay else None, ns_coeffs)
     usable = sound & is_sound(level_of(direction))
+    update = jnp.where(usable, direction, 0).astype(matrix.dtype)
+    if isinstance(stored, CodedMatrix):
+        # Behind the barrier, the momentum is computed again, instead of kept in float32 until the update is there.
+        update, matrix, stored = jax.lax.optimization_barrier((update, matrix, stored))
+        kept = stored.renewed(gradient_and_momentum(matrix, stored)[1], seed)
+    else:
+        kept = mu.astype(stored.dtype)
     new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), (kept, new_squares), (stored, squares))
-    return jnp.where(usable, direction, 0).astype(matrix.dtype), *new
+    return update, *new
