@@ -198,12 +198,14 @@ def updates_on_gpu(args: argparse.Namespace) -> dict:
     layers = {"num_hidden_layers": args.layers} if args.layers else {}
     config = LlamaConfig.preset(args.model, param_dtype="bfloat16", **layers)
     params = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param))
+    arguments = {"rank": args.rank, "update_proj_gap": args.gap}
+    txs = {
+        PLAIN: in_float32(optax.adamw(1e-3)),  # as the trainer has it; the states of the others are float32 anyway
+        OURS: galore_jax.galore_adamw(1e-3, **arguments),
+        f"{OURS}_8bit": galore_jax.galore_adamw_8bit(1e-3, **arguments),
+    }
     records = {}
-    for name, tx in optimizers(args.gap, args.rank).items():
-        if name == THEIRS:
-            continue
-        if name == PLAIN:
-            tx = in_float32(tx)  # as the trainer has it; galore_adamw's state is float32 anyway
+    for name, tx in txs.items():
 
         def update(grads, params, state, tx=tx):
             updates, state = tx.update(grads, state, params)

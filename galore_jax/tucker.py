@@ -39,7 +39,7 @@ from galore_jax._core.basis import Basis, Storage
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, call_of
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import joined, masked, update_guarded
+from galore_jax._core.gradients import joined, update_guarded
 from galore_jax._core.seeds import check_seed, key_of
 from galore_jax._core.state_fields import Kind, parameter_index
 from galore_jax.matrix_view import MatrixView, Rank, check_rank, is_part, resolve_rank, taking_part
@@ -246,8 +246,7 @@ class _Tucker:
             lambda new: parameter_index(self.inner, new, treedef),
             state.inner_state,
         )
-        replies = map(masked, done.answered, done.replies)
-        return tree(map(self._lift, kernels, replies, bases, arrays)), state._replace(
+        return tree(map(self._lift, kernels, done.replies, bases, arrays)), state._replace(
             step=state.step + done.moved, skipped=state.skipped + done.skipped, inner_state=done.inner_state
         )
 

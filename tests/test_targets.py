@@ -11,11 +11,14 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from problems import optimized_compilation  # noqa: F401
 
+from galore_jax import galore_adamw
 from galore_jax.planning.targets import HERE, TARGETS, compile_for, target
 from galore_jax.sharding import maxima
+from galore_jax.training.step import add_updates
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda13_plugin", "nvidia"))
 needs_extra = pytest.mark.skipif(not EXTRA, reason="the extra plan is not installed: pip install 'galore-jax[plan]'")
@@ -90,6 +93,22 @@ def test_a_gpu_has_as_much_memory_as_its_own_figures_say():
     assert not too_much.fits
     assert too_much.argument_bytes == 13 * GIB
     assert compile_for(target("rtx4090"), jnp.sum, x).fits
+
+
+@needs_extra
+def test_on_a_gpu_an_update_writes_no_float32_copy_of_an_embedding():
+    tx = galore_adamw(1e-3, rank=8)
+    params = {
+        "embed": jax.ShapeDtypeStruct((32000, 512), jnp.bfloat16),
+        "stack": jax.ShapeDtypeStruct((8, 1376, 512), jnp.bfloat16),
+    }
+
+    def update(grads, params, state):
+        updates, state = tx.update(optax.tree.cast(grads, jnp.float32), state, params)
+        return add_updates(params, updates), state
+
+    plan = compile_for(target("h100"), update, params, params, jax.eval_shape(tx.init, params), donate_argnums=(1, 2))
+    assert plan.temporary_bytes < 4 * 32000 * 512 / 2
 
 
 @needs_extra

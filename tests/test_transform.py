@@ -182,7 +182,7 @@ def test_the_refresh_predicate_of_a_stacked_leaf_stays_a_scalar():
     [loop] = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"]
     assert loop.params["cond_jaxpr"].out_avals[0].shape == ()
     branches = [eqn for eqn in loop.params["body_jaxpr"].jaxpr.eqns if eqn.primitive.name == "cond"]
-    assert [eqn.invars[0].aval.shape for eqn in branches] == [()]
+    assert {eqn.invars[0].aval.shape for eqn in branches} == {()}
     assert not {eqn.primitive.name for eqn in jaxpr.eqns} & {"cholesky", "triangular_solve"}
 
 
@@ -497,6 +497,25 @@ def test_an_answer_that_is_not_finite_makes_no_update_and_is_counted():
     assert not np.any(updates["w"])
     assert not np.any(updates["b"])
     assert int(state.skipped) == 1
+
+
+def test_the_entries_of_an_answer_that_are_not_finite_are_zeros_and_the_others_move():
+    """A whole answer decides only where it is counted: for a matrix that is projected."""
+    bad = {"w": (0, 3), "b": (5,)}
+
+    def spoil(updates, params):
+        return {name: u.at[bad[name]].set(jnp.nan) for name, u in updates.items()}
+
+    params = {"w": normal(0, (8, 16)), "b": normal(1, (16,))}
+    for spoiled, skipped in ((("w", "b"), 1), (("b",), 0)):
+        tx = galore(
+            optax.stateless(lambda u, p, names=spoiled: u | {n: spoil(u, p)[n] for n in names}), rank=2, scale=1.0
+        )
+        updates, state = jax.jit(tx.update)(params, tx.init(params))
+        assert np.flatnonzero(updates["b"] == 0).tolist() == [5]
+        assert np.all(np.isfinite(updates["w"]))
+        assert np.any(updates["w"])
+        assert (int(state.step), int(state.skipped)) == (1, skipped)
 
 
 def test_an_overlap_is_at_most_one_also_for_a_basis_that_is_not_orthonormal():

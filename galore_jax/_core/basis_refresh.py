@@ -212,7 +212,7 @@ def _one_by_one(
         which, at = parameter[index], place[index]
 
         def taken(number: int) -> Callable[[], tuple[jax.Array, Subspace]]:
-            return lambda: jax.tree.map(lambda x: _at(x, at), (matrices[number], stacks[number]))
+            return lambda: (_read(matrices[number], at), jax.tree.map(lambda x: _at(x, at), stacks[number]))
 
         branches = list(map(taken, range(len(sizes))))
         matrix, old = branches[0]() if alone else jax.lax.switch(which, branches)
@@ -239,6 +239,21 @@ def _one_by_one(
 def _at(stack: jax.Array, index: jax.Array) -> jax.Array:
     """The matrix number ``index`` of a stack (N, ...)."""
     return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+
+def _read(stack: jax.Array, index: jax.Array) -> jax.Array:
+    """:func:`_at`, of a stack that the loop only reads.
+
+    On a GPU, XLA would copy a whole stack of gradients into the layout that suits the work on one matrix.  Flat, it has one
+    layout.  A TPU stores arrays in tiles of their last two axes, so there flattening would copy it.
+    """
+    if not jax.sharding.get_abstract_mesh().empty:  # flat, it could lose its sharding
+        return _at(stack, index)
+
+    def flat(stack: jax.Array, index: jax.Array) -> jax.Array:
+        return _at(stack.reshape(stack.shape[0], -1), index).reshape(stack.shape[1:])
+
+    return jax.lax.platform_dependent(stack, index, tpu=_at, default=flat)
 
 
 def _with(stack: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:

@@ -93,12 +93,12 @@ class Guarded(NamedTuple):
     """What :func:`update_guarded` returns."""
 
     low_rank: list[jax.Array]  # the gradients that the inner transformation was given, zeros where they are not good
-    replies: list[jax.Array]  # its answers, as they came
+    replies: list[jax.Array]  # its answers, zeros where the gradient is not good or an entry is not finite
     good: list[jax.Array]  # [*batch] bool of each parameter; whether the gradient is good
-    answered: list[jax.Array]  # [*batch] bool of each parameter; whether the answer can be used too
+    answered: list[jax.Array]  # [*batch] bool of each parameter; whether the answer to a projected one is finite too
     inner_state: Any  # held where a gradient is not good
-    moved: jax.Array  # scalar, int32; 1 if any answer can be used
-    skipped: jax.Array  # scalar, int32; 1 if any gradient, or the answer to a good one, is not finite
+    moved: jax.Array  # scalar, int32; 1 if any gradient is good
+    skipped: jax.Array  # scalar, int32; 1 if any gradient, or the answer to a good one that is projected, is not finite
 
 
 def update_guarded(
@@ -125,17 +125,22 @@ def update_guarded(
     good = list(map(jnp.isfinite, levels))
     low_rank = list(map(masked, good, low_rank))
     replies, new = update(low_rank)
-    # An answer that is not finite is not lifted, nor is one to a gradient that is not good: there, 0 · level is NaN.
-    answers = [level_of(x, batch) + 0 * level for x, batch, level in zip(replies, batches, levels, strict=True)]
-    all_levels, all_answers = joined(levels), joined(answers)
-    lost = jnp.isfinite(all_levels) & ~jnp.isfinite(all_answers)
+    # An embedding's answer is as large as its gradient.  XLA would write it, to count over it, and read it again.
+    answered = [
+        flag & is_sound(level_of(x, batch)) if of_matrices else flag
+        for x, batch, flag, of_matrices in zip(replies, batches, good, projected, strict=True)
+    ]
+    # Entry by entry, because a decision over all entries would take a pass of its own too.
+    replies = [masked(flag, jnp.where(jnp.isfinite(x), x, 0)) for flag, x in zip(good, replies, strict=True)]
+    all_levels, any_good = joined(levels), jnp.any(joined(good))
+    lost = jnp.isfinite(all_levels) & jnp.logical_not(joined(answered))
     return Guarded(
         low_rank,
         replies,
         good,
-        list(map(jnp.isfinite, answers)),
+        answered,
         hold_bad(owners_of(new), new=new, old=old, good=good),
-        jnp.any(jnp.isfinite(all_answers)).astype(jnp.int32),
+        any_good.astype(jnp.int32),
         jnp.any(~is_sound(all_levels) | lost).astype(jnp.int32),
     )
 

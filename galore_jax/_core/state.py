@@ -19,7 +19,8 @@ class GaLoreState(NamedTuple):
 
     # Updates done, without those in which no gradient was good; shape=(), dtype=jnp.int32.
     step: jax.Array
-    # Updates in which some gradient, or the inner transformation's answer to it, was not finite; shape=(), dtype=jnp.int32.
+    # Updates in which some gradient was not finite, or the inner transformation's answer to that of a projected parameter;
+    # shape=(), dtype=jnp.int32.
     skipped: jax.Array
     # Bases that were due but kept, because their gradient was zero or not finite; shape=(), dtype=jnp.int32.
     kept: jax.Array

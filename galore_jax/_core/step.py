@@ -29,7 +29,7 @@ from galore_jax._core.basis import Rows
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
-from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, level_of, masked, update_guarded
+from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, level_of, update_guarded
 from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
@@ -323,19 +323,19 @@ class Step:
         for i, (gradient, reply, sides) in enumerate(zip(gradients, done.replies, bases, strict=True)):
             view = gradient.view
             if view is None:
-                updates.append(masked(done.answered[i], reply).astype(gradient.dtype))
+                updates.append(reply.astype(gradient.dtype))
                 continue
             alpha = residuals.alpha(view, self.scale, reply.dtype)
             if self.residual is None or remembered is None:
                 # The lift is in the dtype of the update, with at least float32 sums.
-                matrices = self._lift(view, masked(done.answered[i], reply * alpha).astype(gradient.dtype), sides)
+                matrices = self._lift(view, (reply * alpha).astype(gradient.dtype), sides)
             else:
                 matrices, remembered[i] = residuals.combine(
                     self.residual,
                     gradient.matrices,
                     done.answered[i],
                     done.low_rank[i],
-                    masked(done.answered[i], reply),
+                    reply,
                     sides,
                     remembered[i],
                     lift=functools.partial(self._lift, view),
