@@ -3,7 +3,7 @@
 """What the plans promise, measured on a GPU: memory, steps, refreshes, galore_torch beside it, and learning.
 
     python benchmarks/gpu.py OUT                   all of it, about half an hour on an H100
-    python benchmarks/gpu.py OUT --minutes 8       what is worth most, in eight minutes
+    python benchmarks/gpu.py OUT --minutes 15      what is worth most, in a quarter of an hour
     python benchmarks/gpu.py OUT --parts a b       some parts
     python benchmarks/gpu.py OUT --tiny            small models, to see that it runs: a minute, on a CPU too
     python benchmarks/gpu.py OUT --plan h100       no GPU: the compiler's plans of parts a and b (needs the extra plan)

@@ -24,7 +24,6 @@ from galore_jax.presets import (
     muon_8bit as muon_8bit,
     q_apollo_mini as q_apollo_mini,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
-    recommended as recommended,
 )
 from galore_jax.presets.recommendation import recommend as recommend
 from galore_jax.quantize import quantize_state as quantize_state

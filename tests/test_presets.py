@@ -103,8 +103,7 @@ def test_a_weight_decay_mask_chooses_what_decays():
     assert not np.allclose(masked["block"]["kernel"], plain["block"]["kernel"])
 
 
-ALL = PRESETS | {"recommended": galore_jax.recommended}
-every_preset = pytest.mark.parametrize("name", ALL)
+every_preset = pytest.mark.parametrize("name", PRESETS)
 # A few presets need or have more than a learning rate.
 ARGUMENTS = {
     "golore_adamw": {"random_from": 1},
@@ -122,12 +121,12 @@ def rank_of(name):
 def test_a_preset_can_be_injected_and_its_learning_rate_changed(name):
     """Every other number is an array then, such as update_proj_gap, seed, momentum or random_from."""
     arguments = rank_of(name) | ARGUMENTS.get(name, {})
-    injected = optax.inject_hyperparams(ALL[name], static_args=("rank",) if "rank" in arguments else ())(
+    injected = optax.inject_hyperparams(PRESETS[name], static_args=("rank",) if "rank" in arguments else ())(
         learning_rate=0.1, **arguments
     )
-    plain = ALL[name](0.2, **arguments)
+    plain = PRESETS[name](0.2, **arguments)
     state, expected_state = injected.init(PARAMS), plain.init(PARAMS)
-    numbers = {"learning_rate", "weight_decay", "seed"} & inspect.signature(ALL[name]).parameters.keys()
+    numbers = {"learning_rate", "weight_decay", "seed"} & inspect.signature(PRESETS[name]).parameters.keys()
     assert numbers <= state.hyperparams.keys()
     state.hyperparams["learning_rate"] = jnp.float32(0.2)
     with leniency():
@@ -144,7 +143,7 @@ def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
     """Without ``static_args`` and at every default, also where ``init`` and ``update`` are traced."""
     params = {"kernel": jax.ShapeDtypeStruct((300, 320), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
     arguments = {"random_from": 1} if name == "golore_adamw" else {}
-    injected, plain = optax.inject_hyperparams(ALL[name])(learning_rate=0.1, **arguments), ALL[name](0.1, **arguments)
+    injected, plain = optax.inject_hyperparams(PRESETS[name])(learning_rate=0.1, **arguments), PRESETS[name](0.1, **arguments)
     state = jax.eval_shape(injected.init, params)
     expected = jax.eval_shape(plain.init, params)
     assert jax.tree.map(jnp.shape, state.inner_state) == jax.tree.map(jnp.shape, expected)
@@ -158,8 +157,8 @@ def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
 def test_hyperparameters_in_float32_are_those_of_a_preset_on_bfloat16_parameters(name):
     """The documented recipe; in bfloat16, the dtype of the parameters, b2 = 0.999 is 1."""
     params, gradient = (jax.tree.map(lambda p: p.astype(jnp.bfloat16), tree) for tree in (PARAMS, gradients(1)[0]))
-    inject = optax.inject_hyperparams(ALL[name], static_args="rank", hyperparam_dtype=jnp.float32)
-    injected, plain = inject(learning_rate=0.1, rank=4), ALL[name](0.1, rank=4)
+    inject = optax.inject_hyperparams(PRESETS[name], static_args="rank", hyperparam_dtype=jnp.float32)
+    injected, plain = inject(learning_rate=0.1, rank=4), PRESETS[name](0.1, rank=4)
     state = injected.init(params)
     assert state.hyperparams["b2"].dtype == jnp.float32
     with leniency():
@@ -170,7 +169,7 @@ def test_hyperparameters_in_float32_are_those_of_a_preset_on_bfloat16_parameters
     assert_trees_close(updates, expected, rtol=2**-7, atol=1e-6)
 
 
-ADAM = [name for name in ALL if "mu_dtype" in inspect.signature(ALL[name]).parameters]
+ADAM = [name for name in PRESETS if "mu_dtype" in inspect.signature(PRESETS[name]).parameters]
 
 
 def test_presets_on_adam_take_mu_dtype():
@@ -182,7 +181,7 @@ def test_presets_on_adam_take_mu_dtype():
         "muon_8bit",
         "muon_4bit",
     }
-    assert set(ALL) - set(ADAM) == without
+    assert set(PRESETS) - set(ADAM) == without
 
 
 @pytest.mark.covering(1)
@@ -191,8 +190,8 @@ def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
     """Bytes of state on bfloat16 parameters, and the same updates as Optax's AdamW where nothing is projected."""
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     arguments = {"rank": 1 if name in RANK_ONE else 4, "random_from": 1, "update_proj_gap": 1}
-    taken = inspect.signature(ALL[name]).parameters
-    make = functools.partial(ALL[name], 0.1, **{key: value for key, value in arguments.items() if key in taken})
+    taken = inspect.signature(PRESETS[name]).parameters
+    make = functools.partial(PRESETS[name], 0.1, **{key: value for key, value in arguments.items() if key in taken})
     tx = make(mu_dtype="bfloat16")
     # The moments of LDAdam's matrices stay in float32.
     of_the_matrix = {"ldadam": 0, "muon": 16 * 24}.get(name, arguments["rank"] * 24)

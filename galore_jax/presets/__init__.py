@@ -19,7 +19,7 @@ from galore_jax.presets.low_rank import (
     grass_adamw,
     q_galore_adamw_8bit,
 )
-from galore_jax.presets.low_rank_muon import galore_muon, recommended as recommended
+from galore_jax.presets.low_rank_muon import galore_muon
 
 Preset = Callable[..., optax.GradientTransformationExtraArgs]
 

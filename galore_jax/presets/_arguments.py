@@ -58,17 +58,6 @@ class AdamWArguments(AdamW8bitArguments, total=False):
     mu_dtype: Any
 
 
-class MuonArguments(AdamWArguments, total=False):
-    """The keyword arguments of :func:`galore_jax.galore_muon`, which has no ``residual``."""
-
-    momentum: float | jax.Array
-    nesterov: bool
-    factor: float | jax.Array
-    neuron_decay: float | jax.Array | None
-    ns_coeffs: str
-    adam_scale: float | jax.Array
-
-
 class FullMuonArguments(TypedDict, total=False):
     """The keyword arguments of :func:`galore_jax.muon`, without ``mu_dtype``."""
 

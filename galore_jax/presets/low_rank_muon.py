@@ -11,7 +11,7 @@ import jax
 import optax
 
 from galore_jax import residual as residuals
-from galore_jax.presets._arguments import GaLoreArguments, MuonArguments, with_arguments_of
+from galore_jax.presets._arguments import GaLoreArguments, with_arguments_of
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.transform import galore
@@ -90,28 +90,3 @@ def galore_muon(
         weight_dimension_numbers=galore_arguments["weight_dimension_numbers"],
     )
     return decayed(direction, learning_rate, weight_decay, weight_decay_mask)
-
-
-@with_arguments_of(galore_muon, rank=0.25, update_proj_gap=100)
-def recommended(
-    learning_rate: optax.ScalarOrSchedule, **arguments: Unpack[MuonArguments]
-) -> optax.GradientTransformationExtraArgs:
-    """The preset with the lowest measured loss at a fifth of AdamW's state.
-
-    This is :func:`galore_muon` at a quarter of each matrix's rank, refreshed every 100 updates.  ``benchmarks/quality.py``
-    trained a byte-level LLaMA of 3.3 million parameters on prose for 400 steps, each optimizer at the best of one grid of
-    learning rates.  Its loss ended 4% below full-rank Muon's and 15% below AdamW's, with 20% of AdamW's state for the matrices.
-    After 1,200 steps it was 1.7% above Muon's and 5% below AdamW's.  docs/benchmarks.md has the figures and their spread.  That
-    is a small model and few tokens, so measure your own.  It needs the whole gradient; where micro-batches are summed or sent in
-    the subspaces, use :func:`galore_adamw`.
-
-    Args:
-      learning_rate: A number or a schedule.  The best of the grid was 0.01.
-      **arguments: The arguments of :func:`galore_muon`.  The default rank is 0.25.
-
-    >>> import jax.numpy as jnp
-    >>> state = recommended(0.01).init({"kernel": jnp.ones((64, 256))})
-    >>> sorted(x.shape for x in jax.tree.leaves(state) if x.size > 1)
-    [(16, 256), (64, 16)]
-    """
-    return galore_muon(learning_rate, **arguments)
