@@ -31,6 +31,7 @@ RANK = 0.25
 BASELINE, OPTAX = "optax.adamw", "optax.contrib.galore"
 BARS = {"galore_adamw": (4, 6)}  # most HLO instructions and seconds, as multiples of AdamW's
 OTHER_BARS = (6, 10)
+NEEDED = {"golore_adamw": {"random_from": 1000}}  # arguments that have no default
 
 
 def model(name: str, layers: int, stacked: bool) -> dict:
@@ -65,7 +66,9 @@ def optimizers(presets: list[str], name: str) -> dict[str, Callable[[], optax.Gr
         BASELINE: lambda: optax.adamw(1e-3),
         OPTAX: lambda: optax.contrib.galore(1e-3, rank=int(RANK * SHAPES[name][0])),
         **{
-            preset: functools.partial(PRESETS[preset], 1e-3, **({} if preset in FULL_RANK else {"rank": RANK}))
+            preset: functools.partial(
+                PRESETS[preset], 1e-3, **({} if preset in FULL_RANK else {"rank": RANK}), **NEEDED.get(preset, {})
+            )
             for preset in presets
         },
     }

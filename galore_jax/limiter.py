@@ -11,6 +11,7 @@ gradient in APOLLO; see :mod:`galore_jax.residual`.  A zero update says nothing 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -108,17 +109,31 @@ def bounded(x: jax.Array, before: jax.Array, growth: float | jax.Array) -> tuple
     """
     # Replicated, as ``before`` is.
     norm = sharding.gather(norm_of(x, (-2, -1) if x.ndim > 1 else None))
+    factor, kept = growth_factor(norm, before, growth)
+    return x * factor.astype(x.dtype), kept
+
+
+@jax.jit
+def growth_factor(norm: jax.Array, before: jax.Array, growth: float | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the factor in the shape of ``norm`` that bounds a matrix of this norm, and the norm to store.
+
+    >>> growth_factor(jnp.array([[4.0]]), jnp.array(2.0), 1.5)
+    (Array([[0.75]], dtype=float32), Array(3., dtype=float32))
+    """
     last = before.astype(norm.dtype).reshape(norm.shape)
     limit = jnp.where(last > 0, growth * last, norm)
-    factor = jnp.where(norm > limit, limit / jnp.where(norm > 0, norm, 1), 1)
-    kept = jnp.where(norm > 0, jnp.minimum(norm, limit), last)
-    return x * factor.astype(x.dtype), kept.reshape(before.shape).astype(before.dtype)
+    positive = norm > 0
+    factor = jnp.where(norm > limit, limit / jnp.where(positive, norm, 1), 1)
+    kept = jnp.where(positive, jnp.minimum(norm, limit), last)
+    return factor, kept.reshape(before.shape).astype(before.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="axes")
 def norm_of(x: jax.Array, axes: int | tuple[int, int] | None) -> jax.Array:
     """The norm along ``axes``, or along all if None; they keep size 1.
 
-    Entries are divided by the largest one, so no square overflows or underflows.
+    Entries are divided by the largest one, so no square overflows or underflows.  It is jitted, so that the parameters of one
+    shape share its program.
     """
     moduli = jnp.abs(x)
     peak = jnp.max(moduli, axis=axes, keepdims=True, initial=0)

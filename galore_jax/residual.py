@@ -39,7 +39,7 @@ from galore_jax import sharding
 from galore_jax._core import probe, trees
 from galore_jax._core.dtypes import promoted
 from galore_jax._core.matrix_loop import matrix_by_matrix
-from galore_jax.limiter import GAMMA, bounded, check_growth, norm_of
+from galore_jax.limiter import GAMMA, check_growth, growth_factor, norm_of
 from galore_jax.matrix_view import MatrixView
 
 # The factors a, b, c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X in each step, and a factor of the norm that X starts from.
@@ -376,7 +376,8 @@ def _with_outside(parts: Parts, factor: Any) -> jax.Array:
 def _ratio(parts: Parts, axes: int | tuple[int, int]) -> jax.Array:
     """‖N_j‖ / ‖R_j‖, 0 where R_j is zero."""
     below = norm_of(parts.low_rank, axes)
-    return jnp.where(below > 0, norm_of(parts.reply, axes) / jnp.where(below > 0, below, 1), 0)
+    positive = below > 0
+    return jnp.where(positive, norm_of(parts.reply, axes) / jnp.where(positive, below, 1), 0)
 
 
 def _norms(growth: float | None) -> Callable[[MatrixView], Any]:
@@ -391,6 +392,4 @@ def _bounded(matrix: Callable[[], jax.Array], before: Any, growth: float | None)
     """The factor, (1, 1), that bounds the growth of the norm of a matrix, and the norm to keep."""
     if growth is None:
         return 1.0, before
-    norm = norm_of(matrix(), (-2, -1))
-    limited, kept = bounded(norm, before, growth)
-    return jnp.where(norm > 0, limited / jnp.where(norm > 0, norm, 1), 1), kept
+    return growth_factor(sharding.gather(norm_of(matrix(), (-2, -1))), before, growth)

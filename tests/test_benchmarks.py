@@ -23,6 +23,7 @@ from runs import TINY
 
 from galore_jax import projectors, refresh
 from galore_jax.matrix_codec import MatrixCodec
+from galore_jax.presets import PRESETS
 from galore_jax.projectors import ProjectorInput
 from galore_jax.training import FinetuneConfig, PretrainConfig, finetune_config, run_pretrain
 
@@ -415,6 +416,11 @@ def test_compile_counts_instructions_and_refuses_an_update_that_is_traced_twice(
         growing = optax.GradientTransformation(lambda params: jnp.zeros([], jnp.int32), lambda u, s, p: (u, s + 0.5))
         with pytest.raises(SystemExit, match="traced again"):
             compile_.measured(growing, {"w": jax.ShapeDtypeStruct((2, 2), "float32")})
+
+
+def test_compile_has_the_arguments_of_every_preset(script):
+    for build in script("compile").optimizers(list(PRESETS), "small").values():
+        assert isinstance(build(), optax.GradientTransformation)
 
 
 def test_every_setting_of_finetune_is_one_that_the_trainer_knows(script):

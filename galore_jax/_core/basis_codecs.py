@@ -19,6 +19,7 @@ norms c_j remove the bias of the singular values but not their spread, which com
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,6 +137,8 @@ def _to_int4(basis: jax.Array) -> Int4Basis:
     return coded._replace(columns=_lengths(basis) / jnp.where(lengths > 0, lengths, 1))
 
 
+# Jitted, so that the bases of one shape share its program.
+@functools.partial(jax.jit, static_argnames="rank")
 def _from_int4(basis: Int4Basis, rank: int) -> jax.Array:
     packed = basis.packed.astype(jnp.int32)
     numbers = jnp.concatenate([packed & 15, packed >> 4], axis=-1)
