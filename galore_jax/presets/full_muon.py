@@ -11,6 +11,7 @@ decoded, updated and encoded again by :mod:`galore_jax.matrix_codec`, one matrix
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
@@ -32,6 +33,9 @@ from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.quantize import quantize_state
 from galore_jax.residual import check_ns_coeffs, muon_step, neuron_squares
+
+# In elements of a matrix: 16 MiB in float32.
+_LARGE = 2**22
 
 
 def muon(
@@ -223,7 +227,7 @@ def scale_by_muon(
     ) -> tuple[optax.Updates, ScaleByMuonState]:
         leaves, treedef = trees.flatten(updates)
         key = seeds.key_of(seed, state.step)
-        replies, momenta, squares = [], [], []
+        replies, momenta, squares, last = [], [], [], ()
         momenta_before, squares_before = map(treedef.flatten_up_to, (state.momentum, state.squares))
         for view, leaf, *old in zip(views(updates), leaves, momenta_before, squares_before, strict=True):
             gradient = trees.array_of(leaf)
@@ -231,9 +235,11 @@ def scale_by_muon(
             own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
             decays = (momentum, neuron_decay) if neuron_decay is not None else (momentum,)
             given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
-            reply, mu, square = _updated(
-                (view.to_matrices(gradient), *old), given, view.batch_shape, nesterov, ns_coeffs
-            )
+            matrices = view.to_matrices(gradient)
+            if math.prod(view.matrix_shape) >= _LARGE:
+                # Behind the barrier, a parameter waits for the one before, so that the workspace is that of one.
+                matrices, last = jax.lax.optimization_barrier((matrices, last))
+            last = reply, mu, square = _updated((matrices, *old), given, view.batch_shape, nesterov, ns_coeffs)
             replies.append(trees.boxed_like(sharding.like(view.from_matrices(reply), gradient), leaf))
             momenta.append(mu)
             squares.append(square)
@@ -290,9 +296,17 @@ def _step(nesterov: bool, ns_coeffs: str, carried: tuple, given: list[jax.Array]
     usable = sound & is_sound(level_of(direction))
     update = jnp.where(usable, direction, 0).astype(matrix.dtype)
     if isinstance(stored, CodedMatrix):
-        # Behind the barrier, the momentum is computed again, instead of kept in float32 until the update is there.
-        update, matrix, stored = jax.lax.optimization_barrier((update, matrix, stored))
-        kept = stored.renewed(gradient_and_momentum(matrix, stored)[1], seed)
+
+        def at_once(update: jax.Array, mu: jax.Array, matrix: jax.Array, stored: CodedMatrix) -> tuple:
+            return update, stored.renewed(mu, seed)
+
+        def in_turn(update: jax.Array, mu: jax.Array, matrix: jax.Array, stored: CodedMatrix) -> tuple:
+            # Behind the barrier, the momentum is computed again, instead of kept in float32 until the update is there.
+            update, matrix, stored = jax.lax.optimization_barrier((update, matrix, stored))
+            return update, stored.renewed(gradient_and_momentum(matrix, stored)[1], seed)
+
+        # XLA drops barriers on CPU before it fuses, and would copy the whole stack there to read a matrix twice.
+        update, kept = jax.lax.platform_dependent(update, mu, matrix, stored, cpu=at_once, default=in_turn)
     else:
         kept = mu.astype(stored.dtype)
     new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), (kept, new_squares), (stored, squares))
