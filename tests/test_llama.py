@@ -27,6 +27,8 @@ TINY = {
     "max_position_embeddings": 32,
 }
 
+CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
+
 
 def tiny(**overrides) -> LlamaConfig:
     return LlamaConfig(**{**TINY, **overrides})
@@ -342,12 +344,40 @@ def test_preset_overrides():
         ({"rope_theta": math.nan}, "rope_theta=nan must be a positive finite number"),
         ({"dtype": "fp8"}, "dtype='fp8' is not known; choose one of float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype='int8' is not known"),
+        ({"attention": "flash"}, "attention='flash' is not known; choose one of xla, cudnn"),
+        ({"attention": "cudnn"}, "attention='cudnn' computes in bfloat16, and dtype='float32'"),
+        ({**CUDNN, "head_dim": 4}, "attention='cudnn' takes heads of a multiple of 8 up to 256, and these have 4"),
+        ({**CUDNN, "head_dim": 264}, "attention='cudnn' takes heads of a multiple of 8 up to 256, and these have 264"),
+        (
+            {**CUDNN, "head_dim": 8, "sliding_window": 4, "local_layers": "010"},
+            "attention='cudnn' has one window for all layers",
+        ),
     ],
 )
 def test_bad_configurations_are_refused_in_one_sentence(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tiny(**overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("attention_promotes")
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_cudnn_is_asked_for_the_attention_of_xla_where_there_is_a_gpu(monkeypatch, window):
+    """Grouped heads, with and without a window; elsewhere XLA's kernel runs."""
+    asked = []
+
+    def recorded(q, k, v, **how):
+        asked.append(how.get("implementation"))
+        return attention(q, k, v, **(how | {"implementation": "xla"}))
+
+    attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    model = random_model(tiny(**CUDNN, head_dim=8, num_key_value_heads=2, sliding_window=window), 0.1)
+    tokens = random_tokens((2, 7))
+    expected = model(tokens)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-2)
+    assert asked == [None, "cudnn"]
 
 
 def test_unknown_preset_lists_the_known_ones():
