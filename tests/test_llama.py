@@ -13,10 +13,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from galore_jax.layerwise import layerwise
 from galore_jax.models import Llama, LlamaConfig, generate
+from galore_jax.models.llama import block_stack
+from galore_jax.training.step import make_train_step
 
 TINY = {
     "vocab_size": 37,
@@ -259,6 +263,31 @@ def test_remat_saves_activations_and_keeps_the_gradients():
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
     temporary_bytes = [f.memory_analysis().temp_size_in_bytes for f in (plain, rematerialized)]
     assert temporary_bytes[1] < temporary_bytes[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "layerwise"])
+def test_no_step_has_the_logits_of_a_whole_sequence_at_once(kind):
+    """A vocabulary of 128k and 1,024 tokens, traced: 501 MiB of logits, of which no array holds more than 64 MiB."""
+    vocabulary, length = 128_256, 1024
+    config = tiny(vocab_size=vocabulary, max_position_embeddings=length)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    params, tx = nnx.to_pure_dict(params), optax.sgd(1e-3)
+    if kind == "plain":
+        step, state = make_train_step(graphdef, tx), jax.eval_shape(tx.init, params)
+    else:
+        init, step = layerwise(block_stack(config), tx)
+        state = jax.eval_shape(init, params)
+    jaxpr = jax.make_jaxpr(step)(params, state, jax.ShapeDtypeStruct((1, length + 1), jnp.int32))
+
+    def shapes(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (variable.aval.shape for variable in eqn.outvars)
+            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from shapes(getattr(inner, "jaxpr", inner))
+
+    logits = {4 * math.prod(shape) for shape in shapes(jaxpr.jaxpr) if shape[-1:] == (vocabulary,) and len(shape) > 2}
+    assert max(logits) <= 64 * 2**20
 
 
 def test_one_compiled_block_whatever_the_depth():
