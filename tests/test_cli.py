@@ -302,6 +302,7 @@ def test_a_finished_run_can_be_made_longer(shop, copy, monkeypatch):
         (["--steps", "many"], "Error parsing --steps"),
         (["--dtype", "f16"], "invalid choice 'f16' for argument '--dtype'"),
         (["--steps", "-1"], "--steps -1 must be at least 1."),
+        (["--attention", "cudnn"], "--attention cudnn computes in bfloat16, and --dtype is f32; write --dtype bf16."),
         (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
         (["--model", "huge"], "Unknown model preset 'huge'; choose one of demo"),
         (["--model", "350M"], "Unknown model preset '350M' (did you mean 350m?); choose one of demo"),

@@ -13,10 +13,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from galore_jax.layerwise import layerwise
 from galore_jax.models import Llama, LlamaConfig, generate
+from galore_jax.models.llama import block_stack
+from galore_jax.training.step import make_train_step
 
 TINY = {
     "vocab_size": 37,
@@ -26,6 +30,8 @@ TINY = {
     "num_hidden_layers": 3,
     "max_position_embeddings": 32,
 }
+
+CUDNN = {"attention": "cudnn", "dtype": "bfloat16"}
 
 
 def tiny(**overrides) -> LlamaConfig:
@@ -259,6 +265,31 @@ def test_remat_saves_activations_and_keeps_the_gradients():
     assert temporary_bytes[1] < temporary_bytes[0]
 
 
+@pytest.mark.parametrize("kind", ["plain", "layerwise"])
+def test_no_step_has_the_logits_of_a_whole_sequence_at_once(kind):
+    """A vocabulary of 128k and 1,024 tokens, traced: 501 MiB of logits, of which no array holds more than 64 MiB."""
+    vocabulary, length = 128_256, 1024
+    config = tiny(vocab_size=vocabulary, max_position_embeddings=length)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)
+    params, tx = nnx.to_pure_dict(params), optax.sgd(1e-3)
+    if kind == "plain":
+        step, state = make_train_step(graphdef, tx), jax.eval_shape(tx.init, params)
+    else:
+        init, step = layerwise(block_stack(config), tx)
+        state = jax.eval_shape(init, params)
+    jaxpr = jax.make_jaxpr(step)(params, state, jax.ShapeDtypeStruct((1, length + 1), jnp.int32))
+
+    def shapes(jaxpr):
+        for eqn in jaxpr.eqns:
+            yield from (variable.aval.shape for variable in eqn.outvars)
+            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from shapes(getattr(inner, "jaxpr", inner))
+
+    logits = {4 * math.prod(shape) for shape in shapes(jaxpr.jaxpr) if shape[-1:] == (vocabulary,) and len(shape) > 2}
+    assert max(logits) <= 64 * 2**20
+
+
 def test_one_compiled_block_whatever_the_depth():
     def products(layers):
         loss, params = loss_and_grads(random_model(tiny(num_hidden_layers=layers)), random_tokens((2, 9)))
@@ -343,12 +374,40 @@ def test_preset_overrides():
         ({"rope_theta": math.nan}, "rope_theta=nan must be a positive finite number"),
         ({"dtype": "fp8"}, "dtype='fp8' is not known; choose one of float32, bfloat16"),
         ({"param_dtype": "int8"}, "param_dtype='int8' is not known"),
+        ({"attention": "flash"}, "attention='flash' is not known; choose one of xla, cudnn"),
+        ({"attention": "cudnn"}, "attention='cudnn' computes in bfloat16, and dtype='float32'"),
+        ({**CUDNN, "head_dim": 4}, "attention='cudnn' takes heads of a multiple of 8 up to 256, and these have 4"),
+        ({**CUDNN, "head_dim": 264}, "attention='cudnn' takes heads of a multiple of 8 up to 256, and these have 264"),
+        (
+            {**CUDNN, "head_dim": 8, "sliding_window": 4, "local_layers": "010"},
+            "attention='cudnn' has one window for all layers",
+        ),
     ],
 )
 def test_bad_configurations_are_refused_in_one_sentence(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         tiny(**overrides)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("attention_promotes")
+@pytest.mark.parametrize("window", [None, 3, 9])
+def test_cudnn_is_asked_for_the_attention_of_xla_where_there_is_a_gpu(monkeypatch, window):
+    """Grouped heads, with and without a window; elsewhere XLA's kernel runs."""
+    asked = []
+
+    def recorded(q, k, v, **how):
+        asked.append(how.get("implementation"))
+        return attention(q, k, v, **(how | {"implementation": "xla"}))
+
+    attention = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    model = random_model(tiny(**CUDNN, head_dim=8, num_key_value_heads=2, sliding_window=window), 0.1)
+    tokens = random_tokens((2, 7))
+    expected = model(tokens)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-2)
+    assert asked == [None, "cudnn"]
 
 
 def test_unknown_preset_lists_the_known_ones():

@@ -24,6 +24,7 @@ from galore_jax._core.names import did_you_mean
 DTYPES = ("float32", "bfloat16")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+ATTENTIONS = ("xla", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,9 @@ class LlamaConfig:
     """Type in which the parameters are stored."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    attention: str = "xla"
+    """Kernel of attention: xla, or cudnn, NVIDIA's flash attention, whose memory grows with the sequence and not with its square.
+    cudnn needs bfloat16. Where JAX's default backend is no GPU, and with a cache, attention is XLA's all the same."""
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -141,6 +145,8 @@ class LlamaConfig:
             raise ValueError(f"rope_theta={self.rope_theta} must be greater than 1 for rope_type='yarn'.")
         self._check_heads()
         self._check_layers()
+        if self.attention == "cudnn":
+            self._check_cudnn()
 
     def __repr__(self) -> str:
         # What a LLaMA lacks is left out, so that what was computed from the text before there were such fields stays.
@@ -161,6 +167,17 @@ class LlamaConfig:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is of local layers, and without a sliding_window there are none."
                 )
+
+    def _check_cudnn(self) -> None:
+        wrong = {
+            f"computes in bfloat16, and dtype={self.dtype!r}; set dtype='bfloat16'": self.dtype != "bfloat16",
+            f"takes heads of a multiple of 8 up to 256, and these have {self.head_size}": self.head_size % 8
+            or self.head_size > 256,
+            "has one window for all layers, and local_layers gives them different ones": self.local_layers is not None,
+        }
+        for reason, applies in wrong.items():
+            if applies:
+                raise ValueError(f"attention='cudnn' {reason}, or leave attention='xla'.")
 
     def _check_heads(self) -> None:
         heads = self.num_attention_heads
@@ -260,10 +277,16 @@ _NUMBERS = (
 _OF_OTHERS = {
     "rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "rope_layers", "local_layers",
     "rope_local_theta", "query_pre_attn_scalar", "attention_bias", "attention_output_bias", "mlp_bias", "qk_norm",
-    "sandwich_norms", "zero_centered_norms", "scaled_embeddings", "hidden_act",
+    "sandwich_norms", "zero_centered_norms", "scaled_embeddings", "hidden_act", "attention",
 }  # fmt: skip
 _MAY_BE_NONE = ("rope_attention_factor", "rope_local_theta", "query_pre_attn_scalar")
-_CHOICES = {"dtype": DTYPES, "param_dtype": DTYPES, "rope_type": ROPE_TYPES, "hidden_act": ACTIVATIONS}
+_CHOICES = {
+    "dtype": DTYPES,
+    "param_dtype": DTYPES,
+    "rope_type": ROPE_TYPES,
+    "hidden_act": ACTIVATIONS,
+    "attention": ATTENTIONS,
+}
 
 
 def _check_size(name: str, value: Any) -> None:

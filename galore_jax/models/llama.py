@@ -44,7 +44,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -245,9 +245,14 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, flags: LayerFlags | None = None) -> jax.Array:
         length = x.shape[1]
         q, k, v = self._heads(x, jnp.zeros([], jnp.int32), length, flags)
+        if self.config.attention == "cudnn" and jax.default_backend() == "gpu":
+            window = self.config.sliding_window
+            # It counts the tokens before one, without itself.
+            local = None if window is None or window >= length else (window - 1, 0)
+            return self._output(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
         window = self._window(length, flags)
         mask = None if window is None else _visible(length, length, jnp.zeros([], jnp.int32), window)
-        return self._output(q, k, v, mask)
+        return self._output(q, k, v, mask=mask, is_causal=mask is None)
 
     def extend(
         self, x: jax.Array, cache: Cache, layer: jax.Array, start: jax.Array, flags: LayerFlags | None = None
@@ -262,7 +267,7 @@ class Attention(nnx.Module):
         )
         keys, values = (jax.lax.dynamic_index_in_dim(all_layers, layer, keepdims=False) for all_layers in cache)
         mask = _visible(x.shape[1], room, start, self._window(room, flags))
-        return self._output(q, keys, values, mask), cache
+        return self._output(q, keys, values, mask=mask), cache
 
     def _heads(
         self, x: jax.Array, start: jax.Array, sequence: int, flags: LayerFlags | None
@@ -302,12 +307,12 @@ class Attention(nnx.Module):
             return None
         return window if flags is None else jnp.where(flags.local, window, sequence)
 
-    def _output(self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """What attention adds to the residual stream, [B, T, D]; without a mask a token attends to all before it."""
+    def _output(self, q: jax.Array, k: jax.Array, v: jax.Array, **masking: Any) -> jax.Array:
+        """What attention adds to the residual stream, [B, T, D]; ``masking`` is of ``jax.nn.dot_product_attention``."""
         scale = self.config.query_pre_attn_scalar
         scale = None if scale is None else scale**-0.5
         # The softmax is float32.
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=mask is None)
+        mixed = jax.nn.dot_product_attention(q, k, v, scale=scale, **masking)
         return self.o_proj(mixed.reshape(*mixed.shape[:2], -1))  # [B, T, N, H] -> [B, T, D]
 
 

@@ -118,6 +118,8 @@ class PretrainConfig:
     """Update layer by layer during the backward pass: no more than one layer's gradient exists at a time."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, about a third more work."""
+    attention: Literal["xla", "cudnn"] = "xla"
+    """Kernel of attention. cudnn: NVIDIA's flash attention on a GPU, faster and with less memory; needs --dtype bf16."""
     reduce_low_rank: bool = False
     """GaLore: along the axis data of --mesh, send gradients between devices in the subspaces; needs --clip 0."""
     mesh: str | None = None
@@ -194,12 +196,13 @@ class PretrainConfig:
         """What the settings say of a model apart from its shape: fields of LlamaConfig.
 
         >>> PretrainConfig(dtype="bf16", weights="f32").numerics
-        {'dtype': 'bfloat16', 'param_dtype': 'float32', 'remat': False}
+        {'dtype': 'bfloat16', 'param_dtype': 'float32', 'remat': False, 'attention': 'xla'}
         """
         return {
             "dtype": DTYPES[self.dtype],
             "param_dtype": DTYPES[self.weights if self.weights in DTYPES else self.dtype],
             "remat": self.remat,
+            "attention": self.attention,
         }
 
 
@@ -271,6 +274,8 @@ def check(config: PretrainConfig) -> None:
         raise ValueError(
             "--weights int8 needs --layerwise: a step on the whole model would widen all of its weights at once."
         )
+    if config.attention == "cudnn" and config.dtype != "bf16":
+        raise ValueError(f"--attention cudnn computes in bfloat16, and --dtype is {config.dtype}; write --dtype bf16.")
     if config.batch % config.accumulate:
         raise ValueError(
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "

@@ -74,7 +74,7 @@ def _run(folder: Path, step: int | None) -> Trained:
 
 def _with_dtype(model: Llama, dtype: Any) -> Llama:
     """The same model with ordinary weights of a dtype, in which it also computes."""
-    config = dataclasses.replace(model.config, dtype=dtype.name, param_dtype=dtype.name, remat=False)
+    config = dataclasses.replace(model.config, dtype=dtype.name, param_dtype=dtype.name, remat=False, attention="xla")
     params = dequantize(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     graphdef = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))), nnx.Param)[0]
     return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
