@@ -257,6 +257,8 @@ def _direction(
     def build(views: Views) -> optax.GradientTransformation:
         return scale_by_muon(lambda tree: select(tree, weight_dimension_numbers=views), **settings)
 
+    # Raises an error for a bad argument.
+    build(Views(()))
     return on_matrices(
         build, adam, rank=1, proj_type=NO_BASIS, mask=mask, weight_dimension_numbers=weight_dimension_numbers
     )
