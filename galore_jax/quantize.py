@@ -8,7 +8,7 @@
 positive number to 0, so Adam never divides by 0.  All other arrays use the signed map.  ``"bf16"`` rounds stochastically.  With
 rounding to nearest, a second moment would stop moving, because 0.999 v rounds to v in bfloat16.  See :mod:`galore_jax.codecs`.
 
-A :class:`galore_jax.MatrixCodec` stores what is linear in the gradient, such as a momentum, in 8, 4 or 3 bits, if it is a matrix
+A :class:`galore_jax.MatrixCodec` stores what is linear in the gradient, such as a momentum, in 8 to 2 bits, if it is a matrix
 or a stack of matrices; all else is stored as with ``"int8"``.  Then each matrix is decoded, updated and encoded before the next.
 
 An array is encoded if it is float32, has at least 4,096 elements and a last axis of at least 16, and is in a field that

@@ -264,3 +264,23 @@ def test_the_warning_that_nothing_is_a_matrix_advises_what_helps():
     assert "rank" not in str(caught[0].message).split(": ")[-1]
     with pytest.warns(galore_jax.GaLoreMemoryWarning, match="Adam updates 1 of the 2 parameters whole because"):
         galore_jax.muon(0.1).init({"query": {"strange": jnp.zeros((4, 8, 2, 4))}, "w": jnp.zeros((12, 20))})
+
+
+@pytest.mark.parametrize("ns_coeffs", ["standard", "polar_express"])
+def test_the_steps_of_the_orthogonalization_are_those_of_their_coefficients(ns_coeffs):
+    """Each step applied to the singular values alone; those of Polar Express end nearer to 1."""
+    x = np.asarray(normal(3, {"x": (12, 20)})["x"], np.float64) * np.geomspace(1, 0.05, 12)[:, None]
+    u, values, vt = np.linalg.svd(x, full_matrices=False)
+    coefficients, start = galore_jax.residual._NS_COEFFS[ns_coeffs]
+    values = values / (start * np.linalg.norm(values))
+    for a, b, c in coefficients:
+        values = a * values + b * values**3 + c * values**5
+    found = galore_jax.residual.newton_schulz(jnp.asarray(x, jnp.float32), ns_coeffs)
+    np.testing.assert_allclose(found, u * values @ vt, atol=2e-4)
+    assert np.abs(values - 1).max() < {"standard": 0.35, "polar_express": 0.15}[ns_coeffs]
+
+
+def test_an_unknown_name_of_coefficients_is_refused_at_construction():
+    for make in (galore_jax.galore_muon, galore_jax.residual.orthogonal, galore_jax.muon, galore_jax.muon_4bit):
+        with pytest.raises(ValueError, match="ns_coeffs is 'newton'; expected one of standard, polar_express"):
+            make(0.1, ns_coeffs="newton")

@@ -85,6 +85,29 @@ def test_dither_has_no_bias_and_the_variance_of_nearest():
         assert abs(np.mean(a * b)) < 12**-1 * 0.01
 
 
+def test_stochastic_rounding_has_no_bias_and_the_variance_of_its_two_outcomes():
+    """A number between q and q + 1 becomes q + 1 with the probability f of its fraction, so the variance is f (1 - f)."""
+    x = outliers(1, (64, 64))
+    _, _, step = grid(x, 4, 0)
+    coded = MatrixCodec(bits=4, leading=0, rounding="stochastic").encode(jnp.asarray(x))
+    decode = jax.jit(jax.vmap(lambda seed: coded.renewed(jnp.asarray(x), seed).decode()))
+    errors = (np.asarray(decode(jnp.arange(1000, 1400, dtype=jnp.uint32))) - x) / step
+    assert np.abs(errors.mean(axis=0)).max() < 5 * (4 * 400) ** -0.5
+    fraction = x / step - np.floor(x / step)
+    np.testing.assert_allclose(np.mean(errors**2), np.mean(fraction * (1 - fraction)), rtol=0.01)
+
+
+def test_with_0_bits_the_leading_directions_are_all_that_is_stored():
+    x = low_rank_and_noise()
+    coded = MatrixCodec(bits=0, leading=1 / 16).encode(jnp.zeros(x.shape))
+    assert (coded.rest, coded.shape) == (None, x.shape)
+    renew = jax.jit(CodedMatrix.renewed)
+    for i in range(3):
+        coded = renew(coded, x, jnp.uint32(i))
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(coded.decode(), u[:, :4] * s[:4] @ vt[:4], atol=0.02 * np.abs(x).max())
+
+
 @pytest.mark.parametrize("dithered", [False, True])
 def test_a_momentum_of_4_bits_decays_with_dither_and_not_with_nearest(dithered):
     """Entries without gradient, in rows and columns whose largest entry stays: here a diagonal with a constant gradient."""
@@ -190,6 +213,8 @@ def test_bad_settings_are_named():
         ({"bits": 5}, "bits is 5; expected one of 8, 4, 3, 2, 0"),
         ({"leading_bits": 16}, "leading_bits is 16"),
         ({"leading": 0.7}, "leading is 0.7; expected a share of the smaller side"),
+        ({"rounding": "up"}, "rounding is 'up'; expected one of dither, stochastic, nearest"),
+        ({"bits": 0, "leading": 0}, "bits and leading are both 0"),
     ):
         with pytest.raises(ValueError, match=message):
             MatrixCodec(**arguments)

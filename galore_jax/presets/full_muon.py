@@ -11,7 +11,6 @@ decoded, updated and encoded again by :mod:`galore_jax.matrix_codec`, one matrix
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
@@ -33,9 +32,6 @@ from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.quantize import quantize_state
 from galore_jax.residual import check_ns_coeffs, muon_step, neuron_squares
-
-# In elements of a matrix: 16 MiB in float32.
-_LARGE = 2**22
 
 
 def muon(
@@ -227,7 +223,7 @@ def scale_by_muon(
     ) -> tuple[optax.Updates, ScaleByMuonState]:
         leaves, treedef = trees.flatten(updates)
         key = seeds.key_of(seed, state.step)
-        replies, momenta, squares, last = [], [], [], ()
+        replies, momenta, squares = [], [], []
         momenta_before, squares_before = map(treedef.flatten_up_to, (state.momentum, state.squares))
         for view, leaf, *old in zip(views(updates), leaves, momenta_before, squares_before, strict=True):
             gradient = trees.array_of(leaf)
@@ -235,11 +231,8 @@ def scale_by_muon(
             own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
             decays = (momentum, neuron_decay) if neuron_decay is not None else (momentum,)
             given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
-            matrices = view.to_matrices(gradient)
-            if math.prod(view.matrix_shape) >= _LARGE:
-                # Behind the barrier, a parameter waits for the one before, so that the workspace is that of one.
-                matrices, last = jax.lax.optimization_barrier((matrices, last))
-            last = reply, mu, square = _updated((matrices, *old), given, view.batch_shape, nesterov, ns_coeffs)
+            carried = (view.to_matrices(gradient), *old)
+            reply, mu, square = _updated(carried, given, view.batch_shape, nesterov, ns_coeffs)
             replies.append(trees.boxed_like(sharding.like(view.from_matrices(reply), gradient), leaf))
             momenta.append(mu)
             squares.append(square)
@@ -257,6 +250,8 @@ def _direction(
     def build(views: Views) -> optax.GradientTransformation:
         return scale_by_muon(lambda tree: select(tree, weight_dimension_numbers=views), **settings)
 
+    # Raises an error for a bad argument.
+    build(Views(()))
     return on_matrices(
         build, adam, rank=1, proj_type=NO_BASIS, mask=mask, weight_dimension_numbers=weight_dimension_numbers
     )
