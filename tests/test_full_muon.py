@@ -50,7 +50,7 @@ def test_on_matrices_it_is_that_of_optax_and_adamw_elsewhere(nesterov):
     theirs = optax.contrib.muon(
         0.1, beta=0.5, consistent_rms=0.2, muon_weight_dimension_numbers=matrix_numbers, **shared
     )
-    tx, adamw = galore_jax.muon(0.1, momentum=0.5, **shared), optax.adamw(0.1, weight_decay=0.1)
+    tx, adamw = galore_jax.muon(0.1, momentum=0.5, neuron_decay=None, **shared), optax.adamw(0.1, weight_decay=0.1)
     params = normal(0)
     rest = {name: params[name] for name in ("embed", "norm")}
     states = [t.init(p) for t, p in ((tx, params), (theirs, params), (adamw, rest))]
@@ -106,7 +106,7 @@ def test_normuon_divides_the_step_of_each_output_neuron(low_rank):
 
 
 def bytes_of(params, preset, **arguments):
-    tx = preset(0.1, **arguments)
+    tx = preset(0.1, neuron_decay=None, **arguments)
     nothing = {"w": jnp.zeros((1, 1))}
     with pytest.warns(galore_jax.GaLoreMemoryWarning):
         empty = galore_jax.state_bytes(tx, nothing)

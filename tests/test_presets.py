@@ -143,7 +143,10 @@ def test_a_default_that_fixes_shapes_is_no_hyperparameter(name):
     """Without ``static_args`` and at every default, also where ``init`` and ``update`` are traced."""
     params = {"kernel": jax.ShapeDtypeStruct((300, 320), jnp.float32), "bias": jax.ShapeDtypeStruct((8,), jnp.float32)}
     arguments = {"random_from": 1} if name == "golore_adamw" else {}
-    injected, plain = optax.inject_hyperparams(PRESETS[name])(learning_rate=0.1, **arguments), PRESETS[name](0.1, **arguments)
+    injected, plain = (
+        optax.inject_hyperparams(PRESETS[name])(learning_rate=0.1, **arguments),
+        PRESETS[name](0.1, **arguments),
+    )
     state = jax.eval_shape(injected.init, params)
     expected = jax.eval_shape(plain.init, params)
     assert jax.tree.map(jnp.shape, state.inner_state) == jax.tree.map(jnp.shape, expected)

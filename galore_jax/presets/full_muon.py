@@ -37,9 +37,9 @@ from galore_jax.residual import check_ns_coeffs, muon_step, neuron_squares
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    momentum: float | jax.Array = 0.95,
+    momentum: float | jax.Array = 0.9,
     nesterov: bool = True,
-    neuron_decay: float | jax.Array | None = None,
+    neuron_decay: float | jax.Array | None = 0.95,
     ns_coeffs: str = "standard",
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
@@ -53,7 +53,7 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Muon (K. Jordan 2024) on matrices of any layout, and AdamW elsewhere.
 
-    Muon orthogonalizes the momentum of each matrix, so all directions get steps of the same size.  An m x n matrix has m n
+    Muon orthogonalizes the momentum of each matrix, so all directions get steps of the same size.  An m x n matrix has m n + n
     numbers of state, half of AdamW's.  The matrices are those that the other presets project, such as d x (heads · head_dim) for
     a query kernel (d, heads, head_dim).  ``optax.contrib.muon`` takes every parameter with two axes by default, embeddings too.
 
@@ -62,7 +62,8 @@ def muon(
       momentum: The decay rate of the momentum.
       nesterov: If True, use Nesterov momentum.
       neuron_decay: The decay rate of NorMuon's mean squares, by which the step of each output neuron is divided (Li et al. 2025,
-        arXiv 2510.05491, with 0.95), n more numbers of state.  None is Muon.
+        arXiv 2510.05491), n more numbers of state.  None is Muon.  With it and a momentum of 0.9 the loss was lowest
+        (docs/benchmarks.md, "What a byte of state buys").
       ns_coeffs: The coefficients of the orthogonalization, ``"standard"`` or ``"polar_express"``; see
         :func:`galore_jax.residual.newton_schulz`.
       b1, b2, eps: The decay rates and epsilon of Adam, which updates embeddings, the LM head, norms and everything else that is
@@ -76,7 +77,7 @@ def muon(
 
     >>> params = {"kernel": jnp.ones((64, 256)), "norm": jnp.ones((64,))}
     >>> sorted(x.size for x in jax.tree.leaves(muon(0.01).init(params)) if x.size > 1)
-    [64, 64, 16384]
+    [64, 64, 256, 16384]
     """
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
     settings = {"momentum": momentum, "nesterov": nesterov, "neuron_decay": neuron_decay, "ns_coeffs": ns_coeffs}
@@ -175,9 +176,9 @@ class ScaleByMuonState(NamedTuple):
 def scale_by_muon(
     views_of: Callable[[Any], list[MatrixView | None]],
     *,
-    momentum: float | jax.Array = 0.95,
+    momentum: float | jax.Array = 0.9,
     nesterov: bool = True,
-    neuron_decay: float | jax.Array | None = None,
+    neuron_decay: float | jax.Array | None = 0.95,
     ns_coeffs: str = "standard",
     mu_dtype: Any = None,
     codec: MatrixCodec | None = None,
