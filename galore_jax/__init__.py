@@ -8,6 +8,7 @@ from galore_jax.limiter import limit_norm_growth as limit_norm_growth
 from galore_jax.matrix_codec import MatrixCodec as MatrixCodec
 from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumbers
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
+from galore_jax.offload import offload_state as offload_state
 from galore_jax.presets import (
     apollo_adamw as apollo_adamw,
     apollo_mini as apollo_mini,
