@@ -64,9 +64,9 @@ _ALIASES += "optimistic_adam radam rmsprop rprop sgd sm3 yogi ema trace"
 for _name in [*_ALIASES.split(), *(name for name in dir(optax) if name.startswith("scale_by_"))]:
     if _name != "scale_by_backtracking_linesearch":
         setattr(optax, _name, _lenient_factory(getattr(optax, _name)))
-optax.contrib.muon = _lenient_factory(optax.contrib.muon)
-optax.contrib.galore = _lenient_factory(optax.contrib.galore)
-optax.contrib.scale_by_galore = _lenient_factory(optax.contrib.scale_by_galore)
+for _name in ("muon", "galore", "scale_by_galore"):
+    if hasattr(optax.contrib, _name):
+        setattr(optax.contrib, _name, _lenient_factory(getattr(optax.contrib, _name)))
 
 
 # Traces make many objects that live on, and a fifth of the time to trace would go to looking for garbage among them.

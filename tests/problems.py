@@ -14,6 +14,10 @@ from jax.experimental.compilation_cache import compilation_cache
 import galore_jax
 from galore_jax import refresh
 
+needs_optax_galore = pytest.mark.skipif(
+    not hasattr(optax.contrib, "galore"), reason="this Optax has no galore of its own"
+)
+
 RANK = 3
 SHAPES = {"kernel": (6, 10), "stack": (2, 12, 8), "bias": (10,)}
 # The basis of the wide kernel is on its left, those of the tall stacked matrices on their right.

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen as nn, nnx
 from hypothesis import given, settings, strategies as st
-from problems import normal
+from problems import needs_optax_galore, normal
 
 import galore_jax
 from galore_jax.matrix_view import GaLoreDimensionNumbers, decisions, is_part, paths_of, select, taking_part, whole_tree
@@ -151,6 +151,7 @@ def test_a_spec_for_a_whole_tree_gives_the_axes_and_leaves_the_choice_to_the_rul
     }
 
 
+@needs_optax_galore
 def test_optax_dimension_numbers_are_understood():
     numbers = optax.contrib.GaLoreDimensionNumbers(reduction_axis=1, output_axis=0)
     assert selected(abstract(w=(8, 20)), weight_dimension_numbers={"w": numbers})["w"].matrix_shape == (20, 8)

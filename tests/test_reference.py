@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from problems import optimized_compilation  # noqa: F401
+from problems import needs_optax_galore, optimized_compilation  # noqa: F401
 
 import galore_jax
 from galore_jax.matrix_view import PROJ_TYPES
@@ -115,6 +115,7 @@ def test_equals_recorded_trajectories_of_galore_torch(case):
         np.testing.assert_allclose(params["w"], np.asarray(expected).T, atol=1e-5)
 
 
+@needs_optax_galore
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (6, 30)])
 def test_equals_optax_contrib_galore_on_its_side(shape):

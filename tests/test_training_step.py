@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from problems import needs_optax_galore
 from runs import small_tree, state_of, tiny_model, tokens
 
 from galore_jax.training.config import PretrainConfig
@@ -144,6 +145,7 @@ def test_bfloat16_parameters_stay_bfloat16():
     assert {value.dtype.name for value in jax.tree.leaves(scalars)} == {"float32", "int32"}
 
 
+@needs_optax_galore
 def test_the_state_of_the_optax_transformation_with_our_name_is_not_counted():
     theirs = optax.contrib.galore(0.1, rank=2, weight_dimension_numbers=optax.contrib.GaLoreDimensionNumbers())
     state = theirs.init({"w": jnp.ones((4, 8))})
