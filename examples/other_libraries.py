@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaLore in other libraries' models: a small language model of each, trained by AdamW and by GaLore at a quarter of the rank.
 
-    python examples/other_libraries.py haiku        # or equinox, keras, tunix; needs that package beside galore_jax
+    python examples/other_libraries.py haiku        # or equinox; needs that package beside galore_jax
 
-The text is a module of Python's standard library.  Printed are what GaLore projects, both losses and states, and whether a
-checkpoint of Orbax restores parameters and state bit for bit.
+other_trainers.py has libraries with a trainer of their own.  The text is a module of Python's standard library.  Printed are what
+GaLore projects, both losses and states, and whether a checkpoint of Orbax restores parameters and state bit for bit.
 """
 
 import argparse
 import inspect
-import os
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -97,63 +97,20 @@ def equinox():
     return params, lambda params, tokens: jax.vmap(eqx.combine(params, static))(tokens)
 
 
-def keras():
-    """A dict from the path of each variable to its value, for ``stateless_call``."""
-    os.environ["KERAS_BACKEND"] = "jax"
-    import keras
-
-    keras.utils.set_random_seed(0)
-
-    class Positions(keras.layers.Layer):
-        def build(self, shape):
-            self.table = self.add_weight(name="position_embeddings", shape=(LENGTH, WIDTH))
-
-        def call(self, x):
-            return x + self.table
-
-    tokens = keras.Input((LENGTH,), dtype="int32")
-    x = Positions()(keras.layers.Embedding(256, WIDTH)(tokens))
-    for _ in range(LAYERS):
-        h = keras.layers.LayerNormalization()(x)
-        x = x + keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(h, h, use_causal_mask=True)
-        h = keras.layers.Dense(4 * WIDTH, activation="gelu")(keras.layers.LayerNormalization()(x))
-        x = x + keras.layers.Dense(WIDTH)(h)
-    model = keras.Model(tokens, keras.layers.Dense(256, name="lm_head")(keras.layers.LayerNormalization()(x)))
-    variables = [variable.path for variable in model.trainable_variables]
-    rest = [variable.value for variable in model.non_trainable_variables]
-
-    def logits(params, tokens):
-        return model.stateless_call([params[path] for path in variables], rest, tokens)[0]
-
-    return {variable.path: variable.value for variable in model.trainable_variables}, logits
+LIBRARIES = {function.__name__: function for function in (haiku, equinox)}
 
 
-def tunix():
-    """Its Llama 3, an ``nnx.Module`` whose attention kernels have an axis of heads."""
-    from flax import nnx
-    from tunix.models.llama3 import model as llama
-
-    config = llama.ModelConfig(
-        num_layers=LAYERS, vocab_size=256, embed_dim=WIDTH, hidden_dim=4 * WIDTH, num_heads=HEADS, head_dim=WIDTH // HEADS,
-        num_kv_heads=2, rope_theta=10_000, norm_eps=1e-5, weight_tying=False,
-    )  # fmt: skip
-    graphdef, params, rest = nnx.split(llama.Llama3(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
-
-    def logits(params, tokens):
-        positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], tokens.shape)
-        mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool))[None], (len(tokens), LENGTH, LENGTH))
-        return nnx.merge(graphdef, params, rest)(tokens, positions, None, mask)[0]
-
-    return params, logits
-
-
-LIBRARIES = {function.__name__: function for function in (haiku, equinox, keras, tunix)}
+def batches():
+    """Windows of the text, int32 [BATCH, LENGTH + 1]."""
+    text = np.frombuffer(Path(inspect.getfile(argparse)).read_bytes(), np.uint8).astype(np.int32)
+    rng = np.random.default_rng(0)
+    while True:
+        starts = rng.integers(len(text) - LENGTH - 1, size=BATCH)
+        yield np.stack([text[start : start + LENGTH + 1] for start in starts])
 
 
 def train(tx, params, logits, steps):
     """The parameters, the state and the mean loss of the last ten steps, in nats a byte."""
-    text = np.frombuffer(Path(inspect.getfile(argparse)).read_bytes(), np.uint8).astype(np.int32)
-    rng = np.random.default_rng(0)
 
     def loss(params, tokens):
         found = logits(params, tokens[:, :-1]).astype(jnp.float32)
@@ -166,9 +123,7 @@ def train(tx, params, logits, steps):
         return optax.apply_updates(params, updates), state, value
 
     state, losses = tx.init(params), []
-    for _ in range(steps):
-        starts = rng.integers(len(text) - LENGTH - 1, size=BATCH)
-        tokens = np.stack([text[start : start + LENGTH + 1] for start in starts])
+    for tokens in itertools.islice(batches(), steps):
         params, state, value = step(params, state, tokens)
         losses.append(float(value))
     return params, state, np.mean(losses[-10:])

@@ -1,0 +1,157 @@
+# Copyright 2026 The galore_jax Authors
+# SPDX-License-Identifier: Apache-2.0
+"""GaLore in other libraries' own trainers: their model, their training loop and their checkpoints, with AdamW and with GaLore.
+
+    python examples/other_trainers.py tunix        # or keras; needs that package beside galore_jax
+
+Each function trains with a transformation, saves and restores with the library's own means, and returns the losses and what there
+was before and after.
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from other_libraries import BATCH, HEADS, LAYERS, LENGTH, WIDTH, batches
+
+from galore_jax import describe, galore_adamw, tree_bytes
+
+RATE = 3e-3
+
+Make = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+
+
+class Run(NamedTuple):
+    """What a trainer makes of a transformation."""
+
+    losses: list[float]
+    tx: optax.GradientTransformation
+    params: Any  # the tree that it was initialized with
+    state: Any
+    restored: Any  # the pair of both, from the checkpoint
+
+
+def tunix(make: Make, steps: int, folder: str) -> Run:
+    """``PeftTrainer`` takes a transformation, and trains all parameters of a model without LoRA."""
+    from flax import nnx
+    from tunix.models.llama3 import model as llama
+    from tunix.sft import peft_trainer, utils
+
+    def trainer(seed):
+        config = llama.ModelConfig(
+            num_layers=LAYERS, vocab_size=256, embed_dim=WIDTH, hidden_dim=4 * WIDTH, num_heads=HEADS,
+            head_dim=WIDTH // HEADS, num_kv_heads=2, rope_theta=10_000, norm_eps=1e-5, weight_tying=False,
+        )  # fmt: skip
+        settings = peft_trainer.TrainingConfig(
+            eval_every_n_steps=steps, max_steps=steps, checkpoint_root_directory=folder
+        )
+        made = peft_trainer.PeftTrainer(llama.Llama3(config, rngs=nnx.Rngs(seed)), make(RATE), settings)
+        return made.with_gen_model_input_fn(inputs)
+
+    def inputs(batch):
+        mask = batch.input_mask
+        return {
+            "input_tokens": batch.input_tokens,
+            "input_mask": mask,
+            "positions": utils.build_positions_from_mask(mask),
+            "attention_mask": utils.make_causal_attn_mask(mask),
+        }
+
+    def trained(made):
+        return nnx.state(made.model, nnx.Param), nnx.state(made.optimizer, nnx.optimizer.OptState)["opt_state"]
+
+    first = trainer(seed=0)
+    first.train(
+        peft_trainer.TrainingInput(input_tokens=tokens, input_mask=np.ones(tokens.shape, bool)) for tokens in batches()
+    )
+    losses = first.metrics_logger.get_metric_history("", "loss", "train")
+    return Run(losses, make(RATE), *trained(first), trained(trainer(seed=1)))
+
+
+def keras(make: Make, steps: int, folder: str) -> Run:
+    """An optimizer of Keras whose variables are the transformation's state, for ``fit`` and ``model.save``."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    class Optax(keras.optimizers.Optimizer):
+        def build(self, variables):
+            super().build(variables)
+            # Updates are proportional to the learning rate, which Keras schedules.
+            self.tx = make(1.0)
+            leaves, self.structure = jax.tree.flatten(self.tx.init({v.path: v.value for v in variables}))
+            self.state = [self.add_variable(x.shape, lambda *_, x=x, **__: x, str(x.dtype)) for x in leaves]
+
+        def _backend_update_step(self, grads, variables, learning_rate):
+            paths = [v.path for v in variables]
+            state = self.structure.unflatten(v.value for v in self.state)
+            grads, params = (dict(zip(paths, values, strict=True)) for values in (grads, [v.value for v in variables]))
+            updates, state = self.tx.update(grads, state, params)
+            for variable in variables:
+                variable.assign_add(learning_rate * updates[variable.path])
+            for variable, value in zip(self.state, jax.tree.leaves(state), strict=True):
+                variable.assign(value)
+
+    keras.utils.clear_session()  # names count from one again
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((LENGTH,), dtype="int32")
+    x = keras.layers.Embedding(256, WIDTH)(tokens)
+    for _ in range(LAYERS):
+        h = keras.layers.LayerNormalization()(x)
+        x = x + keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(h, h, use_causal_mask=True)
+        h = keras.layers.Dense(4 * WIDTH, activation="gelu")(keras.layers.LayerNormalization()(x))
+        x = x + keras.layers.Dense(WIDTH)(h)
+    model = keras.Model(tokens, keras.layers.Dense(256, name="lm_head")(keras.layers.LayerNormalization()(x)))
+    losses = []
+    model.compile(Optax(RATE), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    text = np.concatenate(list(itertools.islice(batches(), steps)))
+
+    class Losses(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            losses.append(logs["loss"] * (batch + 1) - sum(losses))  # Keras logs the mean since the epoch began
+
+    model.fit(text[:, :-1], text[:, 1:], batch_size=BATCH, shuffle=False, callbacks=[Losses()], verbose=0)
+    model.save(f"{folder}/model.keras")
+
+    def trained(model):
+        params = {variable.path: variable.value for variable in model.trainable_variables}
+        return params, model.optimizer.structure.unflatten(variable.value for variable in model.optimizer.state)
+
+    restored = keras.models.load_model(f"{folder}/model.keras", custom_objects={"Optax": Optax})
+    return Run(losses, model.optimizer.tx, *trained(model), trained(restored))
+
+
+TRAINERS = {function.__name__: function for function in (tunix, keras)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trainer", choices=TRAINERS)
+    parser.add_argument("--steps", type=int, default=100)
+    options = parser.parse_args()
+    final = {}
+    makers = {"adamw": optax.adamw, "galore_adamw": partial(galore_adamw, rank=0.25, scale="rms")}
+    folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    for name, make in makers.items():
+        os.makedirs(f"{folder.name}/{name}")
+        run = TRAINERS[options.trainer](make, options.steps, f"{folder.name}/{name}")
+        described = describe(run.tx, run.params)
+        if name != "adamw":
+            print(described)
+        final[name] = np.mean(run.losses[-10:])
+        change = final[name] / final["adamw"] - 1
+        print(f"{name:<12}  loss {final[name]:.4f} ({change:+.1%}), state {tree_bytes(run.state):,} bytes")
+        if len(run.losses) != options.steps or tree_bytes(run.state) != described.state_bytes:
+            raise SystemExit(f"{len(run.losses)} losses, and describe says {described.state_bytes:,} bytes")
+        jax.tree.map(np.testing.assert_array_equal, run.restored, (run.params, run.state))
+    print("a checkpoint restores bit for bit")
+
+
+if __name__ == "__main__":
+    main()
