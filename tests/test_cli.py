@@ -499,7 +499,7 @@ def test_a_checkpoint_of_another_model_is_named(copy, shop, monkeypatch, capsys)
     config = json.loads((copy / "config.json").read_text())
     config["model_config"]["hidden_size"] = 256
     (copy / "config.json").write_text(json.dumps(config))
-    says = "parameter embed_tokens/embedding is float32[257, 128] there, and float32[257, 256] in this run."
+    says = "parameter embed_tokens/embedding is float32[257, 128] there, and float32[257, 256] in this run;"
     assert_refused(capsys, "--resume", "--out", copy, says=says)
 
 

@@ -217,7 +217,7 @@ def test_a_folder_with_broken_lines_or_rows_without_the_column_is_refused(tmp_pa
     refused(
         lambda: read_documents(str(tmp_path)), "holds no text", "left out are without the field 'text' (1), .png (1)"
     )
-    refused(lambda: read_documents(""), 'data source "" names nothing')
+    refused(lambda: read_documents(""), "The name of the data is empty")
 
 
 def test_what_cannot_be_read_is_one_sentence_with_its_path(tmp_path, monkeypatch):

@@ -153,7 +153,7 @@ BYTES = {
     "grass_adamw": (lambda r, k, K: 8 * r * K + 8 * r + 4, COUNTS, {}),
     "galore_muon": (lambda r, k, K: 4 * r * (k + K), COUNTS, {}),
     "ldadam": (lambda r, k, K: dense(r, k, K) + 4 * k * K, 2 * 4, {}),
-    "muon": (lambda r, k, K: 4 * k * K, 2 * 4, {}),
+    "muon": (lambda r, k, K: 4 * k * K, 2 * 4, {"neuron_decay": None}),
 }
 
 
