@@ -22,7 +22,6 @@ from galore_jax.presets._arguments import (
     AdamWArguments,
     CodedMuonArguments,
     GaLoreArguments,
-    MuonArguments,
 )
 
 PARAMS = {
@@ -226,7 +225,6 @@ def test_first_moments_take_two_bytes_a_number_in_bfloat16(name):
         (GaLoreArguments, galore_jax.galore),
         (AdamWArguments, galore_jax.galore_adamw),
         (AdamW8bitArguments, galore_jax.galore_adamw_8bit),
-        (MuonArguments, galore_jax.galore_muon),
         (CodedMuonArguments, galore_jax.muon_8bit),
     ],
 )
