@@ -327,10 +327,12 @@ def divided_by_neuron(matrix: jax.Array, squares: jax.Array, decay: float | jax.
     >>> [round(float(x), 3) for x in jnp.diagonal(divided)], squares.tolist()
     ([3.536, 3.536], [2.25, 4.0])
     """
-    squares = decay * squares + (1 - decay) * jnp.mean(jnp.square(matrix), axis=0)
-    divided = matrix * jax.lax.rsqrt(jnp.maximum(squares, 1e-10))[None, :]
-    before, after = norm_of(matrix, (-2, -1)), norm_of(divided, (-2, -1))
-    return divided * (before / jnp.where(after > 0, after, 1)), squares
+    means = jnp.mean(jnp.square(matrix), axis=0)
+    squares = decay * squares + (1 - decay) * means
+    factors = jax.lax.rsqrt(jnp.maximum(squares, 1e-10))
+    # Both norms follow from the columns', so the divided matrix is written once.
+    after = jnp.sum(means * jnp.square(factors))
+    return matrix * (factors * jnp.sqrt(jnp.sum(means) / jnp.where(after > 0, after, 1)))[None, :], squares
 
 
 def _orthogonalized(matrix: jax.Array, ns_coeffs: str) -> jax.Array:
