@@ -328,11 +328,12 @@ def divided_by_neuron(matrix: jax.Array, squares: jax.Array, decay: float | jax.
     ([3.536, 3.536], [2.25, 4.0])
     """
     means = jnp.mean(jnp.square(matrix), axis=0)
-    squares = decay * squares + (1 - decay) * means
-    factors = jax.lax.rsqrt(jnp.maximum(squares, 1e-10))
+    new = decay * squares.astype(means.dtype) + (1 - decay) * means
+    factors = jax.lax.rsqrt(jnp.maximum(new, 1e-10))
     # Both norms follow from the columns', so the divided matrix is written once.
     after = jnp.sum(means * jnp.square(factors))
-    return matrix * (factors * jnp.sqrt(jnp.sum(means) / jnp.where(after > 0, after, 1)))[None, :], squares
+    scale = jnp.sqrt(jnp.sum(means) / jnp.where(after > 0, after, 1))
+    return matrix * (factors * scale)[None, :], new.astype(squares.dtype)
 
 
 def _orthogonalized(matrix: jax.Array, ns_coeffs: str) -> jax.Array:
