@@ -196,7 +196,7 @@ def contestants(steps: int) -> dict:
 
 BETAS = (0.8, 0.9, 0.95)
 BETAS_2 = (0.95, 0.99, 0.999)
-NORMUON = {"": {}, "-nor": {"neuron_decay": 0.95}}
+NORMUON = {"": None, "-nor": 0.95}  # neuron_decay, which muon has by default
 # Momenta in few bits: those that may be on the frontier, and those that show what a part of them is worth.
 MOMENTA = {
     "8bit": MatrixCodec(bits=8, leading=0),
@@ -236,9 +236,9 @@ def muons(momenta: dict[str, MatrixCodec]) -> dict:
         return galore_jax.muon_8bit if codec.bits == 8 else galore_jax.muon_4bit
 
     return {
-        f"muon_{name}-b{name_of(beta)}{nor}": full_rank(make(codec), codec=codec, momentum=beta, **settings)
+        f"muon_{name}-b{name_of(beta)}{nor}": full_rank(make(codec), codec=codec, momentum=beta, neuron_decay=decay)
         for name, codec in momenta.items()
-        for nor, settings in NORMUON.items()
+        for nor, decay in NORMUON.items()
         for beta in BETAS
     }
 
@@ -247,10 +247,10 @@ def variants(steps: int) -> dict:
     """Momenta in few bits without a part of the method, and Polar Express."""
     polar = {
         f"{make.__name__}-b{name_of(beta)}{nor}-polar": full_rank(
-            make, momentum=beta, ns_coeffs="polar_express", **settings
+            make, momentum=beta, ns_coeffs="polar_express", neuron_decay=decay
         )
         for make in (galore_jax.muon, galore_jax.muon_4bit)
-        for nor, settings in NORMUON.items()
+        for nor, decay in NORMUON.items()
         for beta in BETAS
     }
     return muons(OTHER_MOMENTA) | polar
@@ -261,12 +261,13 @@ def frontier(steps: int) -> dict:
     gap = max(1, steps // 8)
     found: dict = {f"optax_muon-b{name_of(beta)}": direction(functools.partial(optax_muon, beta)) for beta in BETAS}
     found |= {
-        f"muon-b{name_of(beta)}{nor}": full_rank(galore_jax.muon, momentum=beta, **settings)
-        for nor, settings in NORMUON.items()
+        f"muon-b{name_of(beta)}{nor}": full_rank(galore_jax.muon, momentum=beta, neuron_decay=decay)
+        for nor, decay in NORMUON.items()
         for beta in BETAS
     }
     found |= muons(MOMENTA)
-    for (nor, settings), beta in itertools.product(NORMUON.items(), BETAS):
+    for (nor, decay), beta in itertools.product(NORMUON.items(), BETAS):
+        settings = {} if decay is None else {"neuron_decay": decay}
         for factor in (4, 8, 16):
             low_rank = {"momentum": beta, "factor": float(factor), "update_proj_gap": 2 * gap}
             found[f"galore_muon-b{name_of(beta)}-c{factor}{nor}"] = preset(
@@ -459,7 +460,7 @@ def run_together(tasks: list[Task], make, rates: list[float]) -> dict[tuple[floa
         losses.append(loss), sizes.append(size)
         value = np.mean([evaluate(*part(params), tokens[seeds]) for tokens in held_out], axis=0)
         validations.append((number + taken, value))
-    curves, rates_now = np.concatenate(losses), np.array([task.schedule(1.0)(number) for number in range(steps)])
+    curves, rates_now = np.concatenate(losses), np.array(list(map(task.schedule(1.0), range(steps))))
     relative = np.concatenate(sizes)[rates_now > 0] / rates_now[rates_now > 0, None] / np.asarray(peaks)
     return {
         member: {

@@ -21,6 +21,7 @@ from finetuning import write_lines, write_model
 from problems import leniency
 from runs import TINY
 
+import galore_jax
 from galore_jax import projectors, refresh
 from galore_jax.matrix_codec import MatrixCodec
 from galore_jax.presets import PRESETS
@@ -219,6 +220,9 @@ def test_quality_makes_every_contestant_and_says_at_which_bytes(script):
     }.items():  # fmt: skip
         state = jax.tree.leaves(jax.eval_shape(known[name].init, params))
         assert sum(x.size * x.dtype.itemsize for x in state) / 256**2 == pytest.approx(size, abs=0.04), name
+    sizes = [galore_jax.state_bytes(known[name], params) for name in ("muon-b.9-nor", "muon-b.9", "optax_muon-b.9")]
+    assert sizes[0] - sizes[1] == 4 * 256  # only what is called so has NorMuon's mean squares
+    assert sizes[1] == pytest.approx(sizes[2], abs=16)
 
 
 def test_quality_publishes_the_presets_of_the_frontier_in_place_of_those_of_as_many_steps(tmp_path, script):

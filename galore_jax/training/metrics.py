@@ -31,7 +31,7 @@ import numpy as np
 from galore_jax.training import device_use
 from galore_jax.training.divergence import Watch
 from galore_jax.training.step import COUNTS, Metrics
-from galore_jax.training.trackers import TensorBoard, Tracker
+from galore_jax.training.trackers import TensorBoard, Tracker, first_line
 
 Record = dict[str, Any]
 
@@ -74,7 +74,7 @@ class MetricsLog:
                 tracker.write(record["step"], scalars)
             except Exception as error:  # each has its own kinds
                 self._trackers.remove(tracker)
-                reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                reason = first_line(error)
                 print(
                     f"warning: {tracker.name} gets no more numbers ({reason}); metrics.jsonl has all.", file=sys.stderr
                 )

@@ -124,7 +124,7 @@ def tracked(track: str | None, folder: Path, settings: dict[str, Any]) -> Iterat
             except ModuleNotFoundError as error:
                 reason = f"needs a package ({error}): pip install {track}"
             except Exception as error:  # each has its own kinds
-                reason = f"cannot start ({_first_line(error)}); set it up, or leave it out"
+                reason = f"cannot start ({first_line(error)}); set it up, or leave it out"
         if processes.largest(int(bool(reason))):
             raise ValueError(f"--track {track} {reason or 'cannot start: the first process says why'}.")
     try:
@@ -143,5 +143,6 @@ def _opened(track: str, folder: Path, settings: dict[str, Any]) -> Any:
     return tracker
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something, or else the name of its kind."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
