@@ -17,10 +17,10 @@
     switch       one projector, and from some step on another    (GoLore, arXiv 2410.11289)
 
 A refresh should move the basis no more than the gradient asks for, because by default the moments are kept as they are.
-``power`` therefore takes the columns as the triangular factorization returns them: each stays close to its predecessor, in
-place and in sign.  ``eigh``, ``randomized`` and ``sampled`` start from scratch, so they order columns by energy, largest first,
-and make the entry of largest magnitude in each positive.  ``svd`` leaves the signs to the routine, as the published
-implementations do.
+``power`` therefore turns the new basis within its span until it is near the old one: P Q, where Q is the orthogonal matrix
+nearest to PᵀP_old (orthogonal Procrustes).  ``eigh``, ``randomized`` and ``sampled`` start from scratch, so they order columns
+by energy, largest first, and make the entry of largest magnitude in each positive.  ``svd`` leaves the signs to the routine, as
+the published implementations do.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def power(iterations: int = 1) -> Projector:
 
     A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to five
     beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions that the gradient has left are
-    replaced by random ones in the first step, from which the next steps find the gradient again.
+    replaced by random ones in the first step, from which the next steps find the gradient again.  The result is then turned
+    within its span to lie near the basis in use, so that moments which are kept still belong to it.
 
     Args:
       iterations: Least number of steps at each refresh, at least 1.
@@ -151,7 +152,8 @@ def power(iterations: int = 1) -> Projector:
             return number + 1, basis, coordinates, now, _norm(coordinates)
 
         start = jnp.zeros([], jnp.int32), seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
-        return jax.lax.while_loop(unfinished, step, start)[1]
+        basis = jax.lax.while_loop(unfinished, step, start)[1]
+        return jnp.where(norm > 0, _nearest(basis, promoted(seen.basis)), basis)
 
     return Projector("power", refresh)
 
@@ -275,6 +277,19 @@ def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array,
     wide = promoted(gradient)
     basis = orthonormal(wide @ _unit(coordinates).T)
     return basis, basis.T @ wide
+
+
+def _nearest(basis: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns P Q, nearly the basis in the span of P that is nearest to the old one: Q is about U Vᵀ of PᵀP_old = U S Vᵀ.
+
+    Newton-Schulz steps drive the cosines S of the angles between the spans towards 1.  The factorization then makes Q orthogonal
+    to rounding, also where an angle is a right one.
+    """
+    cosines = jnp.matmul(basis.T, old, precision=_HIGHEST)
+    for _ in range(4):
+        gram = jnp.matmul(cosines.T, cosines, precision=_HIGHEST)
+        cosines = 1.5 * cosines - 0.5 * jnp.matmul(cosines, gram, precision=_HIGHEST)
+    return jnp.matmul(basis, orthonormal(cosines), precision=_HIGHEST)
 
 
 def _gram_eigh(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
