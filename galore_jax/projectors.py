@@ -17,10 +17,12 @@
     switch       one projector, and from some step on another    (GoLore, arXiv 2410.11289)
 
 A refresh should move the basis no more than the gradient asks for, because by default the moments are kept as they are.
-``power`` therefore turns the new basis within its span until it is near the old one: P Q, where Q is the orthogonal matrix
-nearest to PᵀP_old (orthogonal Procrustes).  ``eigh``, ``randomized`` and ``sampled`` start from scratch, so they order columns
-by energy, largest first, and make the entry of largest magnitude in each positive.  ``svd`` leaves the signs to the routine, as
-the published implementations do.
+In a power step from a basis in use, the triangular factorization keeps each column near its predecessor, in place and in sign,
+and brings it nearer to a singular vector, in whose coordinates Adam's second moments work best.  More steps find more of the
+gradient, but also turn the columns within their span.  ``power`` therefore turns its last basis P back towards P_1, that of its
+first step: P Q, where Q is the orthogonal matrix nearest to PᵀP_1 (orthogonal Procrustes).  ``eigh``, ``randomized`` and
+``sampled`` start from scratch, so they order columns by energy, largest first, and make the entry of largest magnitude in each
+positive.  ``svd`` leaves the signs to the routine, as the published implementations do.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def power(iterations: int = 1) -> Projector:
     A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to five
     beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions that the gradient has left are
     replaced by random ones in the first step, from which the next steps find the gradient again.  The result is then turned
-    within its span to lie near the basis in use, so that moments which are kept still belong to it.
+    within its span to lie near the basis of the first step, so that moments which are kept still belong to it.
 
     Args:
       iterations: Least number of steps at each refresh, at least 1.
@@ -143,17 +145,17 @@ def power(iterations: int = 1) -> Projector:
         least = jnp.where(norm > 0, iterations, iterations + _MORE_STEPS)
 
         def unfinished(carry: tuple) -> jax.Array:
-            number, _, _, before, now = carry
+            number, _, _, _, before, now = carry
             return (number < least) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
 
         def step(carry: tuple) -> tuple:
-            number, _, coordinates, _, now = carry
+            number, first, _, coordinates, _, now = carry
             basis, coordinates = _power_step(seen.gradient, coordinates)
-            return number + 1, basis, coordinates, now, _norm(coordinates)
+            return number + 1, jnp.where(number == 0, basis, first), basis, coordinates, now, _norm(coordinates)
 
-        start = jnp.zeros([], jnp.int32), seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
-        basis = jax.lax.while_loop(unfinished, step, start)[1]
-        return jnp.where(norm > 0, _nearest(basis, promoted(seen.basis)), basis)
+        start = jnp.zeros([], jnp.int32), seen.basis, seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
+        _, first, basis, *_ = jax.lax.while_loop(unfinished, step, start)
+        return jnp.where(norm > 0, _nearest(basis, first), basis)
 
     return Projector("power", refresh)
 
@@ -279,13 +281,13 @@ def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array,
     return basis, basis.T @ wide
 
 
-def _nearest(basis: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns P Q, nearly the basis in the span of P that is nearest to the old one: Q is about U Vᵀ of PᵀP_old = U S Vᵀ.
+def _nearest(basis: jax.Array, other: jax.Array) -> jax.Array:
+    """Returns P Q, nearly the basis in the span of P that is nearest to another one, P_1: Q is about U Vᵀ of PᵀP_1 = U S Vᵀ.
 
     Newton-Schulz steps drive the cosines S of the angles between the spans towards 1.  The factorization then makes Q orthogonal
     to rounding, also where an angle is a right one.
     """
-    cosines = jnp.matmul(basis.T, old, precision=_HIGHEST)
+    cosines = jnp.matmul(basis.T, other, precision=_HIGHEST)
     for _ in range(4):
         gram = jnp.matmul(cosines.T, cosines, precision=_HIGHEST)
         cosines = 1.5 * cosines - 0.5 * jnp.matmul(cosines, gram, precision=_HIGHEST)
