@@ -120,6 +120,16 @@ def test_commands_exist_and_take_these_flags(page, words):
             raise AssertionError(f"{page} has a command of another kind: {words}")
 
 
+def test_no_page_and_no_message_installs_from_an_index():
+    """The package is on none yet; the installation page says what to write once it is."""
+    files = [
+        *PAGES,
+        *(path for folder in ("galore_jax", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    says = {path.name for path in files if re.search(r"install\W+galore-jax", path.read_text())}
+    assert says == {"installation.md"}
+
+
 def test_the_table_of_presets_names_every_public_preset_and_no_other():
     table = (ROOT / "docs" / "_snippets" / "presets.md").read_text()
     named = set(re.findall(r"^\| `(\w+)\(learning_rate", table, re.MULTILINE))
