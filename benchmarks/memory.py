@@ -36,8 +36,9 @@ ROWS = {
     "galore 8-bit": {"optimizer": "galore_adamw_8bit", **BF16},
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
     "q_galore (int8 weights), layer-wise": {
-        "optimizer": "q_galore_adamw_8bit", "proj_type": "reverse_std", "weights": "int8", **LAYERWISE,  # the least bytes
+        "optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE,
     },
+    "q_apollo_mini (int8 weights), layer-wise": {"optimizer": "q_apollo_mini", "rank": 1, "weights": "int8", **LAYERWISE},
 }  # fmt: skip
 
 PARTS = {"parameters": "#3b6fb6", "optimizer state": "#d1495b", "gradients, activations, workspace": "#edae49"}
@@ -52,14 +53,14 @@ PAPER = {
 
 
 def planned(model: str, name: str, target: str, args: argparse.Namespace) -> dict:
+    settings = {"rank": RANKS.get(model, 0.25)} | ROWS[name]
     chosen = PlanConfig(
         model=model,
-        rank=RANKS.get(model, 0.25),
         target=target,
         batch=args.batch,
         seq=args.seq,
         clip=0.0,  # a bound on the global norm keeps all gradients of a plain step
-        **ROWS[name],
+        **settings,
     )
     row = plan(chosen)
     if row["missing"]:

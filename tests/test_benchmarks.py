@@ -96,6 +96,7 @@ def test_every_benchmark_has_a_test():
         "finetune.py",
         "gpu.py",
         "kills.py",
+        "landing.py",
         "learns.py",
         "memory.py",
         "quality.py",
@@ -105,7 +106,7 @@ def test_every_benchmark_has_a_test():
     }
     # test_memory.py, test_generate.py, test_mesh.py
     elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py"}
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py", "_style.py"}
 
 
 def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
