@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 
 class Theme(NamedTuple):
@@ -96,9 +97,14 @@ def bars(axis: Axes) -> None:
     axis.tick_params(axis="y", length=0)
 
 
-def beside(axis: Axes, end: float, y: float, text: str, line: float) -> None:
-    """Text after the end of a horizontal bar, and behind the vertical line at ``line`` if the bar ends before it."""
+def beside(axis: Axes, end: float, y: float, text: str, line: float = 0.0) -> None:
+    """Text after the end of a horizontal bar, or behind a vertical line at ``line`` that the bar does not reach."""
     axis.annotate(text, (max(end, line), y), xytext=(6, 0), textcoords="offset points", va="center")
+
+
+def title(figure: Figure, text: str) -> None:
+    """Above all of the figure."""
+    figure.suptitle(text, fontsize=11, fontweight="bold")
 
 
 def limit(axis: Axes, x: float, text: str, theme: Theme) -> None:

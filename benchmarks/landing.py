@@ -13,7 +13,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from _style import Theme, bars, beside, limit, save
+from _style import Theme, bars, beside, limit, save, title
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def draw(made: list[Bar], card: int, theme: Theme) -> Figure:
     bars(axis)
     axis.set(xlim=(0, 1.24 * max(sizes)), xlabel="GiB")
     limit(axis, card / 2**30, f"RTX 4090, {card / 2**30:.1f} GiB usable", theme)
-    figure.suptitle("Peak memory of one training step, 7B LLaMA", fontsize=11, fontweight="bold")
+    title(figure, "Peak memory of one training step, 7B LLaMA")
     return figure
 
 

@@ -284,7 +284,7 @@ def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
     assert all(np.isfinite(r["loss"]) and r["seconds"] > 0 for records in (plain, theirs, ours) for r in records)
     assert len({records[-1]["loss"] for records in (plain, theirs, ours)}) == 3
     assert [row[0] for row in rows(out)[1:]] == ["optax.adamw", "optax.contrib.galore", "galore_jax.galore_adamw"]
-    assert rows(out)[1][2] == "1.000"
+    assert rows(out)[1][2] == "1.00"
     assert_picture(tmp_path / "step.png")
 
 
@@ -303,7 +303,7 @@ def test_step_shows_a_refreshing_step_beside_the_others(script):
     assert medians == {
         "optax.adamw": {"median": 2.5, "maximum": 6, "first": 90, "plain_median": 2.0, "refresh_median": 5.0}
     }
-    assert rows(script("step").table(medians))[1] == ["optax.adamw", "2.50", "1.000", "2.00", "5.00", "2.50", "90.00"]
+    assert rows(script("step").table(medians))[1] == ["optax.adamw", "2.50", "1.00", "2.00", "5.00", "2.50", "90.00"]
 
 
 def test_transport_compares_runs_that_differ_in_nothing_else(tmp_path, text):
