@@ -654,7 +654,8 @@ def colors_of(theme: Theme) -> dict[str, str]:
 
 def plot(runs: Runs, lines: list[dict], out: pathlib.Path, group: str) -> None:
     save(lambda theme: against_state(lines, theme), out, f"{group}-state")
-    save(lambda theme: against_rates(lines, theme), out, f"{group}-rates")
+    if any(len(line["tried"]) > 1 for line in lines):
+        save(lambda theme: against_rates(lines, theme), out, f"{group}-rates")
     curves = {line["optimizer"]: runs.get(line["optimizer"], line["learning_rate"])["validation"] for line in lines}
     save(lambda theme: against_steps(lines, curves, theme), out, f"{group}-steps")
 
