@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory does a training step take?  Models x optimizers x targets, by the compiler's plan; nothing is run.
 
-    pip install 'galore-jax[plan]'
+    pip install '.[plan]'
     python benchmarks/memory.py OUT                       60m to 13b for an RTX 4090; a program is compiled for each row
     python benchmarks/memory.py OUT --models 7b --targets rtx4090 tpu-v5e
 

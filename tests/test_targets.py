@@ -21,7 +21,7 @@ from galore_jax.sharding import maxima
 from galore_jax.training.step import add_updates
 
 EXTRA = all(importlib.util.find_spec(name) for name in ("libtpu", "jax_cuda13_plugin", "nvidia"))
-needs_extra = pytest.mark.skipif(not EXTRA, reason="the extra plan is not installed: pip install 'galore-jax[plan]'")
+needs_extra = pytest.mark.skipif(not EXTRA, reason="the extra plan is not installed: pip install '.[plan]'")
 GIB = 2**30
 
 
@@ -172,7 +172,7 @@ except MissingPackagesError as error:
 """
     done = python(script)
     assert package in done.stdout, done.stderr
-    assert done.stdout.endswith("pip install 'galore-jax[plan]'.\n")
+    assert done.stdout.endswith("pip install '.[plan]' in the folder of galore_jax's source.\n")
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ import jax
 import numpy as np
 
 from galore_jax._core.names import did_you_mean
+from galore_jax._install import how_to_install
 from galore_jax.planning.traffic import Traffic, traffic
 
 _MIB, _GIB = 2**20, 2**30
@@ -350,7 +351,7 @@ def _tpu_devices(tpu: Tpu, number: int) -> list[Any]:
     from jax.experimental import topologies
 
     if not _installed("libtpu"):
-        raise MissingPackagesError("To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'.")
+        raise MissingPackagesError(f"To compile for a TPU, install libtpu: {how_to_install('plan')}.")
     _describe_no_tpu()
     smallest = min(tpu.topologies)
     if number > smallest and number not in tpu.topologies:
@@ -372,7 +373,7 @@ def _cuda_devices(config: str, number: int) -> list[Any]:
     plugin = next((name for name in _CUDA_PLUGINS if _installed(name)), None)
     if plugin is None or not any(_installed(package) for package in _PTXAS):
         raise MissingPackagesError(
-            "To compile for a GPU, install JAX's CUDA plugin and ptxas: pip install 'galore-jax[plan]'."
+            f"To compile for a GPU, install JAX's CUDA plugin and ptxas: {how_to_install('plan')}."
         )
 
     def describe() -> list[Any]:
