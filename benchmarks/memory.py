@@ -7,21 +7,25 @@
     python benchmarks/memory.py OUT --models 7b --targets rtx4090 tpu-v5e
 
 One sequence of 256 tokens, the step of ``galore-jax pretrain``, refresh included.  Peak is arguments + outputs - aliased +
-temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json,
-OUT/memory.png with all models and OUT/parts.png with the parts of the 7b (or the largest) one, and prints a Markdown table.
+temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json and
+two pictures (-light.svg and -dark.svg): OUT/models of all models, and OUT/memory of the parts of the 7b (or the largest) one.
+Prints a Markdown table.
 
 Beside ours stand the paper's figures (arXiv 2403.03507, Tables 2 and 3), which are estimates of another thing: bfloat16 weights
 and bfloat16 optimizer state, no gradients, no activations.  Ours has float32 or 8-bit state, because a bfloat16 second moment
-stops moving; and the paper's states are 8 to 21 % less than its own formula m r + 2 n r gives for its models.
+stops moving; and the paper's states are 8% to 21% less than its own formula m r + 2 n r gives for its models.
 """
 
 import argparse
 import json
 import pathlib
+import re
 
-import matplotlib
-import matplotlib.pyplot as plt
+from _style import Theme, bars, beside, limit, save, title
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
+from galore_jax.planning.targets import TARGETS, Gpu
 from galore_jax.training.plan import PlanConfig, plan
 from galore_jax.training.report import format_bytes
 
@@ -36,11 +40,12 @@ ROWS = {
     "galore 8-bit": {"optimizer": "galore_adamw_8bit", **BF16},
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
     "q_galore (int8 weights), layer-wise": {
-        "optimizer": "q_galore_adamw_8bit", "proj_type": "reverse_std", "weights": "int8", **LAYERWISE,  # the least bytes
+        "optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE,
     },
+    "q_apollo_mini (int8 weights), layer-wise": {"optimizer": "q_apollo_mini", "rank": 1, "weights": "int8", **LAYERWISE},
 }  # fmt: skip
 
-PARTS = {"parameters": "#3b6fb6", "optimizer state": "#d1495b", "gradients, activations, workspace": "#edae49"}
+OPTIMIZERS = {"adamw": "AdamW", "galore": "GaLore", "q_galore": "Q-GaLore", "q_apollo_mini": "Q-APOLLO-Mini"}
 
 # GB of weights and optimizer state: Table 2, and for 7b Table 3.
 PAPER = {
@@ -52,14 +57,14 @@ PAPER = {
 
 
 def planned(model: str, name: str, target: str, args: argparse.Namespace) -> dict:
+    settings = {"rank": RANKS.get(model, 0.25)} | ROWS[name]
     chosen = PlanConfig(
         model=model,
-        rank=RANKS.get(model, 0.25),
         target=target,
         batch=args.batch,
         seq=args.seq,
         clip=0.0,  # a bound on the global norm keeps all gradients of a plain step
-        **ROWS[name],
+        **settings,
     )
     row = plan(chosen)
     if row["missing"]:
@@ -83,53 +88,84 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """Peaks of the first target, a group of bars for each model, with the memory of the target as a line."""
-    target = rows[0]["target"]
-    rows = [row for row in rows if row["target"] == target and row["peak_bytes"] is not None]
+def plot(rows: list[dict], out: pathlib.Path) -> None:
+    """Peaks of all models, and the parts of one, on the first target."""
+    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["peak_bytes"] is not None]
+    save(lambda theme: peaks(rows, theme), out, "models")
+    sizes = {row["model"]: row["params_bytes"] for row in rows}
+    model = "7b" if "7b" in sizes else max(sizes, key=sizes.__getitem__)
+    save(lambda theme: parts([row for row in rows if row["model"] == model], theme), out, "memory")
+
+
+def peaks(rows: list[dict], theme: Theme) -> Figure:
+    """A group of bars for each model, and the memory of the target as a line."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    width = 0.85 / len(ROWS)
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 1.35 * len(models)), layout="constrained")
+    height = 0.85 / len(ROWS)
     for number, name in enumerate(ROWS):
         found = {row["model"]: row["peak_bytes"] / 2**30 for row in rows if row["name"] == name}
-        places = [models.index(model) + (number - (len(ROWS) - 1) / 2) * width for model in found]
-        axis.bar(places, list(found.values()), width, label=name, color=f"C{number}")
-    memory = rows[0]["target_bytes"] / 2**30
-    axis.axhline(memory, color="black", linewidth=1, linestyle="--")
-    axis.annotate(f"{target}: {memory:.1f} GiB", (len(models) - 0.5, memory), ha="right", va="bottom")
-    axis.set(yscale="log", ylabel="GiB", title="Memory of one training step, by the compiler's plan")
-    axis.set_xticks(range(len(models)), models)
-    axis.grid(alpha=0.25, axis="y", which="both")
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+        places = [models.index(model) + (number - (len(ROWS) - 1) / 2) * height for model in found]
+        color = plt.get_cmap("viridis")(number / (len(ROWS) - 1))
+        axis.barh(places, list(found.values()), height, label=optimizer_name(name), color=color)
+    bars(axis)
+    axis.set_yticks(range(len(models)), [model_name(model) for model in models])
+    axis.set(xscale="log", xlabel="GiB, logarithmic")
+    limit(axis, rows[0]["target_bytes"] / 2**30, card(rows[0]), theme)
+    title(figure, "Peak memory of one training step")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
-def plot_parts(rows: list[dict], path: pathlib.Path) -> None:
-    """What the peaks of one model on the first target are made of: a bar for each way to train it."""
-    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["peak_bytes"] is not None]
-    models = {row["model"]: row["params_bytes"] for row in rows}
-    model = "7b" if "7b" in models else max(models, key=models.get)
-    rows = [row for row in rows if row["model"] == model]
-    names, left = [row["name"].replace(", ", ",\n") for row in rows], [0.0] * len(rows)
-    figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+def parts(rows: list[dict], theme: Theme) -> Figure:
+    """What the peaks of one model are made of: a bar for each way to train it."""
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.48 * len(rows)), layout="constrained")
     exact = [(row["params_bytes"], row["optimizer_state_bytes"]) for row in rows]
     rest = [row["peak_bytes"] - sum(sizes) for row, sizes in zip(rows, exact, strict=True)]
-    for (part, color), column in zip(PARTS.items(), [*zip(*exact, strict=True), rest], strict=True):
+    names, left = [optimizer_name(row["name"]) for row in rows], [0.0] * len(rows)
+    colors = {"weights": theme.blue, "optimizer state": theme.red, "gradients, activations, workspace": theme.yellow}
+    for (part, color), column in zip(colors.items(), [*zip(*exact, strict=True), rest], strict=True):
         sizes = [size / 2**30 for size in column]
-        axis.barh(names, sizes, left=left, color=color, label=part)
+        axis.barh(names, sizes, 0.65, left=left, color=color, label=part)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for name, row in zip(names, rows, strict=True):
-        axis.annotate(
-            f"{row['peak_bytes'] / 2**30:.1f}", (row["peak_bytes"] / 2**30, name), xytext=(4, 0), va="center",
-            textcoords="offset points", bbox={"color": "white", "pad": 0.5},
-        )  # fmt: skip
     memory = rows[0]["target_bytes"] / 2**30
-    axis.axvline(memory, color="black", linewidth=1, linestyle="--", label=f"{rows[0]['target']}: {memory:.1f} GiB")
-    axis.set(xlabel="GiB", title=f"Memory of one training step, {model}")
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=200)
+    for number, end in enumerate(left):
+        beside(axis, end, number, f"{end:.1f} GiB", memory)
+    bars(axis)
+    axis.set(xlabel="GiB", xlim=(0, 1.15 * max(memory, *left)))
+    limit(axis, memory, card(rows[0]), theme)
+    title(figure, f"Peak memory of one training step, {model_name(rows[0]['model'])}")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def optimizer_name(name: str) -> str:
+    """A row for people.
+
+    >>> optimizer_name("q_galore (int8 weights), layer-wise")
+    'Q-GaLore (int8 weights), layer-wise'
+    """
+    first, *others = re.split(r"(?=[ ,])", name, maxsplit=1)
+    return "".join([OPTIMIZERS.get(first, first), *others])
+
+
+def model_name(model: str) -> str:
+    """A size of LLaMA for people.
+
+    >>> model_name("350m")
+    '350M LLaMA'
+    """
+    return f"{model.upper()} LLaMA"
+
+
+def card(row: dict) -> str:
+    """A target for people.
+
+    >>> card({"target": "rtx4090", "target_bytes": 25383253115})
+    'RTX 4090, 23.6 GiB usable'
+    """
+    hardware = TARGETS[row["target"]].hardware if row["target"] in TARGETS else None
+    name = hardware.description if isinstance(hardware, Gpu) else row["target"]
+    return f"{name.removeprefix('NVIDIA ').removeprefix('GeForce ')}, {row['target_bytes'] / 2**30:.1f} GiB usable"
 
 
 def main() -> None:
@@ -140,7 +176,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
     args = parser.parse_args()
-    matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "memory.json"
     done = json.loads(file.read_text()) if file.exists() else {}
@@ -154,8 +189,7 @@ def main() -> None:
                     file.write_text(json.dumps(done, indent=2) + "\n")
                     print(f"{key}: {done[key]['peak_bytes']} bytes", flush=True)
                 rows.append(done[key])
-    plot(rows, args.out / "memory.png")
-    plot_parts(rows, args.out / "parts.png")
+    plot(rows, args.out)
     print(table(rows))
 
 
