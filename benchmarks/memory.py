@@ -16,7 +16,7 @@ stops moving; and the paper's states are 8 to 21 % less than its own formula m r
 
 A second table has models people fine-tune on cards people have, all of their parameters trained layer by layer, and what an
 H100 measured where it ran the same step.  It goes into OUT/cards.json unless --models is given, and from benchmarks/results into
-docs/memory.md with
+docs/memory.md and docs/seven-billion.md with
 
     python benchmarks/memory.py benchmarks/results --write
 
@@ -26,12 +26,14 @@ benchmarks/configs has the shapes of those from Hugging Face, as their config.js
 import argparse
 import json
 import pathlib
+import statistics
 from typing import Any, NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 from _common import put_between
 
+from galore_jax.training import plan_report
 from galore_jax.training.plan import PlanConfig, plan
 from galore_jax.training.report import format_bytes
 
@@ -94,7 +96,7 @@ def table(rows: list[dict]) -> str:
 
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGE, TABLE = ROOT / "docs" / "memory.md", "models on cards"
+MEMORY, SEVEN_BILLION = ROOT / "docs" / "memory.md", ROOT / "docs" / "seven-billion.md"
 GPU = ROOT / "benchmarks" / "gpu" / "gpu.json"
 
 CARDS = {"rtx4090": "RTX 4090", "rtx4060ti-16gb": "RTX 4060 Ti", "rtx3060-12gb": "RTX 3060", "rtx4060": "RTX 4060"}
@@ -137,28 +139,28 @@ KEPT = (
     "compile_seconds",
 )  # fmt: skip
 CASES = [
-    Case("Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 256, **INT8}),
-    Case("Qwen3-8B", "rtx4060ti-16gb", "q_apollo_mini", {"rank": 1, **INT8}),
-    Case("Gemma-3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
-    Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8}),
-    Case("Qwen3-1.7B", "rtx4060", "galore_adamw_8bit", {"rank": 512}),
     Case("Qwen3-8B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
-    Case("Llama-3-8B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
-    Case("LLaMA 7B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST}, "a: 7b int8, q_galore_adamw_8bit, 1 x 256"),
-    Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024}, "a: 7b bf16, galore_adamw_8bit, 1 x 256"),
-    Case("Gemma-3-4B", "rtx3060-12gb", "q_apollo_mini", {"rank": 1, **INT8}),
     Case("Qwen3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 128, **INT8}),
+    Case("Qwen3-8B", "rtx4060ti-16gb", "q_apollo_mini", {"rank": 1, **INT8}),
+    Case("Llama-3-8B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
     Case(
         "Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST},
         "a: llama3-8b int8, q_galore_adamw_8bit, 1 x 256",
     ),
-    Case("Llama-3-8B", "rtx4090", "muon_4bit", INT8),
+    Case("Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 256, **INT8}),
+    Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8}),
+    Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx4060ti-16gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx3060-12gb", "q_apollo_mini", {"rank": 1, **INT8}),
+    Case("Qwen3-1.7B", "rtx4060", "galore_adamw_8bit", {"rank": 512}),
+    Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024}, "a: 7b bf16, galore_adamw_8bit, 1 x 256"),
+    Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024, "batch": 16, "accumulate": 16}),
     Case("LLaMA 7B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
-    Case("LLaMA 7B", "rtx3060-12gb", "q_apollo_mini", {"rank": 1, **INT8}),
-    Case("LLaMA 7B", "rtx3060-12gb", "muon_4bit", INT8, "a: 7b int8, muon_4bit, 1 x 256"),
-    Case("LLaMA 13B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST}),
-    Case("Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 512, **INT8}),
-    Case("Qwen3-8B", "rtx4090", "muon_4bit", INT8),
+    Case(
+        "LLaMA 7B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST},
+        "a: 7b int8, q_galore_adamw_8bit, 1 x 256",
+    ),
 ]  # fmt: skip
 
 
@@ -184,22 +186,76 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
       plans: from :func:`planned_cards`.
       runs: the rows of gpu.json.
     """
-    lines = [
-        "| model | card | `--optimizer` | `--rank` | weights | weights in memory | state | planned peak | fits | measured |",
-        "|---" * 10 + "|",
-    ]
+    lines = ["| model | card | how | weights | state | planned peak | fits | measured |", "|---" * 8 + "|"]
     order = list(dict.fromkeys(case.model for case in CASES))
     for case in sorted(CASES, key=lambda case: (order.index(case.model), -plans[case.key]["target_bytes"])):
         row = plans[case.key]
         memory, peak = row["target_bytes"], row["peak_bytes"]
         fits = "no" if peak > memory else "barely" if peak > (1 - MARGIN) * memory else "yes"
-        side = " `--proj-type reverse_std`" if case.settings.get("proj_type") == "reverse_std" else ""
+        rank = f", rank {case.settings['rank']}" if "rank" in case.settings else ""
+        side = ", `reverse_std`" if "proj_type" in case.settings else ""
+        several = f", {case.config.batch} sequences" if case.config.batch > 1 else ""
+        how = f"`{case.optimizer}`{rank}{side}, {case.config.weights or 'bf16'} weights{several}"
         lines.append(
-            f"| {case.model} | {CARDS[case.card]}, {memory / 2**30:.2f} GiB | `{case.optimizer}`{side} "
-            f"| {case.settings.get('rank', '')} | {case.config.weights or 'bf16'} | {gib(row['params_bytes'])} "
-            f"| {gib(row['optimizer_state_bytes'])} | {gib(peak)} | {fits} | {measured(runs.get(case.measured))} |"
+            f"| {case.model} | {CARDS[case.card]}, {gib(memory)} | {how} "
+            f"| {gib(row['params_bytes'])} | {gib(row['optimizer_state_bytes'])} | {gib(peak)} | {fits} "
+            f"| {measured(runs.get(case.measured))} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def adamw() -> str:
+    """What a plain step of AdamW keeps at least: no activations, and nothing compiled."""
+    lines = ["| model | parameters | weights | gradients | AdamW's state | together |", "|---" * 6 + "|"]
+    for model in dict.fromkeys(case.model for case in CASES):
+        config = next(case for case in CASES if case.model == model).config.model_config()
+        sizes = [2 * config.num_params, 2 * config.num_params, 8 * config.num_params]
+        lines.append(
+            f"| {model} | {config.num_params / 1e9:.2f} billion | " + " | ".join(map(gib, [*sizes, sum(sizes)])) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def large_runs(runs: dict[str, dict]) -> str:
+    """The steps of large models that an H100 ran, in processes with less memory."""
+    columns = (
+        "step, sequences x tokens",
+        "memory",
+        "plan",
+        "peak",
+        "median step",
+        "tokens a second",
+        "loss of 5 steps",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in runs.values():
+        if run["part"] != "a" or run["kind"] != "memory":
+            continue
+        cells = [run["name"], f"{run['limit']:.2f} GiB", gib(run["plan_bytes"]), measured(run)]
+        if run["status"] == "done":
+            seconds = statistics.median(run["steps_seconds"])
+            losses = ", ".join(f"{loss:.2f}" for loss in run["losses"])
+            cells += [f"{1e3 * seconds:.0f} ms", f"{run['tokens'] / seconds:,.0f}", losses]
+        lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def printed(case: Case, plan: dict) -> str:
+    """What galore-jax plan prints for a case, as a block of a page."""
+    row = plan | {"optimizer": case.optimizer, "platform": "cuda", "fits": plan["peak_bytes"] <= plan["target_bytes"]}
+    row |= {"devices": 1, "traffic": None, "refusal": None, "missing": None}
+    return f"```console\n$ galore-jax plan {case.key}\n{plan_report.table(case.config, [row])}\n```\n"
+
+
+def tables(plans: dict[str, dict], runs: dict[str, dict]) -> dict[tuple[pathlib.Path, str], str]:
+    """What the pages have of this, by page and name."""
+    seven = next(case for case in CASES if case.model == "LLaMA 7B")
+    return {
+        (MEMORY, "adamw"): adamw(),
+        (MEMORY, "models on cards"): cards(plans, runs),
+        (SEVEN_BILLION, "plan"): printed(seven, plans[seven.key]),
+        (SEVEN_BILLION, "measured"): large_runs(runs),
+    }
 
 
 def gib(size: int) -> str:
@@ -273,13 +329,13 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["rtx4090"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument(
-        "--write", action="store_true", help="compile nothing, and put OUT/cards.json into docs/memory.md"
-    )
+    parser.add_argument("--write", action="store_true", help="compile nothing, and put OUT/cards.json into the pages")
     args = parser.parse_args()
     runs = json.loads(GPU.read_text())["rows"]
     if args.write:
-        return put_between(PAGE, TABLE, cards(json.loads((args.out / "cards.json").read_text()), runs))
+        for (page, name), text in tables(json.loads((args.out / "cards.json").read_text()), runs).items():
+            put_between(page, name, text)
+        return
     matplotlib.use("Agg")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "memory.json"
@@ -298,7 +354,7 @@ def main() -> None:
     plot_parts(rows, args.out / "parts.png")
     print(table(rows))
     if args.models is None:
-        print(cards(planned_cards(args.out), runs))
+        print("\n".join(tables(planned_cards(args.out), runs).values()))
 
 
 if __name__ == "__main__":

@@ -93,20 +93,19 @@ def smaller_model() -> dict[str, dict[str, str]]:
 
 
 def loss(cell: str) -> str:
-    """The loss and its spread, without the learning rate or the number of seeds.
+    """The loss and its spread on one line, without the learning rate or the number of seeds.
 
     >>> loss("1.9159 ± 0.0020 (3 seeds)"), loss("1.518 (0.0042), one seed")
-    ('1.9159 ± 0.0020', '1.518')
+    ('1.9159&nbsp;±&nbsp;0.0020', '1.518')
     """
-    return cell.split(" (")[0]
+    return cell.split(" (")[0].replace(" ", "&nbsp;")
 
 
 def frontier() -> str:
     """What a byte of state buys, the most bytes first."""
     larger, smaller = larger_model(), smaller_model()
     lines = [
-        "| optimizer of the matrices | state, bytes a weight | 3.3M model, 400 steps | 0.9M model, 400 steps | 1,200 steps "
-        "| 4,000 steps |",
+        "| optimizer of the matrices | bytes a weight | 3.3M, 400 steps | 0.9M, 400 steps | 0.9M, 1,200 steps | 0.9M, 4,000 steps |",
         "|---|---|---|---|---|---|",
     ]
     sized = sorted(((bytes_a_weight(one.build), one) for one in MEASURED), key=lambda pair: -pair[0])

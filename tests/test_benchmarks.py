@@ -103,8 +103,8 @@ def test_every_benchmark_has_a_test():
         "step.py",
         "transport.py",
     }
-    # test_memory.py, test_generate.py, test_mesh.py
-    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
+    # test_memory.py, test_generate.py, test_mesh.py, test_tables.py
+    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py", "tables.py"}
     assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py"}
 
 
