@@ -170,18 +170,8 @@ def factorisations_in(text: str) -> list[str]:
     return sorted({known for known in FACTORISATIONS for name in operations if known in name} | ({"qr"} & words))
 
 
-def between(page: pathlib.Path, name: str) -> str:
-    """The text of a page between its two markers of that name."""
-    begin, end = _markers(name)
-    return page.read_text().split(begin)[1].split(end)[0]
-
-
 def put_between(page: pathlib.Path, name: str, text: str) -> None:
-    """Replaces it."""
-    begin, end = _markers(name)
+    """Replaces the text of a page between its two markers of that name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
     before, rest = page.read_text().split(begin)
-    page.write_text(before + begin + text + end + rest.split(end)[1])
-
-
-def _markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name}: begin -->\n\n", f"\n<!-- {name}: end -->"
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

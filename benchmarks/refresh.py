@@ -6,7 +6,7 @@
     python benchmarks/refresh.py OUT --presets 350m      the 1024 x 2736 matrices at r = 256 alone
     python benchmarks/refresh.py OUT --presets 350m --rounds 0 --tpu     compile time and code size for a TPU v5e (needs libtpu)
 
-Set OPENBLAS_THREAD_TIMEOUT=4 on a CPU: LAPACK's threads spin for a while after a factorisation, on the cores of what comes next.
+Set OPENBLAS_THREAD_TIMEOUT=4 on a CPU: LAPACK's threads spin for a while after a factorization, on the cores of what comes next.
 
 Gradients: a LLaMA of the preset's width with two layers on the source of Python's standard library (or --data), AdamW with 256
 tokens a step; the gradients of 2,048 tokens with respect to the last layer's up_proj, at the start (--steps 0 10 20) and, the
@@ -191,7 +191,7 @@ def size(record: dict) -> str:
 
 def tpu_table(records: list[dict], timeout: int) -> str:
     lines = [
-        "| shape, rank | projector | TPU v5e compile, s | s of one core | code, MiB | factorisations in the HLO |",
+        "| shape, rank | projector | TPU v5e compile, s | s of one core | code, MiB | factorizations in the HLO |",
         "|---|---|---|---|---|---|",
     ]
     for r in records:

@@ -107,9 +107,13 @@ def test_every_benchmark_has_a_test():
         "step.py",
         "transport.py",
     }
-    # test_memory.py, test_generate.py, test_mesh.py, test_figures.py
-    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py", "report.py", "landing.py"}
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py", "_style.py"}
+    # test_memory.py, test_generate.py, test_mesh.py, test_figures.py, test_tables.py
+    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py", "report.py", "landing.py", "tables.py"}
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {
+        "_common.py",
+        "_gpu.py",
+        "_style.py",
+    }
 
 
 def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
