@@ -46,5 +46,5 @@ def _rest(module: griffe.Module, public: set[str]) -> Iterator[str]:
             if member.path in public:
                 yield from (f"::: {member.path}.{name}" for name in names)
             else:
-                yield f"::: {member.path}\n    options: {{ members: [{', '.join(names)}] }}"
+                yield f"::: {member.path}\n    options: {{ heading_level: 2, members: [{', '.join(names)}] }}"
             yield from _rest(member, public)

@@ -40,7 +40,7 @@ def _rewrite(obj: griffe.Object, package: griffe.Module) -> None:
 
 
 def _list_fields(kind: griffe.Class) -> None:
-    """Moves what is said of the fields of a class into its docstring."""
+    """Moves what is said of the fields of a class into its docstring, and gives a NamedTuple its signature."""
     fields = [member for member in kind.members.values() if member.is_attribute and "property" not in member.labels]
     lines = []
     for field in fields:
@@ -50,6 +50,10 @@ def _list_fields(kind: griffe.Class) -> None:
         field.docstring = None
     if lines and kind.docstring is not None:
         kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+    if fields and any(str(base) == "NamedTuple" for base in kind.bases):
+        positional = griffe.ParameterKind.positional_or_keyword
+        parameters = [griffe.Parameter(f.name, annotation=f.annotation, kind=positional, default=f.value) for f in fields]
+        kind.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
 
 
 def _comment(field: griffe.Object) -> str:
