@@ -11,8 +11,6 @@ import select
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable
 from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")

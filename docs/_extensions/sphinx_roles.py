@@ -1,7 +1,7 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings as Markdown: :func:`galore` becomes a link into the reference, a doctest a block of code, and ``(*batch, m, n)`` keeps
-its asterisk.  The fields of a class become a list in its docstring: what is said under a field, behind it, or above it.
+"""Docstrings as Markdown: :func:`galore` becomes a link into the reference, a doctest a block of code, and ``(*batch, m, n)``
+keeps its asterisk.  The fields of a class become a list in its docstring: what is said under a field, behind it, or above it.
 
 A name without a module is looked for in the class of the docstring, in its module, and in the packages around it.  A private one
 stays plain code.
@@ -52,7 +52,9 @@ def _list_fields(kind: griffe.Class) -> None:
         kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
     if fields and any(str(base) == "NamedTuple" for base in kind.bases):
         positional = griffe.ParameterKind.positional_or_keyword
-        parameters = [griffe.Parameter(f.name, annotation=f.annotation, kind=positional, default=f.value) for f in fields]
+        parameters = [
+            griffe.Parameter(f.name, annotation=f.annotation, kind=positional, default=f.value) for f in fields
+        ]
         kind.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
 
 
