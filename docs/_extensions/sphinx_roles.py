@@ -53,7 +53,9 @@ def _list_fields(kind: griffe.Class) -> None:
     if fields and any(str(base) == "NamedTuple" for base in kind.bases):
         positional = griffe.ParameterKind.positional_or_keyword
         parameters = [
-            griffe.Parameter(f.name, annotation=f.annotation, kind=positional, default=f.value) for f in fields
+            griffe.Parameter(field.name, annotation=field.annotation, kind=positional, default=field.value)
+            for field in fields
+            if field.annotation is not None
         ]
         kind.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
 
