@@ -52,7 +52,12 @@ ROWS = {
     "galore 8-bit": {"optimizer": "galore_adamw_8bit", **BF16},
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
     "q_galore (int8 weights), layer-wise": {"optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE},
-    "q_apollo_mini (int8 weights), layer-wise": {"optimizer": "q_apollo_mini", "rank": 1, "weights": "int8", **LAYERWISE},
+    "q_apollo_mini (int8 weights), layer-wise": {
+        "optimizer": "q_apollo_mini",
+        "rank": 1,
+        "weights": "int8",
+        **LAYERWISE,
+    },
 }
 
 OPTIMIZERS = {"adamw": "AdamW", "galore": "GaLore", "q_galore": "Q-GaLore", "q_apollo_mini": "Q-APOLLO-Mini"}

@@ -36,6 +36,8 @@ from galore_jax._core.names import did_you_mean
 from galore_jax._install import how_to_install
 from galore_jax.planning.traffic import Traffic, traffic
 
+__all__ = ["TARGETS", "Plan", "Target", "compile_for", "compile_only", "target"]
+
 _MIB, _GIB = 2**20, 2**30
 
 

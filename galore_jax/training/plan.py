@@ -28,6 +28,8 @@ from galore_jax.training.mesh import axis_sizes, make_mesh
 from galore_jax.training.program import Program, program
 from galore_jax.weights import dequantize
 
+__all__ = ["PlanConfig", "plan"]
+
 Row = dict[str, Any]
 
 
