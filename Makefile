@@ -4,7 +4,7 @@
 #                    documentation, the notebooks, the examples and the benchmarks
 # make test-newest   tests the core on the newest Python here with the newest jax
 # make docs          builds the documentation site into build/site
-# make package       builds the wheel and the sdist, and tries each in an empty environment
+# make package       builds the wheel and the sdist into dist, and tries each in an empty environment
 # Each sets up the environment that it needs.  PYTHON=python3.12 chooses the interpreter, ARGS="--steps 50" adds flags to pretrain.
 
 PYTHON ?= python3

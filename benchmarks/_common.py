@@ -1,9 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks share: a LLaMA on real text, its gradients, and programs compiled for a TPU that is not there."""
+"""What the benchmarks share: a LLaMA on real text, its gradients, programs compiled for a TPU that is not there, and tables."""
 
 import functools
 import os
+import pathlib
 import re
 import sys
 import time
@@ -167,3 +168,10 @@ def factorisations_in(text: str) -> list[str]:
     operations = {name.lower() for name in re.findall(r"(?:custom_call_target=\"|@|stablehlo\.|= \S+ )([\w.]+)", text)}
     words = {word for name in operations for word in re.split(r"[^a-z]+", name)}
     return sorted({known for known in FACTORISATIONS for name in operations if known in name} | ({"qr"} & words))
+
+
+def put_between(page: pathlib.Path, name: str, text: str) -> None:
+    """Replaces the text of a page between its two markers of that name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")

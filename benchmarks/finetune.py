@@ -12,7 +12,7 @@ train.jsonl, which no run learns from, is then given --steps, one pass over the 
 test.jsonl: so the test rows choose nothing.  The error of an accuracy p on n rows is the binomial sqrt(p (1 - p) / n).
 
 The benchmark may be interrupted at any time; the same command goes on where it was.  Prints a Markdown table, and writes
-OUT/finetune.json, OUT/finetune.md and OUT/finetune.png.
+OUT/finetune.json, OUT/finetune.md, OUT/finetune-light.svg and OUT/finetune-dark.svg.
 """
 
 import argparse
@@ -22,9 +22,9 @@ import pathlib
 import shutil
 import sys
 
-import matplotlib
-import matplotlib.pyplot as plt
-from matplotlib import ticker
+from _style import Theme, save, title
+from matplotlib import pyplot as plt, ticker
+from matplotlib.figure import Figure
 
 from galore_jax.training import FinetuneConfig, run_finetune
 from galore_jax.training.checkpoint import saved_steps
@@ -42,7 +42,6 @@ SETTINGS = {
     "GaLore r=8": {"optimizer": "galore_adamw", "rank": 8, "scale": 8.0},
     "Fira r=8": {"optimizer": "fira_adamw", "rank": 8, "scale": 8.0},
 }
-COLORS = {"AdamW": "tab:gray", "LoRA": "tab:orange", "GaLore": "tab:blue", "Fira": "tab:green"}
 
 
 def write_rows(args: argparse.Namespace) -> dict[str, int]:
@@ -133,30 +132,44 @@ def table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(args: argparse.Namespace, results: dict[str, dict], rows: dict[str, int]) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    columns = [
-        ("optimizer state (MiB)", lambda r: r["optimizer_state_bytes"] / 2**20),
-        ("minutes", lambda r: r["minutes"]),
-    ]
-    for axes, (label, x) in zip(panels, columns, strict=True):
-        for name, r in results.items():
-            marker = {"marker": "s" if "r=4" in name else "o", "color": COLORS[name.split()[0]], "capsize": 3}
-            axes.errorbar(x(r), r["accuracy"], r["error"], label=name, linestyle="none", **marker)
-        if args.baseline is not None:
-            axes.axhline(args.baseline, color="black", linestyle=":", linewidth=1, label="baseline")
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_xscale("log")
-    panels[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
-    panels[0].xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
-    panels[0].xaxis.set_minor_locator(ticker.NullLocator())
-    panels[0].set_ylabel(f"accuracy on {rows['test']:,} held-out rows")
-    panels[1].set_xlim(left=0)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
-    figure.suptitle(f"{args.model.name}, {args.steps} steps of {BATCH} of {rows['train']:,} rows")
-    figure.savefig(args.out / "finetune.png", dpi=150)
+def plot(written: dict, out: pathlib.Path) -> None:
+    """Of the content of finetune.json."""
+    save(lambda theme: picture(written, theme), out, "finetune")
+
+
+def picture(written: dict, theme: Theme) -> Figure:
+    """Accuracy, with its error, against bytes of optimizer state."""
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    colors = {"AdamW": theme.faint, "LoRA": theme.yellow, "GaLore": theme.blue, "Fira": theme.green}
+    for name, r in written["results"].items():
+        look = {
+            "marker": "s" if "r=4" in name else "o",
+            "color": colors[name.split()[0]],
+            "capsize": 3,
+            "linestyle": "none",
+        }
+        place = r["optimizer_state_bytes"] / 2**20, 100 * r["accuracy"]
+        axis.errorbar(*place, 100 * r["error"], **look)
+        axis.annotate(name, place, xytext=(7, 4), textcoords="offset points")
+    if written["baseline"] is not None:
+        axis.axhline(100 * written["baseline"], color=theme.text, linestyle=":", linewidth=1)
+        where = {
+            "xycoords": axis.get_yaxis_transform(),
+            "textcoords": "offset points",
+            "xytext": (-4, 4),
+            "ha": "right",
+        }
+        axis.annotate("baseline", (1, 100 * written["baseline"]), fontsize=9, **where)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.margins(x=0.12)
+    axis.set(xlabel="optimizer state, MiB, logarithmic", ylabel="accuracy, %")
+    axis.grid()
+    steps, rows = written["steps"], written["rows"]
+    title(figure, f"Accuracy on {rows['test']:,} held-out rows after {steps} steps of {written['batch']} rows")
+    return figure
 
 
 def arguments() -> argparse.Namespace:
@@ -203,16 +216,16 @@ def check_same(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
-    matplotlib.use("Agg")
     check_same(args)
     rows = write_rows(args)
     results = {}
     for name in args.only:
         results[name] = result_of(args, name)
-        written = {"rows": rows, "batch": BATCH, "steps": args.steps, "rates": args.rates, "results": results}
+        written = {"rows": rows, "batch": BATCH, "steps": args.steps, "rates": args.rates, "baseline": args.baseline}
+        written["results"] = results
         (args.out / "finetune.json").write_text(json.dumps(written, indent=2) + "\n")
         (args.out / "finetune.md").write_text(table(results) + "\n")
-    plot(args, results, rows)
+    plot(written, args.out)
     print(table(results))
 
 

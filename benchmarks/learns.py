@@ -4,15 +4,17 @@
 
     python benchmarks/learns.py OUT        about half an hour on two cores; a run that is already in OUT is not repeated
 
-GaLore keeps a quarter of the rank.  Prints a Markdown table, and writes OUT/learns.json and OUT/learns.png.
+GaLore keeps a quarter of the rank.  Prints a Markdown table, and writes OUT/learns.json and a picture, OUT/learns-light.svg
+and OUT/learns-dark.svg.
 """
 
 import argparse
 import json
 import pathlib
 
-import matplotlib
-import matplotlib.pyplot as plt
+from _style import Theme, save, title
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from galore_jax.training import PretrainConfig, run_pretrain
 
@@ -35,25 +37,23 @@ def summary_of(out: pathlib.Path, optimizer: str, learning_rate: float, steps: i
     return run_pretrain(config)
 
 
-def plot(out: pathlib.Path, results: dict[str, dict[float, dict]]) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (optimizer, by_rate), color in zip(results.items(), ("tab:gray", "tab:blue"), strict=True):
+def picture(out: pathlib.Path, results: dict[str, dict[float, dict]], theme: Theme) -> Figure:
+    """Validation losses of all runs, the best of each optimizer in full color."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for (optimizer, by_rate), color in zip(results.items(), (theme.faint, theme.blue), strict=True):
         best = min(by_rate, key=lambda rate: by_rate[rate]["final_val_loss"])
         for rate in by_rate:
             lines = (out / f"{optimizer}-{rate:g}" / "metrics.jsonl").read_text().splitlines()
             points = [(r["step"], r["val_loss"]) for r in map(json.loads, lines) if "val_loss" in r]
-            axes.plot(
-                *zip(*points, strict=True),
-                color=color,
-                alpha=1 if rate == best else 0.35,
-                marker="o",
-                label=f"{optimizer}, learning rate {rate:g}" + (" (best)" if rate == best else ""),
+            label = f"{optimizer}, learning rate {rate:g}" + (" (best)" if rate == best else "")
+            axis.plot(
+                *zip(*points, strict=True), color=color, alpha=1 if rate == best else 0.35, marker="o", label=label
             )
-    axes.set(
-        xlabel="step", ylabel="validation loss (nats a byte)", title="The demo run: GaLore at rank 1/4 beside AdamW"
-    )
-    axes.legend()
-    figure.savefig(out / "learns.png", dpi=150)
+    axis.set(xlabel="step", ylabel="validation loss, nats a byte")
+    axis.grid()
+    axis.legend()
+    title(figure, "The demo run: GaLore at a quarter of the rank beside AdamW")
+    return figure
 
 
 def main() -> None:
@@ -64,7 +64,6 @@ def main() -> None:
     parser.add_argument("--adamw", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="its learning rates")
     parser.add_argument("--galore-adamw", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="its learning rates")
     args = parser.parse_args()
-    matplotlib.use("Agg")
     results = {
         optimizer: {rate: summary_of(args.out, optimizer, rate, args.steps, args.data) for rate in rates}
         for optimizer, rates in {"adamw": args.adamw, "galore_adamw": args.galore_adamw}.items()
@@ -81,7 +80,7 @@ def main() -> None:
         f"\nGaLore's best validation loss is {ratio:.4f} of AdamW's ({best['galore_adamw']:.4f} and {best['adamw']:.4f})."
     )
     (args.out / "learns.json").write_text(json.dumps({"runs": results, "best": best, "ratio": ratio}, indent=2) + "\n")
-    plot(args.out, results)
+    save(lambda theme: picture(args.out, results, theme), args.out, "learns")
 
 
 if __name__ == "__main__":

@@ -2,26 +2,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory does a training step take?  Models x optimizers x targets, by the compiler's plan; nothing is run.
 
-    pip install 'galore-jax[plan]'
+    pip install '.[plan]'
     python benchmarks/memory.py OUT                       60m to 13b for an RTX 4090; a program is compiled for each row
     python benchmarks/memory.py OUT --models 7b --targets rtx4090 tpu-v5e
 
 One sequence of 256 tokens, the step of ``galore-jax pretrain``, refresh included.  Peak is arguments + outputs - aliased +
-temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json,
-OUT/memory.png with all models and OUT/parts.png with the parts of the 7b (or the largest) one, and prints a Markdown table.
+temporaries.  A row that is already in OUT is not compiled again, so a run that was cut short goes on.  Writes OUT/memory.json and
+two pictures (-light.svg and -dark.svg): OUT/models of all models, and OUT/memory of the parts of the 7b (or the largest) one.
+Prints a Markdown table.
 
 Beside ours stand the paper's figures (arXiv 2403.03507, Tables 2 and 3), which are estimates of another thing: bfloat16 weights
 and bfloat16 optimizer state, no gradients, no activations.  Ours has float32 or 8-bit state, because a bfloat16 second moment
-stops moving; and the paper's states are 8 to 21 % less than its own formula m r + 2 n r gives for its models.
+stops moving; and the paper's states are 8% to 21% less than its own formula m r + 2 n r gives for its models.
+
+A second table has models people fine-tune on cards people have, all of their parameters trained layer by layer, and what an
+H100 measured where it ran the same step.  It goes into OUT/cards.json unless --models is given, and from benchmarks/results into
+docs/memory.md and docs/seven-billion.md with
+
+    python benchmarks/memory.py benchmarks/results --write
+
+benchmarks/configs has the shapes of those from Hugging Face, as their config.json gives them.
 """
 
 import argparse
 import json
 import pathlib
+import re
+import statistics
+from typing import Any, NamedTuple
 
-import matplotlib
-import matplotlib.pyplot as plt
+from _common import put_between
+from _style import Theme, bars, beside, limit, save, title
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
+from galore_jax.planning.targets import TARGETS, Gpu
+from galore_jax.training import plan_report
 from galore_jax.training.plan import PlanConfig, plan
 from galore_jax.training.report import format_bytes
 
@@ -35,12 +51,16 @@ ROWS = {
     "galore": {"optimizer": "galore_adamw", **BF16},
     "galore 8-bit": {"optimizer": "galore_adamw_8bit", **BF16},
     "galore 8-bit, layer-wise": {"optimizer": "galore_adamw_8bit", **BF16, **LAYERWISE},
-    "q_galore (int8 weights), layer-wise": {
-        "optimizer": "q_galore_adamw_8bit", "proj_type": "reverse_std", "weights": "int8", **LAYERWISE,  # the least bytes
+    "q_galore (int8 weights), layer-wise": {"optimizer": "q_galore_adamw_8bit", "weights": "int8", **LAYERWISE},
+    "q_apollo_mini (int8 weights), layer-wise": {
+        "optimizer": "q_apollo_mini",
+        "rank": 1,
+        "weights": "int8",
+        **LAYERWISE,
     },
-}  # fmt: skip
+}
 
-PARTS = {"parameters": "#3b6fb6", "optimizer state": "#d1495b", "gradients, activations, workspace": "#edae49"}
+OPTIMIZERS = {"adamw": "AdamW", "galore": "GaLore", "q_galore": "Q-GaLore", "q_apollo_mini": "Q-APOLLO-Mini"}
 
 # GB of weights and optimizer state: Table 2, and for 7b Table 3.
 PAPER = {
@@ -52,14 +72,14 @@ PAPER = {
 
 
 def planned(model: str, name: str, target: str, args: argparse.Namespace) -> dict:
+    settings = {"rank": RANKS.get(model, 0.25)} | ROWS[name]
     chosen = PlanConfig(
         model=model,
-        rank=RANKS.get(model, 0.25),
         target=target,
         batch=args.batch,
         seq=args.seq,
         clip=0.0,  # a bound on the global norm keeps all gradients of a plain step
-        **ROWS[name],
+        **settings,
     )
     row = plan(chosen)
     if row["missing"]:
@@ -83,70 +103,284 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: pathlib.Path) -> None:
-    """Peaks of the first target, a group of bars for each model, with the memory of the target as a line."""
-    target = rows[0]["target"]
-    rows = [row for row in rows if row["target"] == target and row["peak_bytes"] is not None]
+ROOT = pathlib.Path(__file__).parent.parent
+MEMORY, SEVEN_BILLION = ROOT / "docs" / "memory.md", ROOT / "docs" / "seven-billion.md"
+GPU = ROOT / "benchmarks" / "gpu" / "gpu.json"
+
+CARDS = {"rtx4090": "RTX 4090", "rtx4060ti-16gb": "RTX 4060 Ti", "rtx3060-12gb": "RTX 3060", "rtx4060": "RTX 4060"}
+SHAPES = {"LLaMA 7B": "7b", "LLaMA 13B": "13b"}
+"""The models that are presets; the others have a config.json."""
+Q_GALORE, INT8, SMALLEST = "q_galore_adamw_8bit", {"weights": "int8"}, {"proj_type": "reverse_std"}
+MARGIN = 0.05
+"""The share of a card that XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 leaves to the driver."""
+
+
+class Case(NamedTuple):
+    """A model on a card, and one way to train all of its parameters."""
+
+    model: str  # its name for people
+    card: str
+    optimizer: str
+    settings: dict[str, Any]
+    measured: str = ""  # the row of gpu.json that ran this step in a process with no more memory than the card has
+
+    @property
+    def config(self) -> PlanConfig:
+        shape = SHAPES.get(self.model, f"benchmarks/configs/{self.model.lower()}.json")
+        common = {"layerwise": True, "clip": 0.0, "diagnostics": False}
+        return PlanConfig(model=shape, target=self.card, optimizer=self.optimizer, **common, **self.settings)
+
+    @property
+    def key(self) -> str:
+        """The flags of galore-jax plan.
+
+        >>> Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024}).key
+        '--model 7b --optimizer galore_adamw_8bit --rank 1024 --layerwise --clip 0 --no-diagnostics --target rtx4090'
+        """
+        chosen = "".join(f" --{name.replace('_', '-')} {value}" for name, value in self.settings.items())
+        model = f"--model {self.config.model} --optimizer {self.optimizer}{chosen}"
+        return f"{model} --layerwise --clip 0 --no-diagnostics --target {self.card}"
+
+
+KEPT = (
+    "params_bytes", "optimizer_state_bytes", "optimizer_state", "gradient_bytes", "temporary_bytes", "peak_bytes", "target_bytes",
+    "compile_seconds",
+)  # fmt: skip
+CASES = [
+    Case("Qwen3-8B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
+    Case("Qwen3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 128, **INT8}),
+    Case("Qwen3-8B", "rtx4060ti-16gb", "q_apollo_mini", {"rank": 1, **INT8}),
+    Case("Llama-3-8B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
+    Case(
+        "Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST},
+        "a: llama3-8b int8, q_galore_adamw_8bit, 1 x 256",
+    ),
+    Case("Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 256, **INT8}),
+    Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8}),
+    Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx4060ti-16gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
+    Case("Gemma-3-4B", "rtx3060-12gb", "q_apollo_mini", {"rank": 1, **INT8}),
+    Case("Qwen3-1.7B", "rtx4060", "galore_adamw_8bit", {"rank": 512}),
+    Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024}, "a: 7b bf16, galore_adamw_8bit, 1 x 256"),
+    Case("LLaMA 7B", "rtx4090", "galore_adamw_8bit", {"rank": 1024, "batch": 16, "accumulate": 16}),
+    Case("LLaMA 7B", "rtx4090", Q_GALORE, {"rank": 1024, **INT8}),
+    Case(
+        "LLaMA 7B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST},
+        "a: 7b int8, q_galore_adamw_8bit, 1 x 256",
+    ),
+]  # fmt: skip
+
+
+def planned_cards(out: pathlib.Path) -> dict[str, dict]:
+    """The plans of all cases, by key; those that OUT/cards.json lacks are compiled and written to it."""
+    file = out / "cards.json"
+    done = json.loads(file.read_text()) if file.exists() else {}
+    for case in CASES:
+        if case.key not in done:
+            row = plan(case.config)
+            if row["missing"]:
+                raise SystemExit(row["missing"])
+            done[case.key] = {name: row[name] for name in KEPT}
+            file.write_text(json.dumps(done, indent=2) + "\n")
+            print(f"{case.key}: {done[case.key]['peak_bytes']} bytes", flush=True)
+    return {case.key: done[case.key] for case in CASES}
+
+
+def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
+    """The table of models on cards.
+
+    Args:
+      plans: from :func:`planned_cards`.
+      runs: the rows of gpu.json.
+    """
+    lines = ["| model | card | how | weights | state | planned peak | fits | measured |", "|---" * 8 + "|"]
+    order = list(dict.fromkeys(case.model for case in CASES))
+    for case in sorted(CASES, key=lambda case: (order.index(case.model), -plans[case.key]["target_bytes"])):
+        row = plans[case.key]
+        memory, peak = row["target_bytes"], row["peak_bytes"]
+        fits = "no" if peak > memory else "barely" if peak > (1 - MARGIN) * memory else "yes"
+        rank = f", rank {case.settings['rank']}" if "rank" in case.settings else ""
+        side = ", `reverse_std`" if "proj_type" in case.settings else ""
+        several = f", {case.config.batch} sequences" if case.config.batch > 1 else ""
+        how = f"`{case.optimizer}`{rank}{side}, {case.config.weights or 'bf16'} weights{several}"
+        lines.append(
+            f"| {case.model} | {CARDS[case.card]}, {gib(memory)} | {how} "
+            f"| {gib(row['params_bytes'])} | {gib(row['optimizer_state_bytes'])} | {gib(peak)} | {fits} "
+            f"| {measured(runs.get(case.measured))} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def adamw() -> str:
+    """What a plain step of AdamW keeps at least: no activations, and nothing compiled."""
+    lines = ["| model | parameters | weights | gradients | AdamW's state | together |", "|---" * 6 + "|"]
+    for model in dict.fromkeys(case.model for case in CASES):
+        config = next(case for case in CASES if case.model == model).config.model_config()
+        sizes = [2 * config.num_params, 2 * config.num_params, 8 * config.num_params]
+        lines.append(
+            f"| {model} | {config.num_params / 1e9:.2f} billion | " + " | ".join(map(gib, [*sizes, sum(sizes)])) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def large_runs(runs: dict[str, dict]) -> str:
+    """The steps of large models that an H100 ran, in processes with less memory."""
+    columns = (
+        "step, sequences x tokens",
+        "memory",
+        "plan",
+        "peak",
+        "median step",
+        "tokens a second",
+        "loss of 5 steps",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for run in runs.values():
+        if run["part"] != "a" or run["kind"] != "memory":
+            continue
+        cells = [run["name"], f"{run['limit']:.2f} GiB", gib(run["plan_bytes"]), measured(run)]
+        if run["status"] == "done":
+            seconds = statistics.median(run["steps_seconds"])
+            losses = ", ".join(f"{loss:.2f}" for loss in run["losses"])
+            cells += [f"{1e3 * seconds:.0f} ms", f"{run['tokens'] / seconds:,.0f}", losses]
+        lines.append("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def printed(case: Case, plan: dict) -> str:
+    """What galore-jax plan prints for a case, as a block of a page."""
+    row = plan | {"optimizer": case.optimizer, "platform": "cuda", "fits": plan["peak_bytes"] <= plan["target_bytes"]}
+    row |= {"devices": 1, "traffic": None, "refusal": None, "missing": None}
+    return f"```console\n$ galore-jax plan {case.key}\n{plan_report.table(case.config, [row])}\n```\n"
+
+
+def tables(plans: dict[str, dict], runs: dict[str, dict]) -> dict[tuple[pathlib.Path, str], str]:
+    """What the pages have of this, by page and name."""
+    seven = next(case for case in CASES if case.model == "LLaMA 7B")
+    return {
+        (MEMORY, "adamw"): adamw(),
+        (MEMORY, "models on cards"): cards(plans, runs),
+        (SEVEN_BILLION, "plan"): printed(seven, plans[seven.key]),
+        (SEVEN_BILLION, "measured"): large_runs(runs),
+    }
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def measured(run: dict | None) -> str:
+    """What the H100 said, in a process limited to the card's memory."""
+    if run is None:
+        return ""
+    if run["status"] == "done":
+        return gib(run["allocator"]["peak_bytes_in_use"])
+    return "out of memory"
+
+
+def plot(rows: list[dict], out: pathlib.Path) -> None:
+    """Peaks of all models, and the parts of one, on the first target."""
+    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["peak_bytes"] is not None]
+    save(lambda theme: peaks(rows, theme), out, "models")
+    sizes = {row["model"]: row["params_bytes"] for row in rows}
+    model = "7b" if "7b" in sizes else max(sizes, key=sizes.__getitem__)
+    save(lambda theme: parts([row for row in rows if row["model"] == model], theme), out, "memory")
+
+
+def peaks(rows: list[dict], theme: Theme) -> Figure:
+    """A group of bars for each model, and the memory of the target as a line."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    width = 0.85 / len(ROWS)
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 1.35 * len(models)), layout="constrained")
+    height = 0.85 / len(ROWS)
     for number, name in enumerate(ROWS):
         found = {row["model"]: row["peak_bytes"] / 2**30 for row in rows if row["name"] == name}
-        places = [models.index(model) + (number - (len(ROWS) - 1) / 2) * width for model in found]
-        axis.bar(places, list(found.values()), width, label=name, color=f"C{number}")
-    memory = rows[0]["target_bytes"] / 2**30
-    axis.axhline(memory, color="black", linewidth=1, linestyle="--")
-    axis.annotate(f"{target}: {memory:.1f} GiB", (len(models) - 0.5, memory), ha="right", va="bottom")
-    axis.set(yscale="log", ylabel="GiB", title="Memory of one training step, by the compiler's plan")
-    axis.set_xticks(range(len(models)), models)
-    axis.grid(alpha=0.25, axis="y", which="both")
-    axis.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+        places = [models.index(model) + (number - (len(ROWS) - 1) / 2) * height for model in found]
+        color = plt.get_cmap("viridis")(number / (len(ROWS) - 1))
+        axis.barh(places, list(found.values()), height, label=optimizer_name(name), color=color)
+    bars(axis)
+    axis.set_yticks(range(len(models)), [model_name(model) for model in models])
+    axis.set(xscale="log", xlabel="GiB, logarithmic")
+    limit(axis, rows[0]["target_bytes"] / 2**30, card(rows[0]), theme)
+    title(figure, "Peak memory of one training step")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
-def plot_parts(rows: list[dict], path: pathlib.Path) -> None:
-    """What the peaks of one model on the first target are made of: a bar for each way to train it."""
-    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["peak_bytes"] is not None]
-    models = {row["model"]: row["params_bytes"] for row in rows}
-    model = "7b" if "7b" in models else max(models, key=models.get)
-    rows = [row for row in rows if row["model"] == model]
-    names, left = [row["name"].replace(", ", ",\n") for row in rows], [0.0] * len(rows)
-    figure, axis = plt.subplots(figsize=(6.4, 3.9), layout="constrained")
+def parts(rows: list[dict], theme: Theme) -> Figure:
+    """What the peaks of one model are made of: a bar for each way to train it."""
+    figure, axis = plt.subplots(figsize=(8, 1.4 + 0.48 * len(rows)), layout="constrained")
     exact = [(row["params_bytes"], row["optimizer_state_bytes"]) for row in rows]
     rest = [row["peak_bytes"] - sum(sizes) for row, sizes in zip(rows, exact, strict=True)]
-    for (part, color), column in zip(PARTS.items(), [*zip(*exact, strict=True), rest], strict=True):
+    names, left = [optimizer_name(row["name"]) for row in rows], [0.0] * len(rows)
+    colors = {"weights": theme.blue, "optimizer state": theme.red, "gradients, activations, workspace": theme.yellow}
+    for (part, color), column in zip(colors.items(), [*zip(*exact, strict=True), rest], strict=True):
         sizes = [size / 2**30 for size in column]
-        axis.barh(names, sizes, left=left, color=color, label=part)
+        axis.barh(names, sizes, 0.65, left=left, color=color, label=part)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for name, row in zip(names, rows, strict=True):
-        axis.annotate(
-            f"{row['peak_bytes'] / 2**30:.1f}", (row["peak_bytes"] / 2**30, name), xytext=(4, 0), va="center",
-            textcoords="offset points", bbox={"color": "white", "pad": 0.5},
-        )  # fmt: skip
     memory = rows[0]["target_bytes"] / 2**30
-    axis.axvline(memory, color="black", linewidth=1, linestyle="--", label=f"{rows[0]['target']}: {memory:.1f} GiB")
-    axis.set(xlabel="GiB", title=f"Memory of one training step, {model}")
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=200)
+    for number, end in enumerate(left):
+        beside(axis, end, number, f"{end:.1f} GiB", memory)
+    bars(axis)
+    axis.set(xlabel="GiB", xlim=(0, 1.15 * max(memory, *left)))
+    limit(axis, memory, card(rows[0]), theme)
+    title(figure, f"Peak memory of one training step, {model_name(rows[0]['model'])}")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def optimizer_name(name: str) -> str:
+    """A row for people.
+
+    >>> optimizer_name("q_galore (int8 weights), layer-wise")
+    'Q-GaLore (int8 weights), layer-wise'
+    """
+    first, *others = re.split(r"(?=[ ,])", name, maxsplit=1)
+    return "".join([OPTIMIZERS.get(first, first), *others])
+
+
+def model_name(model: str) -> str:
+    """A size of LLaMA for people.
+
+    >>> model_name("350m")
+    '350M LLaMA'
+    """
+    return f"{model.upper()} LLaMA"
+
+
+def card(row: dict) -> str:
+    """A target for people.
+
+    >>> card({"target": "rtx4090", "target_bytes": 25383253115})
+    'RTX 4090, 23.6 GiB usable'
+    """
+    hardware = TARGETS[row["target"]].hardware if row["target"] in TARGETS else None
+    name = hardware.description if isinstance(hardware, Gpu) else row["target"]
+    return f"{name.removeprefix('NVIDIA ').removeprefix('GeForce ')}, {row['target_bytes'] / 2**30:.1f} GiB usable"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the results")
-    parser.add_argument("--models", nargs="+", default=list(RANKS))
+    parser.add_argument(
+        "--models", nargs="+", help="only the first table, and of it these; 60m to 13b if nothing is said"
+    )
     parser.add_argument("--targets", nargs="+", default=["rtx4090"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--write", action="store_true", help="compile nothing, and put OUT/cards.json into the pages")
     args = parser.parse_args()
-    matplotlib.use("Agg")
+    runs = json.loads(GPU.read_text())["rows"]
+    if args.write:
+        for (page, name), text in tables(json.loads((args.out / "cards.json").read_text()), runs).items():
+            put_between(page, name, text)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "memory.json"
     done = json.loads(file.read_text()) if file.exists() else {}
     rows = []
     for target in args.targets:
-        for model in args.models:
+        for model in args.models or RANKS:
             for name in ROWS:
                 key = f"{model}, {name}, {target}, {args.batch} x {args.seq}"
                 if key not in done:
@@ -154,9 +388,10 @@ def main() -> None:
                     file.write_text(json.dumps(done, indent=2) + "\n")
                     print(f"{key}: {done[key]['peak_bytes']} bytes", flush=True)
                 rows.append(done[key])
-    plot(rows, args.out / "memory.png")
-    plot_parts(rows, args.out / "parts.png")
+    plot(rows, args.out)
     print(table(rows))
+    if args.models is None:
+        print("\n".join(tables(planned_cards(args.out), runs).values()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Exact bytes of optimizer state for the LLaMA presets, as the Markdown table in the README: no array is allocated.
+"""Exact bytes of optimizer state for the LLaMA presets, as a Markdown table: no array is allocated.
 
 python benchmarks/optimizer_bytes.py             prints the table
-python benchmarks/optimizer_bytes.py --write     puts it into README.md, between its two markers
+python benchmarks/optimizer_bytes.py --write     writes it to docs/_snippets/optimizer_bytes.md, which pages include
 """
 
 import argparse
@@ -17,8 +17,7 @@ import galore_jax
 from galore_jax.models import Llama, LlamaConfig
 
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}  # the paper's, its Table 2 and section 5.5
-README = pathlib.Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- --8<-- [start:optimizer_bytes] -->\n", "<!-- --8<-- [end:optimizer_bytes] -->\n"
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "_snippets" / "optimizer_bytes.md"
 
 
 def abstract_params(model: str) -> nnx.State:
@@ -62,13 +61,10 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help=f"write the table to {PAGE.name} too")
     text = table()
     if parser.parse_args().write:
-        readme = README.read_text()
-        before, rest = readme.split(BEGIN)
-        _, after = rest.split(END)
-        README.write_text(before + BEGIN + text + END + after)
+        PAGE.write_text(text)
     print(text, end="")
 
 

@@ -22,7 +22,8 @@ bytes is better than.
 
 Low-rank optimizers keep --rank of each matrix's smaller side.  State is counted for the matrices, in bytes, and as a share of
 AdamW's.  The update's RMS is the mean over the run of the root mean square of what is added to the matrices, over the rate.
-Writes OUT/runs/*.json, OUT/quality.json and OUT/quality.png, and prints a Markdown table.
+Writes OUT/runs/*.json, OUT/quality.json and three pictures (-light.svg and -dark.svg), OUT/quality-state, OUT/quality-rates and
+OUT/quality-steps: the loss against state, against learning rates and against steps.  Prints a Markdown table.
 """
 
 import argparse
@@ -40,13 +41,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
-import matplotlib.ticker
 import numpy as np
 import optax
 from _common import language_text
+from _style import Theme, save, title
 from flax import nnx
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 import galore_jax
 from galore_jax._core.state_fields import Kind, kinds
@@ -61,7 +64,6 @@ from galore_jax.training.step import token_losses
 
 ADAMW, MUON = "adamw", "optax_muon-b.95"
 # So many points in the picture that only those with several seeds, or with the lowest loss for their bytes, get names.
-MANY = 40
 ALWAYS_AGAIN = (ADAMW, MUON, "galore_adamw")
 
 
@@ -574,6 +576,8 @@ def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int, front
         found = best[name]
         others = [runs.get(name, found["learning_rate"], seed) for seed in range(1, seeds)] if name in again else []
         losses = [record["val_loss"] for record in (found, *others) if record is not None]
+        several = {"loss": statistics.fmean(losses), "seeds": len(losses)}
+        several["deviation"] = statistics.stdev(losses) if len(losses) > 1 else None
         line = {
             key: found[key]
             for key in (
@@ -581,8 +585,8 @@ def summaries(runs: Runs, best: dict[str, dict], seeds: int, leaders: int, front
                 "seconds_per_step",
             )
         }  # fmt: skip
-        lines.append(line | {"val_losses": losses, "share": adamw and found["matrix_state_bytes"] / adamw})
-    return sorted(lines, key=lambda line: statistics.fmean(line["val_losses"]))
+        lines.append(line | several | {"val_losses": losses, "share": adamw and found["matrix_state_bytes"] / adamw})
+    return sorted(lines, key=lambda line: line["loss"])
 
 
 def table(lines: list[dict]) -> str:
@@ -593,82 +597,143 @@ def table(lines: list[dict]) -> str:
         "s a step",
     ]  # fmt: skip
     text = [heads, ["---"] * len(heads)]
-    reference = next((statistics.fmean(line["val_losses"]) for line in lines if line["optimizer"] == ADAMW), None)
+    reference = next((line["loss"] for line in lines if line["optimizer"] == ADAMW), None)
     for line in lines:
-        losses = line["val_losses"]
         tried = {rate: f"{loss:.3f}" for rate, loss in line["tried"].items()}
-        tried[f"{line['learning_rate']:g}"] = f"**{losses[0]:.3f}**"
-        mean = statistics.fmean(losses)
-        several = f" ± {statistics.stdev(losses):.4f} ({len(losses)} seeds)" if len(losses) > 1 else ""
+        best, mean = f"{line['learning_rate']:g}", line["loss"]
+        tried[best] = f"**{tried[best]}**"
+        several = "" if line["deviation"] is None else f" ± {line['deviation']:.4f} ({line['seeds']} seeds)"
         text.append([
             line["optimizer"], *(tried.get(rate, "") for rate in rates), f"{mean:.4f}{several}",
             f"{mean / reference:.3f}" if reference else "", f"{line['matrix_state_bytes'] / 1e6:.2f}",
-            f"{line['bytes_per_weight']:.3f}",
+            f"{line['bytes_per_weight']:.2f}",
             "" if line["share"] is None else f"{line['share']:.1%}", f"{line['update_rms']:.2g}",
             f"{line['seconds_per_step']:.2f}",
         ])  # fmt: skip
     return "\n".join(f"| {' | '.join(cells)} |" for cells in text)
 
 
-def label_points(axis, points: list[tuple[float, float, str]]) -> None:
+def label_points(axis: Axes, points: list[tuple[float, float, str]], theme: Theme) -> None:
     """Names beside (x, y), the lowest first, each at least a line above those that it would cover."""
     axis.figure.draw_without_rendering()
     placed = []
     for x, y, name in sorted(points, key=lambda point: point[1]):
         left, bottom = axis.transData.transform((x, y))
-        right = left + 8 + 7 * len(name)
+        right = left + 10 + 6 * len(name)
         covered = [above for start, end, above in placed if start < right and left < end]
-        bottom = max([bottom, *(above for above in covered if above > bottom)])
+        bottom = max([bottom + (8 if placed else -11), *(above for above in covered if above > bottom)])
         placed.append((left, right, bottom + 15))
-        arrow = {"arrowstyle": "-", "linewidth": 0.5, "color": "0.5"}
+        arrow = {"arrowstyle": "-", "linewidth": 0.6, "color": theme.faint}
         axis.annotate(
-            name, (x, y), xytext=axis.transData.inverted().transform((left + 8, bottom)), textcoords="data", fontsize="small",
+            name, (x, y), xytext=axis.transData.inverted().transform((left + 10, bottom)), textcoords="data", fontsize="small",
             verticalalignment="center", arrowprops=arrow,
         )  # fmt: skip
 
 
-def plot(runs: Runs, lines: list[dict], path: pathlib.Path) -> None:
-    """Loss against state with names and the frontier; against steps and time in color for those with several seeds, if any."""
-    figure, axes = plt.subplot_mosaic(
-        [["state", "steps"], ["state", "clock"]], figsize=(14, 8.5), width_ratios=(1.5, 1), layout="constrained"
-    )
-    state, steps, clock = (axes[name] for name in ("state", "steps", "clock"))
-    several = any(len(line["val_losses"]) > 1 for line in lines)
-    colours = itertools.cycle(plt.rcParams["axes.prop_cycle"].by_key()["color"])
-    points = []
-    where = {x["optimizer"]: (x["matrix_state_bytes"] / 1e6, statistics.fmean(x["val_losses"])) for x in lines}
-    best = undominated(where)
-    state.step(
-        *np.array([where[name] for name in best]).T, where="post", color="0.6", linewidth=1, linestyle="--", zorder=1
-    )
+KINDS = {
+    "low-rank gradients": ("galore", "q_galore", "fira", "golore", "ldadam", "apollo", "grass"),
+    "low-rank weights": ("lora", "relora", "low_rank"),
+    "momentum of every direction": ("muon", "optax_muon"),
+    "others": ("",),
+}
+"""What an optimizer keeps state of, by the beginning of its name."""
+
+
+def kind_of(name: str) -> str:
+    """Of an optimizer.
+
+    >>> kind_of("galore_muon, keep"), kind_of("muon_8bit-b.9"), kind_of("adamw")
+    ('low-rank gradients', 'momentum of every direction', 'others')
+    """
+    return next(kind for kind, beginnings in KINDS.items() if name.startswith(beginnings))
+
+
+def colors_of(theme: Theme) -> dict[str, str]:
+    return dict(zip(KINDS, (theme.blue, theme.yellow, theme.purple, theme.faint), strict=True))
+
+
+def plot(runs: Runs, lines: list[dict], out: pathlib.Path, group: str) -> None:
+    save(lambda theme: against_state(lines, theme), out, f"{group}-state")
+    if any(len(line["tried"]) > 1 for line in lines):
+        save(lambda theme: against_rates(lines, theme), out, f"{group}-rates")
+    curves = {line["optimizer"]: runs.get(line["optimizer"], line["learning_rate"])["validation"] for line in lines}
+    save(lambda theme: against_steps(lines, curves, theme), out, f"{group}-steps")
+
+
+def frontier_of(lines: list[dict]) -> list[str]:
+    """The optimizers that nothing smaller is better than; a picture names these, and AdamW."""
+    return undominated({line["optimizer"]: (line["bytes_per_weight"], line["loss"]) for line in lines})
+
+
+def against_state(lines: list[dict], theme: Theme) -> Figure:
+    """Loss against bytes of state, with the frontier as a line."""
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    places = {line["optimizer"]: (line["bytes_per_weight"], line["loss"]) for line in lines}
+    best = frontier_of(lines)
+    axis.step(*np.array([places[name] for name in best]).T, where="post", color=theme.faint, linewidth=1, zorder=1)
+    for kind, color in colors_of(theme).items():
+        chosen = [line for line in lines if kind_of(line["optimizer"]) == kind]
+        if chosen:
+            points = np.array([places[line["optimizer"]] for line in chosen]).T
+            spread = [line["deviation"] or 0.0 for line in chosen]
+            axis.errorbar(*points, yerr=spread, color=color, fmt="o", label=kind, zorder=2)
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_xlim(-0.02, 30)
+    axis.xaxis.set_major_locator(FixedLocator([0, 0.1, 0.3, 1, 3, 8]))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="optimizer state, bytes a weight of the matrices", ylabel="validation loss, nats a byte")
+    axis.grid()
+    title(figure, "Loss against optimizer state")
+    figure.legend(loc="outside lower center", ncols=4)
+    label_points(axis, [(*places[name], name) for name in {*best, ADAMW} & places.keys()], theme)
+    return figure
+
+
+def against_rates(lines: list[dict], theme: Theme) -> Figure:
+    """Loss against learning rates."""
+    lines = [line for line in lines if len(line["tried"]) > 1]
+    curves = {line["optimizer"]: [(float(rate), loss) for rate, loss in line["tried"].items()] for line in lines}
+    figure, axis = in_color(lines, curves, theme)
+    axis.set_xscale("log")
+    rates = sorted({rate for curve in curves.values() for rate, _ in curve})
+    axis.xaxis.set_major_locator(FixedLocator(rates))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="learning rate of the matrices")
+    title(figure, "Loss against learning rate")
+    return figure
+
+
+def against_steps(lines: list[dict], curves: dict[str, list], theme: Theme) -> Figure:
+    """Loss during the run with the first seed, at the best learning rate."""
+    figure, axis = in_color(lines, curves, theme)
+    axis.set(xlabel="step")
+    title(figure, "Loss against steps")
+    return figure
+
+
+def in_color(lines: list[dict], curves: dict[str, list[tuple[float, float]]], theme: Theme) -> tuple[Figure, Axes]:
+    """The curves; those of the frontier and of the usual optimizers have colors and names."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    shown = {*frontier_of(lines), *ALWAYS_AGAIN}
+    colors = [theme.blue, theme.red, theme.yellow, theme.green, theme.purple, theme.text]
+    looks = ({"marker": marker, "color": color} for marker in itertools.cycle("os^") for color in colors)
     for line in lines:
-        name, losses = line["optimizer"], line["val_losses"]
-        shown = len(losses) > 1 or not several
-        look = {"color": next(colours) if shown else "0.75", "marker": "o", "zorder": 3 if shown else 2}
-        megabytes, mean = where[name]
-        state.errorbar(megabytes, mean, yerr=(max(losses) - min(losses)) / 2, linestyle="", **look)
-        if shown or name in best or len(lines) < MANY:
-            points.append((megabytes, mean, name))
-        record = runs.get(name, line["learning_rate"])
-        numbers, values = np.array(record["validation"]).T
-        for axis, x in ((steps, numbers), (clock, numbers * line["seconds_per_step"])):
-            axis.plot(x, values, markersize=3, linewidth=1, label=name if shown else None, **look)
-    state.set_xscale("symlog", linthresh=0.1)
-    state.set_xlim(-0.02, 8 * max(x for x, _ in where.values()))
-    state.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([0, 0.1, 0.3, 1, 3, 10, 30]))
-    state.xaxis.set_major_formatter("{x:g}")
-    state.set(xlabel="optimizer state of the matrices (MB)", ylabel="validation loss (nats a byte)")
-    state.set_title("Loss against state")
-    steps.set(xlabel="step", title="Loss against steps")
-    clock.set(xlabel="seconds of training", title="Loss against time")
-    low = min(min(line["val_losses"]) for line in lines)
-    for axis in (steps, clock):
-        axis.set_ylim(low - 0.03, low + 0.8)
-    for axis in (state, steps, clock):
-        axis.grid(alpha=0.25)
-    steps.legend(fontsize="small")
-    label_points(state, points)
-    figure.savefig(path, dpi=110)
+        name = line["optimizer"]
+        look = next(looks) | {"label": name} if name in shown else {"marker": "o", "color": theme.faint, "alpha": 0.3}
+        axis.plot(
+            *zip(*curves[name], strict=True),
+            markersize=4,
+            linewidth=1.4,
+            zorder=2 + (name in shown),
+            **look,
+        )
+    low = min(line["loss"] for line in lines)
+    axis.set_ylim(low - 0.03, low + 0.8)
+    axis.set(ylabel="validation loss, nats a byte")
+    axis.grid()
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure, axis
 
 
 def publish(lines: list[dict], contestants: dict, steps: int, rank: float, path: pathlib.Path) -> None:
@@ -732,7 +797,6 @@ def main() -> None:
             raise SystemExit(f"--only {', '.join(unknown)}: not known; there are {', '.join(known)}.")
         names = {name for pattern in args.only for name in fnmatch.filter(known, pattern)}
         chosen = {name: make for name, make in known.items() if name in names}
-    matplotlib.use("Agg")
     runs = Runs(args, chosen)
     if args.together:
         for name in chosen:
@@ -745,7 +809,7 @@ def main() -> None:
         )
     lines = summaries(runs, best, args.seeds, args.leaders, args.frontier)
     (args.out / f"{group}.json").write_text(json.dumps({"settings": runs.settings, "results": lines}, indent=2) + "\n")
-    plot(runs, lines, args.out / f"{group}.png")
+    plot(runs, lines, args.out, group)
     if args.publish:
         publish(lines, chosen, args.steps, args.rank, args.publish)
     print(table(lines))

@@ -6,7 +6,7 @@
     python benchmarks/refresh.py OUT --presets 350m      the 1024 x 2736 matrices at r = 256 alone
     python benchmarks/refresh.py OUT --presets 350m --rounds 0 --tpu     compile time and code size for a TPU v5e (needs libtpu)
 
-Set OPENBLAS_THREAD_TIMEOUT=4 on a CPU: LAPACK's threads spin for a while after a factorisation, on the cores of what comes next.
+Set OPENBLAS_THREAD_TIMEOUT=4 on a CPU: LAPACK's threads spin for a while after a factorization, on the cores of what comes next.
 
 Gradients: a LLaMA of the preset's width with two layers on the source of Python's standard library (or --data), AdamW with 256
 tokens a step; the gradients of 2,048 tokens with respect to the last layer's up_proj, at the start (--steps 0 10 20) and, the
@@ -14,9 +14,11 @@ default gap of 200 steps on, at 220.  The tokens are those of a trained BPE of 4
 gradient to about a hundred directions.  Each projector refreshes at all of these steps, a warm start from its own basis of the
 step before.  Time is that of the last refresh, from a gradient and its coordinates in the old basis, which a training step has
 anyway, to the new basis; all contestants take turns in one process.  Energy is
-‖PᵀG‖² over the largest possible at that rank (float64).  Writes OUT/refresh.json and OUT/refresh.png (OUT/refresh-tpu.json), and
-prints Markdown tables.
+‖PᵀG‖² over the largest possible at that rank (float64).  Writes OUT/refresh.json, OUT/refresh-light.svg and OUT/refresh-dark.svg
+(OUT/refresh-tpu.json), and prints Markdown tables.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
@@ -27,6 +29,7 @@ import resource
 import signal
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +40,10 @@ from optimizer_bytes import RANKS
 from galore_jax import projectors
 from galore_jax.models import LlamaConfig
 from galore_jax.projectors import ProjectorInput
+
+if TYPE_CHECKING:
+    from _style import Theme
+    from matplotlib.figure import Figure
 
 MATRIX = "layers/mlp/up_proj/kernel"
 CONTESTANTS = {
@@ -155,7 +162,7 @@ def on_tpu(name: str, shape: tuple[int, int], rank: int, timeout: int) -> dict:
     return queue.get()
 
 
-def table(results: dict, steps: list[int]) -> str:
+def table(results: dict) -> str:
     lines = [
         "| shape, rank | projector | ms | times faster than SVD | least energy, of the optimum | max abs PᵀP - I | compile, s |",
         "|---|---|---|---|---|---|---|",
@@ -165,6 +172,7 @@ def table(results: dict, steps: list[int]) -> str:
             f"| {size(r)} | {r['projector']} | {1e3 * np.median(r['seconds']):.1f} | {r['times_faster_than_svd']:.1f} "
             f"| {min(r['captured_energy']):.4f} | {r['defect']:.0e} | {r['compile_seconds']:.1f} |"
         )
+    steps = results["steps"]
     header = "| shape, rank | energy captured, of the optimum | " + " | ".join(f"step {step}" for step in steps) + " |"
     lines += ["", header, "|---" * (2 + len(steps)) + "|"]
     for preset, found in results["gradients"].items():
@@ -183,7 +191,7 @@ def size(record: dict) -> str:
 
 def tpu_table(records: list[dict], timeout: int) -> str:
     lines = [
-        "| shape, rank | projector | TPU v5e compile, s | s of one core | code, MiB | factorisations in the HLO |",
+        "| shape, rank | projector | TPU v5e compile, s | s of one core | code, MiB | factorizations in the HLO |",
         "|---|---|---|---|---|---|",
     ]
     for r in records:
@@ -196,35 +204,38 @@ def tpu_table(records: list[dict], timeout: int) -> str:
     return "\n".join(lines)
 
 
-def plot(records: list[dict], path: pathlib.Path) -> None:
-    import matplotlib.pyplot as plt  # gpu.py does without
+def plot(records: list[dict], out: pathlib.Path) -> None:
+    from _style import save  # gpu.py does without
 
-    plt.switch_backend("Agg")
+    save(lambda theme: picture(records, theme), out, "refresh")
+
+
+def picture(records: list[dict], theme: Theme) -> Figure:
+    """Bars of the times, and the energy that each projector captures at its worst step; a panel for each shape."""
+    from _style import bars, beside, title
+    from matplotlib import pyplot as plt
+
     presets = list(dict.fromkeys(r["preset"] for r in records))
     figure, axes = plt.subplots(
-        1, len(presets), figsize=(2.5 + 3.2 * len(presets), 4), layout="constrained", squeeze=False, sharey=True
+        len(presets), 1, figsize=(8, 0.6 + 3.4 * len(presets)), layout="constrained", squeeze=False
     )
-    for axis, preset in zip(axes[0], presets, strict=True):
+    for axis, preset in zip(axes[:, 0], presets, strict=True):
         chosen = [r for r in records if r["preset"] == preset]
-        for index, r in enumerate(chosen):
-            missing = max(1 - min(r["captured_energy"]), 1e-6)  # what float32 leaves of an exact one is noise
-            marker = "os^"[index % 3]
-            axis.scatter(
-                1e3 * np.median(r["seconds"]), missing, s=50, c=f"C{index}", marker=marker, label=r["projector"]
-            )
-        axis.axhline(0.01, color="gray", linewidth=0.8)
-        axis.set(
-            xscale="log", yscale="log", xlabel="one refresh (ms)", ylim=(5e-7, 2), title=f"{preset}: {size(chosen[0])}"
-        )
-        axis.grid(alpha=0.25)
-    axes[0][0].set_ylabel("energy missed at the worst step, of the optimum")
-    axes[0][-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=100)
+        times = [1e3 * np.median(r["seconds"]) for r in chosen]
+        colors = [theme.blue if index == 0 else theme.faint for index in range(len(chosen))]  # the default is the first
+        axis.barh([r["projector"] for r in chosen], times, 0.65, color=colors)
+        for place, (r, time_) in enumerate(zip(chosen, times, strict=True)):
+            beside(axis, time_, place, f"{time_:.0f} ms, {min(r['captured_energy']):.2%}")
+        bars(axis)
+        axis.set(xlim=(0, 1.25 * max(times)), xlabel=f"{size(chosen[0])}: one refresh, ms")
+    title(figure, "Time of one refresh, and the energy it captures of the most that is possible")
+    return figure
 
 
 def compare(args: argparse.Namespace) -> None:
     """The contestants on this machine."""
-    results = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}, "gradients": {}, "refreshes": []}
+    settings = {k: str(v) for k, v in vars(args).items() if k != "out"}
+    results = {"settings": settings, "steps": args.steps, "gradients": {}, "refreshes": []}
     for preset in args.presets:
         gradients, losses = gradients_of(args, preset)
         wholes = [float(np.sum(np.square(g, dtype=np.float64))) for g in gradients]
@@ -233,8 +244,8 @@ def compare(args: argparse.Namespace) -> None:
         results["refreshes"] += measure(preset, gradients, args.rounds)
         (args.out / "refresh.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"{preset} measured", file=sys.stderr, flush=True)
-    plot(results["refreshes"], args.out / "refresh.png")
-    print(table(results, args.steps))
+    plot(results["refreshes"], args.out)
+    print(table(results))
 
 
 def compile_all_for_tpu(args: argparse.Namespace) -> None:
@@ -243,9 +254,10 @@ def compile_all_for_tpu(args: argparse.Namespace) -> None:
         m, n, rank = shape_of(preset)
         record = {"preset": preset, "shape": [m, n], "rank": rank, "projector": name}
         records.append(record | on_tpu(name, (m, n), rank, args.tpu_timeout))
-        (args.out / "refresh-tpu.json").write_text(json.dumps(records, indent=2) + "\n")
+        written = {"timeout": args.tpu_timeout, "records": records}
+        (args.out / "refresh-tpu.json").write_text(json.dumps(written, indent=2) + "\n")
         print(records[-1], file=sys.stderr, flush=True)
-    print(tpu_table(records, args.tpu_timeout))
+    print(tpu_table(**written))
 
 
 def main() -> None:

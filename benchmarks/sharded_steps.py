@@ -66,7 +66,7 @@ def differences(optimizer: str, layerwise: bool, args: argparse.Namespace) -> It
             alone[clip] = run(PretrainConfig(**settings, clip=clip), args.steps, None)
         params, losses = alone[clip]
         if losses[-1] == losses[0]:
-            sys.exit(f"{optimizer} has learnt nothing in {args.steps} steps: equal parameters would show nothing.")
+            sys.exit(f"{optimizer} has learned nothing in {args.steps} steps: equal parameters would show nothing.")
         config = PretrainConfig(**settings, clip=clip, reduce_low_rank=compressed)
         found, sharded_losses = run(config, args.steps, make_mesh(name))
         difference = max(float(np.max(np.abs(a - b))) for a, b in zip(found, params, strict=True))

@@ -11,13 +11,16 @@ A step is forward, backward and update in one program, float32, arguments donate
 the first of a round changing; optax.contrib.galore, which knows no stacked layers, gets them one by one, and because all its
 steps but those at 0, T, 2T, ... are alike it runs at every eighth round and at its refreshes.  T is 64 so that 2 T steps end in
 reasonable time: with 56 matrices a refreshing step of galore_adamw refreshes one, as at its default of 200.
-Writes OUT/step.json and OUT/step.png, and prints a Markdown table.
+Writes OUT/step.json, OUT/step-light.svg and OUT/step-dark.svg, and prints a Markdown table.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import pathlib
 import time
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +35,10 @@ from galore_jax.models import Llama, LlamaConfig
 from galore_jax.planning.targets import compile_only
 from galore_jax.training.optimizers import in_float32
 from galore_jax.training.step import add_updates
+
+if TYPE_CHECKING:
+    from _style import Theme
+    from matplotlib.figure import Figure
 
 OURS, THEIRS, PLAIN = "galore_jax.galore_adamw", "optax.contrib.galore", "optax.adamw"
 
@@ -157,22 +164,45 @@ def table(medians: dict) -> str:
         plain, refresh = (f"{m[k]:.2f}" if m[k] else "" for k in ("plain_median", "refresh_median"))
         ratio = f"{m['refresh_median'] / m['plain_median']:.2f}" if plain and refresh else ""
         share = m["median"] / medians[PLAIN]["median"]
-        lines.append(f"| {name} | {m['median']:.2f} | {share:.3f} | {plain} | {refresh} | {ratio} | {m['first']:.2f} |")
+        lines.append(f"| {name} | {m['median']:.2f} | {share:.2f} | {plain} | {refresh} | {ratio} | {m['first']:.2f} |")
     return "\n".join(lines)
 
 
-def plot(results: dict, path: pathlib.Path) -> None:
-    import matplotlib.pyplot as plt  # gpu.py does without
+def side_by_side(steps: dict[str, list[dict]]) -> float:
+    """The median ratio of galore_adamw's step to the same step of AdamW, which ran beside it; without step 0."""
+    pairs = zip(steps[OURS], steps[PLAIN], strict=True)
+    return float(np.median([ours["seconds"] / plain["seconds"] for ours, plain in pairs if ours["step"]]))
 
-    plt.switch_backend("Agg")
-    figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    for (name, records), color in zip(results["steps"].items(), ("tab:gray", "tab:red", "tab:blue"), strict=True):
-        style = "." if name == THEIRS else "-"
-        axis.plot([r["step"] for r in records], [r["seconds"] for r in records], style, color=color, label=name)
-    axis.set(yscale="log", xlabel="step", ylabel="seconds", title="Duration of each training step")
-    axis.grid(alpha=0.25, which="both")
-    axis.legend()
-    figure.savefig(path, dpi=150)
+
+def plot(medians: dict, out: pathlib.Path) -> None:
+    from _style import save  # gpu.py does without
+
+    save(lambda theme: picture(medians, theme), out, "step")
+
+
+def picture(medians: dict, theme: Theme) -> Figure:
+    """Bars of the median steps, without and with a refresh."""
+    from _style import bars, beside, title
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3.1), layout="constrained")
+    kinds = {"plain_median": ("a step without a refresh", theme.blue), "refresh_median": ("a step with one", theme.red)}
+    for kind, (label, color) in kinds.items():
+        side = {"plain_median": -0.19, "refresh_median": 0.19}[kind]
+        found = {
+            place + side * (m["refresh_median"] is not None): m[kind]
+            for place, m in enumerate(medians.values())
+            if m[kind]
+        }
+        axis.barh(list(found), list(found.values()), 0.34, label=label, color=color)
+        for place, seconds in found.items():
+            beside(axis, seconds, place, f"{seconds:.2f} s")
+    bars(axis)
+    axis.set_yticks(range(len(medians)), list(medians))
+    axis.set(xlabel="seconds, median", xlim=(0, 1.12 * max(m[kind] or 0 for m in medians.values() for kind in kinds)))
+    title(figure, "Seconds of one training step")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
 
 
 def on_tpu(args: argparse.Namespace) -> dict:
@@ -191,6 +221,14 @@ def on_tpu(args: argparse.Namespace) -> dict:
         "tpu_temporary_bytes": memory.temp_size_in_bytes,
         "tpu_factorisations": factorisations_in(text),
     }
+
+
+def tpu_line(record: dict) -> str:
+    found = ", ".join(record["tpu_factorisations"]) or "none"
+    return (
+        f"TPU v5e: compiled in {record['tpu_compile_seconds']:.0f} s ({record['tpu_compile_cpu_seconds']:.0f} s of one "
+        f"core), {record['tpu_code_bytes'] / 2**20:.1f} MiB of code, factorizations in the HLO: {found}"
+    )
 
 
 def updates_on_gpu(args: argparse.Namespace) -> dict:
@@ -254,18 +292,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.steps:
         results = run(args)
-        results["medians"] = summary(results)
+        results |= {"medians": summary(results), "side_by_side": side_by_side(results["steps"])}
         (args.out / "step.json").write_text(json.dumps(results, indent=2) + "\n")
-        plot(results, args.out / "step.png")
+        plot(results["medians"], args.out)
         print(table(results["medians"]))
     if args.tpu:
         record = on_tpu(args)
         (args.out / "step-tpu.json").write_text(json.dumps(record, indent=2) + "\n")
-        found = ", ".join(record["tpu_factorisations"]) or "none"
-        print(
-            f"TPU v5e: compiled in {record['tpu_compile_seconds']:.0f} s ({record['tpu_compile_cpu_seconds']:.0f} s of one "
-            f"core), {record['tpu_code_bytes'] / 2**20:.1f} MiB of code, factorisations in the HLO: {found}"
-        )
+        print(tpu_line(record))
     if args.gpu_hlo:
         if not args.steps:
             compile_only()

@@ -28,6 +28,18 @@ def final_loss(out: pathlib.Path, settings: dict) -> float:
     return run_pretrain(config)["final_val_loss"]
 
 
+def table(results: list[dict]) -> str:
+    lines = ["| text | update_proj_gap | transport | validation loss, seed by seed | mean |", "|---|---|---|---|---|"]
+    losses: dict[tuple, list[float]] = {}
+    for record in results:
+        key = record["data"], record["update_proj_gap"], record["transport"]
+        losses.setdefault(key, []).append(record["final_val_loss"])
+    for key, values in losses.items():
+        each = ", ".join(f"{value:.4f}" for value in values)
+        lines.append(f"| {' | '.join(map(str, key))} | {each} | {statistics.fmean(values):.4f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, help="folder for the runs and the results")
@@ -39,23 +51,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each run; default: the demo's")
     args = parser.parse_args()
-    results, lines = [], []
+    results = []
     common = {"projector": args.projector, "refresh": args.refresh} | ({"steps": args.steps} if args.steps else {})
     for gap, data in itertools.product(args.gap, args.data):
-        losses = {transport: [] for transport in args.transport}
         for seed, transport in itertools.product(range(args.seeds), args.transport):
             settings = {"data": data, "update_proj_gap": gap, "transport": transport, "seed": seed} | common
-            losses[transport].append(final_loss(args.out, settings))
-            results.append(settings | {"data": pathlib.Path(data).stem, "final_val_loss": losses[transport][-1]})
+            record = {"data": pathlib.Path(data).stem, "final_val_loss": final_loss(args.out, settings)}
+            results.append(settings | record)
             print(results[-1], file=sys.stderr, flush=True)
-        for transport, values in losses.items():
-            each = ", ".join(f"{value:.4f}" for value in values)
-            lines.append(
-                f"| {pathlib.Path(data).stem} | {gap} | {transport} | {each} | {statistics.fmean(values):.4f} |"
-            )
     (args.out / "transport.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("| text | update_proj_gap | transport | validation loss, seed by seed | mean |\n|---|---|---|---|---|")
-    print("\n".join(lines))
+    print(table(results))
 
 
 if __name__ == "__main__":

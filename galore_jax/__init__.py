@@ -19,13 +19,13 @@ from galore_jax.presets import (
     galore_muon as galore_muon,
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
-    ldadam as ldadam,
     muon as muon,
     muon_4bit as muon_4bit,
     muon_8bit as muon_8bit,
     q_apollo_mini as q_apollo_mini,
     q_galore_adamw_8bit as q_galore_adamw_8bit,
 )
+from galore_jax.presets.ldadam import ldadam as ldadam
 from galore_jax.presets.recommendation import recommend as recommend
 from galore_jax.quantize import quantize_state as quantize_state
 from galore_jax.refresh import refresh_bases as refresh_bases

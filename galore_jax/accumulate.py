@@ -32,6 +32,8 @@ import optax
 from galore_jax._core.call import ARGUMENT, Action, AxisName, Call
 from galore_jax._core.state import galore_states_of
 
+__all__ = ["low_rank_mean", "low_rank_of", "mean_over_devices", "update_from_low_rank"]
+
 _WHO = "Low-rank accumulation"
 
 

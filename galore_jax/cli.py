@@ -25,6 +25,7 @@ from typing import Any, TypeVar, cast
 
 from galore_jax import GaLoreMemoryWarning
 from galore_jax._core.names import did_you_mean
+from galore_jax._install import how_to_install
 from galore_jax.planning import targets
 
 Settings = TypeVar("Settings")
@@ -283,9 +284,7 @@ def needed_packages(command: str, *, extra: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "galore_jax":
             raise
-        raise UsageError(
-            f"galore-jax {command} needs more packages ({error}): pip install 'galore-jax[{extra}]'"
-        ) from error
+        raise UsageError(f"galore-jax {command} needs more packages ({error}): {how_to_install(extra)}") from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,8 @@ from galore_jax._core.trees import is_box
 from galore_jax.matrix_view import MatrixView
 from galore_jax.memory import tree_bytes
 
+__all__ = ["Description", "ParameterRecord", "describe"]
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRecord:

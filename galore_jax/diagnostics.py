@@ -19,6 +19,8 @@ import optax
 from galore_jax._core.dtypes import promoted
 from galore_jax.matrix_view import MatrixView
 
+__all__ = ["Diagnostics"]
+
 
 class Diagnostics(NamedTuple):
     """Trees like the parameters, of float32 arrays (*batch,); ``optax.MaskedNode()`` for a parameter that is not projected."""

@@ -35,6 +35,8 @@ from galore_jax.execution.independence import check_independent
 from galore_jax.matrix_view import whole_tree
 from galore_jax.weights import apply_updates, dequantize
 
+__all__ = ["BlockStack", "Layerwise", "LayerwiseMetrics", "LayerwiseState", "layerwise"]
+
 Params = Any
 Activations = Any
 

@@ -31,6 +31,8 @@ import jax.numpy as jnp
 
 from galore_jax._core.trees import is_box, paths_of
 
+__all__ = ["Layout", "layouts"]
+
 # What an axis is, by its name.  The first match counts; names of the axes of a mesh ("tp", "fsdp") match nothing.
 _AXES = (
     ("layer", r"(.*_)?layers?|stage"),  # MaxText, T5X, Levanter

@@ -34,6 +34,8 @@ from galore_jax import sharding
 from galore_jax._core.trees import is_box, paths_of as paths_of
 from galore_jax.layouts import LORA_FACTOR, Layout, kind_of, layouts
 
+__all__ = ["GaLoreDimensionNumbers"]
+
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 # The view of a method that works on whole matrices.
 NO_BASIS = "none"

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import optax
 
+__all__ = ["device_bytes", "state_bytes", "state_bytes_by_kind", "tree_bytes"]
+
 
 def tree_bytes(tree: Any) -> int:
     """The bytes of all arrays (or ``jax.ShapeDtypeStruct``) in a pytree.

@@ -40,6 +40,8 @@ from galore_jax._core.dtypes import promoted
 from galore_jax._core.orthonormal import orthonormal
 from galore_jax.limiter import norm_of
 
+__all__ = ["Projector", "ProjectorInput", "eigh", "power", "random", "randomized", "rows", "sampled", "svd", "switch"]
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 # Power steps end when the captured energy grows by at most 1%.  From one gradient to an unrelated one that is after two steps.
 _GROWTH = 1.01**0.5

@@ -30,6 +30,8 @@ import optax
 from galore_jax._core.call import ARGUMENT, Action, Call
 from galore_jax._core.state import galore_states_of
 
+__all__ = ["RefreshPolicy", "every_step", "lazy", "manual", "refresh_bases", "staggered", "together"]
+
 Gap = int | jax.Array | None
 
 

@@ -42,6 +42,8 @@ from galore_jax._core.matrix_loop import matrix_by_matrix
 from galore_jax.limiter import GAMMA, check_growth, growth_factor, norm_of
 from galore_jax.matrix_view import MatrixView
 
+__all__ = ["Residual", "channel", "fira", "orthogonal", "sgd", "sign", "tensor"]
+
 # The factors a, b, c of X <- a X + b (X Xᵀ) X + c (X Xᵀ)² X in each step, and a factor of the norm that X starts from.
 _NS_COEFFS = {
     "standard": (((3.4445, -4.7750, 2.0315),) * 5, 1.0),

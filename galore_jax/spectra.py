@@ -34,6 +34,8 @@ from galore_jax._core.step import GaLoreMemoryWarning
 from galore_jax.matrix_view import MatrixView, paths_of, select
 from galore_jax.memory import state_bytes
 
+__all__ = ["Ranks", "ranks_from_gradients"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:

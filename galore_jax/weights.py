@@ -29,6 +29,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from galore_jax import sharding
 from galore_jax.matrix_view import is_matrix_name
 
+__all__ = ["Int8Weight", "apply_updates", "dequantize", "quantize_weights"]
+
 BLOCK = 256
 _LARGEST = 127
 _ROOM = 1.05

@@ -5,7 +5,11 @@
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import os
+import pathlib
+import subprocess
+import sys
 
 from packaging import version
 
@@ -99,3 +103,18 @@ def pytest_collection_modifyitems(items):
         for case in cases:
             if case not in kept:
                 case.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The folder of the site, built with every warning an error."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed (extra docs)")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -11,6 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
@@ -86,8 +87,11 @@ def rows(output):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def assert_picture(path):
-    assert path.read_bytes()[:4] == b"\x89PNG"
+def assert_picture(folder, name):
+    """A light and a dark one."""
+    for theme in ("light", "dark"):
+        root = ElementTree.parse(folder / f"{name}-{theme}.svg").getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
 
 
 def test_every_benchmark_has_a_test():
@@ -103,9 +107,13 @@ def test_every_benchmark_has_a_test():
         "step.py",
         "transport.py",
     }
-    # test_memory.py, test_generate.py, test_mesh.py
-    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py"}
-    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {"_common.py", "_gpu.py"}
+    # test_memory.py, test_generate.py, test_mesh.py, test_figures.py, test_tables.py
+    elsewhere = {"optimizer_bytes.py", "huggingface.py", "sharded_steps.py", "report.py", "landing.py", "tables.py"}
+    assert {path.name for path in BENCHMARKS.glob("*.py")} == tested | elsewhere | {
+        "_common.py",
+        "_gpu.py",
+        "_style.py",
+    }
 
 
 def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
@@ -140,7 +148,7 @@ def test_refresh_measures_every_projector_on_gradients_of_a_run(tmp_path, text):
     assert [row[1] for row in speeds[1:]] == list(found)
     assert energies[0][2:] == ["step 0", "step 2", "step 5"]
     assert [row[1] for row in energies[1:]] == ["(loss)", "(optimum, of the whole)", *found]
-    assert_picture(tmp_path / "refresh.png")
+    assert_picture(tmp_path, "refresh")
 
 
 def test_quality_trains_the_same_model_with_each_optimizer(tmp_path, text):
@@ -160,7 +168,8 @@ def test_quality_trains_the_same_model_with_each_optimizer(tmp_path, text):
     assert 4 * numbers <= results["adamw"]["matrix_state_bytes"] < 4 * numbers + 100
     assert 0.15 < results["galore_muon"]["share"] < 0.25
     assert rows(out)[0][0] == "matrices on"
-    assert_picture(tmp_path / "quality.png")
+    for name in ("quality-state", "quality-rates", "quality-steps"):
+        assert_picture(tmp_path, name)
 
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert run(*arguments, 0.01, 0.001) == out
@@ -283,8 +292,8 @@ def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
     assert all(np.isfinite(r["loss"]) and r["seconds"] > 0 for records in (plain, theirs, ours) for r in records)
     assert len({records[-1]["loss"] for records in (plain, theirs, ours)}) == 3
     assert [row[0] for row in rows(out)[1:]] == ["optax.adamw", "optax.contrib.galore", "galore_jax.galore_adamw"]
-    assert rows(out)[1][2] == "1.000"
-    assert_picture(tmp_path / "step.png")
+    assert rows(out)[1][2] == "1.00"
+    assert_picture(tmp_path, "step")
 
 
 @pytest.mark.parametrize(("matrices", "gap"), [(56, 64), (28, 3), (5, 20), (7, 7)])
@@ -302,7 +311,7 @@ def test_step_shows_a_refreshing_step_beside_the_others(script):
     assert medians == {
         "optax.adamw": {"median": 2.5, "maximum": 6, "first": 90, "plain_median": 2.0, "refresh_median": 5.0}
     }
-    assert rows(script("step").table(medians))[1] == ["optax.adamw", "2.50", "1.000", "2.00", "5.00", "2.50", "90.00"]
+    assert rows(script("step").table(medians))[1] == ["optax.adamw", "2.50", "1.00", "2.00", "5.00", "2.50", "90.00"]
 
 
 def test_transport_compares_runs_that_differ_in_nothing_else(tmp_path, text):
@@ -332,7 +341,7 @@ def test_learns_compares_the_best_of_each_optimizer(tmp_path, text):
     sizes = {name: results["runs"][name][rate]["optimizer_state_bytes"] for name, rate in RATES.items()}
     assert sizes["galore_adamw"] < 0.5 * sizes["adamw"]
     assert [row[:2] for row in rows(out)[1:]] == [list(pair) for pair in RATES.items()]
-    assert_picture(tmp_path / "learns.png")
+    assert_picture(tmp_path, "learns")
 
 
 RATES = {"adamw": "0.001", "galore_adamw": "0.003"}
@@ -391,7 +400,7 @@ def test_finetune_judges_a_setting_at_the_rate_that_was_best_on_other_rows(tmp_p
     assert found["learning_rate"] == float(min(found["tuning_losses"], key=found["tuning_losses"].get))
     assert len(set(found["tuning_losses"].values())) == 2
     assert rows(out)[-1][:2] == [name, f"{p:.3f} ± {found['error']:.3f}"]
-    assert_picture(tmp_path / "out" / "finetune.png")
+    assert_picture(tmp_path / "out", "finetune")
     assert len(list((tmp_path / "out" / "runs").glob("*/summary.json"))) == 3
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoints"))
 
@@ -475,8 +484,8 @@ def test_memory_plans_every_row_once_and_goes_on_where_it_was(tmp_path, script, 
     plans = json.loads((tmp_path / "memory.json").read_text()).values()
     states = {row["name"]: row["optimizer_state_bytes"] for row in plans}
     assert states["galore 8-bit, layer-wise"] < states["adamw"] / 3
-    assert_picture(tmp_path / "memory.png")
-    assert_picture(tmp_path / "parts.png")
+    assert_picture(tmp_path, "memory")
+    assert_picture(tmp_path, "models")
     monkeypatch.setattr(memory, "planned", None)  # nothing is compiled again
     memory.main()
     assert rows(capsys.readouterr().out)[1:] == found

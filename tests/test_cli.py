@@ -357,7 +357,8 @@ sys.meta_path.insert(0, NotInstalled())
 sys.exit(main())
 """
     result = galore(shop, "pretrain", script=script)
-    says = f"error: galore-jax pretrain needs more packages (No module named '{package}'): pip install 'galore-jax[train]'\n"
+    needs = f"galore-jax pretrain needs more packages (No module named '{package}')"
+    says = f"error: {needs}: pip install '.[train]' in the folder of galore_jax's source\n"
     assert (result.returncode, result.stderr) == (2, says)
 
 

@@ -3,21 +3,21 @@
 """The documentation: its code runs, its commands are ones that exist, and the site builds without a warning."""
 
 import importlib.util
+import inspect
 import os
 import pathlib
-import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-import types
 
 import pytest
 from run_pages import blocks
 
 import galore_jax
 from galore_jax import cli
+from galore_jax.presets import PRESETS
 from galore_jax.training import (
     classification,
     config,
@@ -44,11 +44,13 @@ SETTINGS = {
     "describe": described.DescribeConfig,
 }
 NEEDS_EQUINOX = {"own-model.md"}
+SNIPPETS = {"presets": "<code>galore_adamw(learning_rate, ...)</code></td>", "optimizer_bytes": "<td>7b</td>"}
+"""Files that pages include, and what the site then has."""
 
 
 @pytest.mark.pages
 def test_python_blocks_run_and_print_what_they_say():
-    """In a process of its own, with JAX's defaults and warnings as errors; for the README see test_readme.py."""
+    """In a process of its own, with JAX's defaults and warnings as errors; test_readme.py runs the README's."""
     left_out = set() if importlib.util.find_spec("equinox") else NEEDS_EQUINOX
     pages = [str(page) for page in DOCS if page.name not in left_out]
     done = subprocess.run(
@@ -108,54 +110,72 @@ def test_commands_exist_and_take_these_flags(page, words):
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
         case ["pip", "install", *packages]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            ours = [re.fullmatch(r"(?:\.|galore-jax)(?:\[(.+)\])?", package) for package in packages]
+            archive = f"dist/galore_jax-{galore_jax.__version__}.tar.gz"  # of make package
+            ours = [re.fullmatch(rf"(?:\.|{re.escape(archive)})(?:\[(.+)\])?", package) for package in packages]
+            assert any(ours)
             assert all(extra in extras for match in ours if match and match[1] for extra in match[1].split(","))
         case _:
             raise AssertionError(f"{page} has a command of another kind: {words}")
 
 
-def test_the_reference_has_every_module():
-    named = set()
-    for page in (ROOT / "docs" / "reference").glob("*.md"):
-        named |= set(re.findall(r"^::: (galore_jax\.\w+)", page.read_text(), re.MULTILINE))
-    modules = {f"galore_jax.{module.name}" for module in pkgutil.iter_modules(galore_jax.__path__)}
-    assert {name for name in modules if "._" not in name} <= named
+def test_no_page_and_no_message_installs_from_an_index():
+    """The package is on none yet; the installation page says what to write once it is."""
+    files = [
+        *PAGES,
+        *(path for folder in ("galore_jax", "benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    says = {path.name for path in files if re.search(r"install\W+galore-jax", path.read_text())}
+    assert says == {"installation.md"}
 
 
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    """The folder of the site, built with every warning an error."""
-    if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed (extra docs)")
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+def test_the_table_of_presets_names_every_public_preset_and_no_other():
+    table = (ROOT / "docs" / "_snippets" / "presets.md").read_text()
+    named = set(re.findall(r"^\| `(\w+)\(learning_rate", table, re.MULTILINE))
+    functions = inspect.getmembers(galore_jax, inspect.isfunction)
+    takers = {name for name, function in functions if "learning_rate" in inspect.signature(function).parameters}
+    assert named == takers == PRESETS.keys()
 
 
-@pytest.mark.pages
-def test_the_site_has_an_entry_for_every_public_name(site):
-    anchors = set()
-    for page in (site / "reference").rglob("index.html"):
-        anchors |= set(re.findall(r'<h\d id="([\w.]+)"', page.read_text()))
-    public = {name: value for name, value in vars(galore_jax).items() if not name.startswith("_")}
-    where = {
-        name: value.__name__ if isinstance(value, types.ModuleType) else f"{value.__module__}.{name}"
-        for name, value in public.items()
+def test_the_versions_on_the_installation_page_are_the_bounds_of_the_package():
+    page = (ROOT / "docs" / "installation.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = "\n".join(project["dependencies"] + project["optional-dependencies"]["train"])
+    bounds = dict(re.findall(r"^([\w-]+)>=([\d.]+)", needed, re.MULTILINE)) | {"python": project["requires-python"][2:]}
+    oldest = dict(re.findall(r"^\| (\w+)[^|]*\| ([\d.]+) \|", page, re.MULTILINE))
+    assert {name.lower(): version for name, version in oldest.items()} == {
+        name: bounds[name] for name in ("python", "jax", "flax", "optax")
     }
-    missing = {name for name, place in where.items() if {place, f"galore_jax.{name}"}.isdisjoint(anchors)}
-    assert missing == set()
+    extras = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert extras == project["optional-dependencies"].keys()
+
+
+def test_what_is_cited_has_this_version_and_the_papers_of_every_preset():
+    page = (ROOT / "docs" / "about" / "citing.md").read_text()
+    cff = (ROOT / "CITATION.cff").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nversion: {galore_jax.__version__}\n" in cff
+    assert f"version = {{{galore_jax.__version__}}}" in page
+    assert f"\nlicense: {project['license']}\n" in cff
+    assert f"license = {{{project['license']}}}" in page
+    (author,) = project["authors"]
+    assert f"\nauthors:\n  - name: {author['name']}\n" in cff
+    assert author["name"].replace("_", r"\_") in page
+    assert set(re.findall(r"`(\w+)`", page)) >= PRESETS.keys()
+    sources = "\n".join(path.read_text() for path in (ROOT / "galore_jax").rglob("*.py"))
+    for paper in re.findall(r"arxiv.org/abs/([\d.]+)", page):
+        assert f"arXiv {paper}" in sources, paper
 
 
 @pytest.mark.pages
 def test_the_site_is_readable(site):
-    """Formulas are MathML, tables from the README are tables, roles and markers of docstrings are gone."""
+    """Formulas are MathML, included files are there, roles and markers of docstrings are gone."""
     pages = {str(page.relative_to(site)): page.read_text() for page in site.rglob("index.html")}
     assert "<math" in pages["mathematics/index.html"]
-    assert "<td>7b</td>" in pages["index.html"]
+    assert f">{galore_jax.__version__} " in pages["about/changelog/index.html"]
+    for page in DOCS:
+        place = page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
+        for included in re.findall(r'^--8<-- "docs/_snippets/(\w+)\.md"', page.read_text(), re.MULTILINE):
+            assert SNIPPETS[included] in pages[str(place)], page
     for name, text in pages.items():
         assert ":func:" not in text, name
         assert "--8&lt;--" not in text, name

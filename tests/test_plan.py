@@ -286,7 +286,8 @@ sys.exit(main())
         row[name] is None for name in ("argument_bytes", "temporary_bytes", "peak_bytes", "fits", "compile_seconds")
     )
     table = said("--target", "tpu-v5e").splitlines()
-    assert table[-1] == "To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'."
+    remedy = "pip install '.[plan]' in the folder of galore_jax's source"
+    assert table[-1] == f"To compile for a TPU, install libtpu: {remedy}."
     assert not any(line.startswith(("peak", "fits", "temporaries")) for line in table)
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Docstrings as Markdown: :func:`galore` becomes a link into the reference, a doctest a block of code, and the comment behind a
-field of a class, or above it, its docstring.
+"""Docstrings as Markdown: :func:`galore` becomes a link into the reference, a doctest a block of code, and ``(*batch, m, n)``
+keeps its asterisk.  The fields of a class become a list in its docstring: what is said under a field, behind it, or above it.
 
 A name without a module is looked for in the class of the docstring, in its module, and in the packages around it.  A private one
 stays plain code.
@@ -17,6 +17,7 @@ import griffe
 _ROLE = re.compile(r":(?:func|class|mod|meth):`([\w.]+)`")
 _ATTRIBUTE = re.compile(r":attr:(?=`)")
 _DOCTEST = re.compile(r"^>>> .*(?:\n.+)*", re.MULTILINE)
+_AXES = re.compile(r"(?<=[(\[])\*(?=\w+[,)\]])")
 
 
 class SphinxRoles(griffe.Extension):
@@ -27,14 +28,36 @@ class SphinxRoles(griffe.Extension):
 
 
 def _rewrite(obj: griffe.Object, package: griffe.Module) -> None:
-    if obj.docstring is None and obj.is_attribute and obj.parent.is_class and (comment := _comment(obj)):
-        obj.docstring = griffe.Docstring(comment, parent=obj)
-    elif obj.docstring is not None:
+    if obj.is_class:
+        _list_fields(obj)
+    if obj.docstring is not None:
         linked = _ROLE.sub(lambda match: _link(match[1], obj, package), _ATTRIBUTE.sub("", obj.docstring.value))
-        obj.docstring.value = _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", linked)
+        escaped = _AXES.sub(r"\\*", linked)
+        obj.docstring.value = _DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", escaped)
     for member in obj.members.values():
         if not member.is_alias:
             _rewrite(member, package)
+
+
+def _list_fields(kind: griffe.Class) -> None:
+    """Moves what is said of the fields of a class into its docstring, and gives a NamedTuple its signature."""
+    fields = [member for member in kind.members.values() if member.is_attribute and "property" not in member.labels]
+    lines = []
+    for field in fields:
+        said = _comment(field) if field.docstring is None else field.docstring.value
+        if said and not field.name.startswith("_"):
+            lines.append(f"  {field.name}: " + said.replace("\n", "\n    "))
+        field.docstring = None
+    if lines and kind.docstring is not None:
+        kind.docstring.value += "\n\nAttributes:\n" + "\n".join(lines)
+    if fields and any(str(base) == "NamedTuple" for base in kind.bases):
+        positional = griffe.ParameterKind.positional_or_keyword
+        parameters = [
+            griffe.Parameter(field.name, annotation=field.annotation, kind=positional, default=field.value)
+            for field in fields
+            if field.annotation is not None
+        ]
+        kind.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(*parameters)))
 
 
 def _comment(field: griffe.Object) -> str:

@@ -57,6 +57,8 @@ from galore_jax.layerwise import BlockStack
 from galore_jax.models.config import LlamaConfig
 from galore_jax.weights import dequantize
 
+__all__ = ["Llama", "block_stack"]
+
 _LOGITS_BYTES = 64 * 2**20
 
 

@@ -22,6 +22,8 @@ from jax.typing import ArrayLike
 
 from galore_jax.models.llama import Cache, Llama
 
+__all__ = ["generate", "stream"]
+
 
 class _Sampler(NamedTuple):
     """How a token is drawn."""

@@ -33,7 +33,10 @@ import jax
 import numpy as np
 
 from galore_jax._core.names import did_you_mean
+from galore_jax._install import how_to_install
 from galore_jax.planning.traffic import Traffic, traffic
+
+__all__ = ["TARGETS", "Plan", "Target", "compile_for", "compile_only", "target"]
 
 _MIB, _GIB = 2**20, 2**30
 
@@ -119,6 +122,7 @@ _TARGETS = {
     "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52, 165.2),
     "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695, 71),
     "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535, 44.1),
+    "rtx4060": _gpu(7.62, "NVIDIA GeForce RTX 4060", "8.9", 24, 272, 24, 2.46, 30.2),
     "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777, 25.4),
     "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59, 65),
     "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04, 121),
@@ -350,7 +354,7 @@ def _tpu_devices(tpu: Tpu, number: int) -> list[Any]:
     from jax.experimental import topologies
 
     if not _installed("libtpu"):
-        raise MissingPackagesError("To compile for a TPU, install libtpu: pip install 'galore-jax[plan]'.")
+        raise MissingPackagesError(f"To compile for a TPU, install libtpu: {how_to_install('plan')}.")
     _describe_no_tpu()
     smallest = min(tpu.topologies)
     if number > smallest and number not in tpu.topologies:
@@ -372,7 +376,7 @@ def _cuda_devices(config: str, number: int) -> list[Any]:
     plugin = next((name for name in _CUDA_PLUGINS if _installed(name)), None)
     if plugin is None or not any(_installed(package) for package in _PTXAS):
         raise MissingPackagesError(
-            "To compile for a GPU, install JAX's CUDA plugin and ptxas: pip install 'galore-jax[plan]'."
+            f"To compile for a GPU, install JAX's CUDA plugin and ptxas: {how_to_install('plan')}."
         )
 
     def describe() -> list[Any]:

@@ -21,6 +21,29 @@ from galore_jax.presets.low_rank import (
 )
 from galore_jax.presets.low_rank_muon import galore_muon
 
+__all__ = [
+    "FULL_RANK",
+    "LOW_RANK",
+    "PRESETS",
+    "RANK_ONE",
+    "WHOLE_GRADIENT",
+    "apollo_adamw",
+    "apollo_mini",
+    "fira_adamw",
+    "galore_adafactor",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_muon",
+    "golore_adamw",
+    "grass_adamw",
+    "ldadam",
+    "muon",
+    "muon_4bit",
+    "muon_8bit",
+    "q_apollo_mini",
+    "q_galore_adamw_8bit",
+]
+
 Preset = Callable[..., optax.GradientTransformationExtraArgs]
 
 

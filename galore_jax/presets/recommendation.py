@@ -19,6 +19,8 @@ from galore_jax import memory
 from galore_jax.matrix_codec import MatrixCodec
 from galore_jax.presets import PRESETS
 
+__all__ = ["Recommendation", "recommend"]
+
 
 class Recommendation(NamedTuple):
     """A preset and its arguments, and what speaks for it."""

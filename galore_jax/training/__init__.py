@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from galore_jax.training.finetune_config import FinetuneConfig as FinetuneConfig
     from galore_jax.training.loop import run_pretrain as run_pretrain
 
+__all__ = ["FinetuneConfig", "PretrainConfig", "run_finetune", "run_pretrain"]
+
 # The rest is imported when it is asked for, so that a training step can be planned and run without Grain, Orbax or tokenizers.
 _LATER = {"run_finetune": "finetune", "FinetuneConfig": "finetune_config", "run_pretrain": "loop"}
 

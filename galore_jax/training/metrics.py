@@ -33,6 +33,8 @@ from galore_jax.training.divergence import Watch
 from galore_jax.training.step import COUNTS, Metrics
 from galore_jax.training.trackers import TensorBoard, Tracker, first_line
 
+__all__ = ["read_metrics"]
+
 Record = dict[str, Any]
 
 _MEANS = {"captured_energy": "captured_energy", "basis_overlap": "overlap", "update_rms": "update_rms"}

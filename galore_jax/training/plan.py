@@ -28,6 +28,8 @@ from galore_jax.training.mesh import axis_sizes, make_mesh
 from galore_jax.training.program import Program, program
 from galore_jax.weights import dequantize
 
+__all__ = ["PlanConfig", "plan"]
+
 Row = dict[str, Any]
 
 
@@ -81,8 +83,8 @@ class PlanConfig:
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     target: str = "rtx4090"
-    """rtx5090, rtx4090, rtx3090, rtx4060ti-16gb, rtx3060-12gb, t4, l4, a100-40, a100-80, h100, tpu-v4, tpu-v5e, tpu-v5p,
-    tpu-v6e, or here: the machine this runs on."""
+    """rtx5090, rtx4090, rtx3090, rtx4060ti-16gb, rtx4060, rtx3060-12gb, t4, l4, a100-40, a100-80, h100, tpu-v4, tpu-v5e,
+    tpu-v5p, tpu-v6e, or here: the machine this runs on."""
     mesh: str | None = None
     """Devices of the target to spread over, as in galore-jax pretrain: data=2,fsdp=4,model=1. None: one device."""
     json: bool = False
