@@ -24,7 +24,13 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 # What takes the place of the values in the cell with the tag "parameters", as in `papermill -p`.
 SMALL = {
     "quickstart": {"STEPS": 3, "BATCH": 2, "LENGTH": 16, "RATES": (1e-3,)},
-    "pretrain_llama": {"STEPS": 4, "BATCH": 2, "LENGTH": 64, "TURNS": 1, "RATES": {"galore_adamw": 0.01, "adamw": 0.001}},
+    "pretrain_llama": {
+        "STEPS": 4,
+        "BATCH": 2,
+        "LENGTH": 64,
+        "TURNS": 1,
+        "RATES": {"galore_adamw": 0.01, "adamw": 0.001},
+    },
     "finetune": {"MODEL": "model", "DATA": "reviews", "STEPS": 2, "BATCH": 8, "LENGTH": 32, "HELD_OUT": 12},
     "will_it_fit": {
         **{"MODEL": "demo", "RANK": 16, "CARD": "here", "TOKENS": 16},
