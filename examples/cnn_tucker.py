@@ -1,9 +1,11 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""A small Flax (NNX) CNN on scikit-learn's handwritten digits: Adam beside Adam in Tucker coordinates, as many steps each.
+"""A small Flax NNX CNN on scikit-learn's handwritten digits: Adam, and Adam in Tucker coordinates, for as many steps.
 
-pip install scikit-learn
-python examples/cnn_tucker.py
+    python examples/cnn_tucker.py
+
+It needs Flax (extra ``train``) and scikit-learn (``pip install scikit-learn``).  It prints each optimizer's test accuracy and the
+bytes of its state.
 """
 
 import jax

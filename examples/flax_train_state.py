@@ -1,8 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""GaLore in a Flax Linen training loop: a ``TrainState`` with any Optax optimizer in the subspace, here Lion.
+"""GaLore in a Flax Linen training loop: a ``TrainState`` with any Optax optimizer in the subspace; this one has Lion.
 
-python examples/flax_train_state.py
+    python examples/flax_train_state.py
+
+It needs Flax (extra ``train``).  It prints the loss, the accuracy, and the bytes of the state beside those of full-rank Lion.
 """
 
 import jax

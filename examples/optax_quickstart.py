@@ -1,8 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""GaLore as an Optax transformation: a two-layer network on plain JAX, with a quarter of the rank.
+"""GaLore as an Optax transformation: a two-layer network in plain JAX, with AdamW and with GaLore at a quarter of the rank.
 
-python examples/optax_quickstart.py
+    python examples/optax_quickstart.py
+
+It needs no extra.  It prints each optimizer's loss and the bytes of its state.
 """
 
 import jax

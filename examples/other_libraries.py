@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaLore in other libraries' models: a small language model of each, trained by AdamW and by GaLore at a quarter of the rank.
 
-    python examples/other_libraries.py haiku        # or equinox; needs that package beside galore_jax
+    python examples/other_libraries.py haiku        # or equinox
 
-other_trainers.py has libraries with a trainer of their own.  The text is a module of Python's standard library.  Printed are what
-GaLore projects, both losses and states, and whether a checkpoint of Orbax restores parameters and state bit for bit.
+It needs that library (``pip install dm-haiku``, or ``equinox``) and Orbax (extra ``train``).  The text is a module of Python's
+standard library.  It prints what GaLore projects, both losses, the bytes of both states, and whether an Orbax checkpoint restores
+parameters and state bit for bit.  For libraries that have a trainer of their own see other_trainers.py.
 """
 
 import argparse

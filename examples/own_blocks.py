@@ -1,8 +1,12 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Your own Flax nnx decoder in a layer-wise step: its blocks stacked, its step equal to the plain one, and its plan for a card.
+"""Your own Flax NNX decoder in a layer-wise step, with its memory planned for a card.
 
-python examples/own_blocks.py            (or with --target rtx4090, which needs the extra plan)
+    python examples/own_blocks.py                       # needs Flax (extra train)
+    python examples/own_blocks.py --target rtx4090      # needs the extra plan
+
+It stacks the model's blocks and trains them layer by layer beside the plain step.  It prints the losses of both, and the largest
+difference.
 """
 
 import argparse

@@ -4,14 +4,15 @@
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python examples/pretrain_7b_24gb.py --tokenizer tokenizer.json --out runs/7b
 
-The first tells JAX that it may have more than three quarters of the card.  A run that was stopped continues with
+It needs the extras ``train`` and ``hub``, and a tokenizer.json, such as LLaMA's; without ``--tokenizer`` it trains one on the
+text.  The variable lets JAX take more than three quarters of the card's memory.  A run that was stopped continues with
 
     galore-jax pretrain --resume --out runs/7b
 
-Weights are bfloat16 (12.6 GiB), moments 8-bit and bases bfloat16 (5.3 GiB), and no more than one layer's gradient exists at a
-time: `galore-jax plan --model 7b --optimizer galore_adamw_8bit --rank 1024 --layerwise` prints what the compiler makes of it.
-The learning rate, the rank and the refresh are the paper's for 7B (arXiv 2403.03507, section 5.5).  `--int8` keeps the weights
-in 8 bits too (Q-GaLore, arXiv 2407.08296), which leaves room for longer sequences or a smaller card.
+Weights are in bfloat16 (12.6 GiB), moments in 8 bits and bases in bfloat16 (5.3 GiB), and only one layer's gradient exists at a
+time.  ``galore-jax plan --model 7b --optimizer galore_adamw_8bit --rank 1024 --layerwise --clip 0`` prints the compiler's plan.
+The learning rate, the rank and the refresh are the paper's for 7B (arXiv 2403.03507, section 5.5).  ``--int8`` keeps the weights
+in 8 bits too (Q-GaLore, arXiv 2407.08296), which leaves room for longer sequences or fits a smaller card.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pre-train a tiny LLaMA from Python: what `galore-jax pretrain` does, as a function call.
+"""Pre-train a tiny LLaMA from Python: ``galore-jax pretrain`` as a function call.
 
-python examples/pretrain_llama.py [run folder]
+    python examples/pretrain_llama.py [run folder]
+
+It needs the extra ``train``.  It prints the validation loss, and the run folder gets checkpoints, the figures and ``loss.png``.
 """
 
 import pathlib
