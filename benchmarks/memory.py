@@ -188,7 +188,7 @@ def planned_cards(out: pathlib.Path) -> dict[str, dict]:
 
 
 def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
-    """The table of models on cards.
+    """The table of models on cards, without the cases that have not been compiled.
 
     Args:
       plans: from :func:`planned_cards`.
@@ -196,7 +196,10 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
     """
     lines = ["| model | card | how | weights | state | planned peak | fits | measured |", "|---" * 8 + "|"]
     order = list(dict.fromkeys(case.model for case in CASES))
-    for case in sorted(CASES, key=lambda case: (order.index(case.model), -plans[case.key]["target_bytes"])):
+    for case in sorted(
+        (case for case in CASES if case.key in plans),
+        key=lambda case: (order.index(case.model), -plans[case.key]["target_bytes"]),
+    ):
         row = plans[case.key]
         memory, peak = row["target_bytes"], row["peak_bytes"]
         fits = "no" if peak > memory else "barely" if peak > (1 - MARGIN) * memory else "yes"
@@ -368,6 +371,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["rtx4090"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
+    parser.add_argument("--cards", action="store_true", help="only the second table")
     parser.add_argument("--write", action="store_true", help="compile nothing, and put OUT/cards.json into the pages")
     args = parser.parse_args()
     runs = json.loads(GPU.read_text())["rows"]
@@ -376,6 +380,10 @@ def main() -> None:
             put_between(page, name, text)
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.models is None:
+        print("\n".join(tables(planned_cards(args.out), runs).values()))
+    if args.cards:
+        return
     file = args.out / "memory.json"
     done = json.loads(file.read_text()) if file.exists() else {}
     rows = []
@@ -390,8 +398,6 @@ def main() -> None:
                 rows.append(done[key])
     plot(rows, args.out)
     print(table(rows))
-    if args.models is None:
-        print("\n".join(tables(planned_cards(args.out), runs).values()))
 
 
 if __name__ == "__main__":

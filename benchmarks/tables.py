@@ -105,7 +105,8 @@ def frontier() -> str:
     """What a byte of state buys, the most bytes first."""
     larger, smaller = larger_model(), smaller_model()
     lines = [
-        "| optimizer of the matrices | bytes a weight | 3.3M, 400 steps | 0.9M, 400 steps | 0.9M, 1,200 steps | 0.9M, 4,000 steps |",
+        "| optimizer of the matrices | bytes a weight | 3.3M, 400 steps | 0.9M, 400 steps | 0.9M, 1,200 steps "
+        "| 0.9M, 4,000 steps |",
         "|---|---|---|---|---|---|",
     ]
     sized = sorted(((bytes_a_weight(one.build), one) for one in MEASURED), key=lambda pair: -pair[0])
