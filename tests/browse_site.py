@@ -152,6 +152,7 @@ def _faults_of_events(tab: Browser, base: str) -> Iterator[str]:
 
 def faults_of_search(tab: Browser, base: str, terms: Collection[str]) -> list[str]:
     """The terms that the site's search does not find."""
+    tab.events.clear()
     tab.view(WIDTHS[0], SCHEMES[0])
     tab.open(base)
     found = {term: tab.evaluate(f"{SEARCH}({json.dumps(term)})") for term in terms}

@@ -50,6 +50,7 @@ class Browser:
         self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
 
     def send(self, method: str, **arguments: Any) -> dict[str, Any]:
         """The result of a command."""
@@ -64,8 +65,9 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Opens a page, and returns when all of it is loaded."""
-        self.send("Page.navigate", url=url)
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        page = self.send("Page.navigate", url=url)["loaderId"]
+        loaded = {"name": "load", "loaderId": page}
+        while not any(loaded.items() <= event["params"].items() for event in self.events):
             self.events.append(self._next())
 
     def evaluate(self, script: str) -> Any:
