@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -127,7 +128,95 @@ def keras(make: Make, steps: int, folder: str) -> Run:
     return Run(losses, model.optimizer.tx, *trained(model), trained(restored))
 
 
-TRAINERS = {function.__name__: function for function in (tunix, keras)}
+def levanter(make: Make, steps: int, folder: str) -> Run:
+    """An ``OptimizerConfig`` that a YAML names by its type, and ``Trainer``, whose last checkpoint a second one finds."""
+    import dataclasses
+
+    import haliax
+    from levanter.checkpoint import CheckpointerConfig
+    from levanter.models.llama import LlamaConfig
+    from levanter.models.lm_model import LmExample
+    from levanter.optim.config import OptimizerConfig
+    from levanter.tracker import NoopConfig
+    from levanter.trainer import Trainer, TrainerConfig
+
+    @OptimizerConfig.register_subclass(Path(folder).name)
+    @dataclasses.dataclass(frozen=True)
+    class OptaxConfig(OptimizerConfig):
+        def build(self, num_train_steps):
+            return make(self.lr_scheduler(num_train_steps))
+
+    settings = TrainerConfig(
+        id="run", num_train_steps=steps, train_batch_size=BATCH, tracker=NoopConfig(), require_accelerator=False,
+        log_dir=Path(folder), checkpointer=CheckpointerConfig(base_path=folder), log_jaxprs=False, log_xla_hlo=False,
+    )  # fmt: skip
+    model = LlamaConfig(
+        max_seq_len=LENGTH + 1, hidden_dim=WIDTH, intermediate_dim=4 * WIDTH, num_layers=LAYERS, num_heads=HEADS,
+        num_kv_heads=2,
+    )  # fmt: skip
+    optimizer = OptaxConfig(learning_rate=RATE, lr_schedule="constant", warmup=0).build(steps)
+
+    def examples():
+        for tokens in batches():
+            yield haliax.vmap(LmExample.causal, "batch")(haliax.named(tokens, ("batch", model.max_Pos)))
+
+    losses, states = {}, []
+    for seed in range(2):
+        with Trainer(settings, optimizer, lambda model, example, *, key: model.compute_next_token_loss(example)) as trainer:
+            key = jax.random.PRNGKey(seed)
+            state = trainer.initial_state(key, model_init=lambda: model.build(haliax.Axis("vocab", 256), key=key))
+            trainer.add_hook(lambda info: losses.update({info.step: info.loss}))
+            if not seed:
+                state = trainer.train(state, examples()).state
+            states.append((state.trainable_model, state.opt_state))
+    return Run(list(losses.values()), optimizer, *states[0], states[1])
+
+
+def maxtext(make: Make, steps: int, folder: str) -> Run:
+    """``get_optimizer`` makes MaxText's optimizer; another function in its place makes ours."""
+    import json
+
+    from flax import nnx
+    from maxtext.configs import pyconfig
+    from maxtext.input_pipeline import input_pipeline_interface
+    from maxtext.optimizers import optimizers
+    from maxtext.trainers.pre_train import train
+    from maxtext.utils import train_utils
+
+    made = []
+
+    def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
+        made.append(make(learning_rate_schedule))
+        return made[-1]
+
+    def create_data_iterator(config, mesh):
+        shape = BATCH, LENGTH
+        positions, ones = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), shape), np.ones(shape, np.int32)
+        for_all = {"inputs_position": positions, "targets_position": positions}
+        for_all |= {"inputs_segmentation": ones, "targets_segmentation": ones}
+        return ({"inputs": text[:, :-1], "targets": text[:, 1:]} | for_all for text in batches()), None
+
+    optimizers.get_optimizer = get_optimizer
+    input_pipeline_interface.create_data_iterator = create_data_iterator
+    settings = {
+        "run_name": "run", "base_output_directory": folder, "metrics_file": f"{folder}/metrics.jsonl", "hardware": "cpu",
+        "base_emb_dim": WIDTH, "base_mlp_dim": 4 * WIDTH, "base_num_decoder_layers": LAYERS, "base_num_query_heads": HEADS,
+        "base_num_kv_heads": 2, "head_dim": WIDTH // HEADS, "vocab_size": 256, "max_target_length": LENGTH,
+        "per_device_batch_size": BATCH, "dtype": "float32", "attention": "dot_product", "packing": False,
+        "learning_rate": RATE, "learning_rate_final_fraction": 1, "warmup_steps_fraction": 0, "gradient_clipping_threshold": 0,
+        "dataset_type": "synthetic", "skip_jax_distributed_system": True, "enable_dropout": False, "log_config": False,
+    }  # fmt: skip
+
+    def trained(state):
+        return nnx.filter_state(state["model"], nnx.Param), state["optimizer"]["opt_state"]
+
+    state = train.train_loop(pyconfig.initialize(steps=steps, **settings), None)
+    *_, restored = train_utils.setup_train_loop(pyconfig.initialize(steps=steps + 1, **settings), None)
+    losses = [json.loads(line)["learning/loss"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return Run(losses, made[0], *trained(state), trained(nnx.state(restored)))
+
+
+TRAINERS = {function.__name__: function for function in (tunix, keras, levanter, maxtext)}
 
 
 def main() -> None:
