@@ -194,7 +194,8 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
       plans: from :func:`planned_cards`.
       runs: the rows of gpu.json.
     """
-    lines = ["| model | card | how | weights | state | planned peak | fits | measured |", "|---" * 8 + "|"]
+    columns = ("model", "card", "how", "weights, GiB", "state, GiB", "planned peak, GiB", "fits", "measured, GiB")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     order = list(dict.fromkeys(case.model for case in CASES))
     for case in sorted(
         (case for case in CASES if case.key in plans),
@@ -207,11 +208,9 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
         side = ", `reverse_std`" if "proj_type" in case.settings else ""
         several = f", {case.config.batch} sequences" if case.config.batch > 1 else ""
         how = f"`{case.optimizer}`{rank}{side}, {case.config.weights or 'bf16'} weights{several}"
-        lines.append(
-            f"| {case.model} | {CARDS[case.card]}, {gib(memory)} | {how} "
-            f"| {gib(row['params_bytes'])} | {gib(row['optimizer_state_bytes'])} | {gib(peak)} | {fits} "
-            f"| {measured(runs.get(case.measured))} |"
-        )
+        sizes = [row["params_bytes"], row["optimizer_state_bytes"], peak]
+        cells = [case.model.replace("-", "&#8209;"), f"{CARDS[case.card]}, {gib(memory)}", how, *map(gib, sizes), fits]
+        lines.append(f"| {' | '.join(cells)} | {measured(runs.get(case.measured))} |".replace(" GiB |", " |"))
     return "\n".join(lines) + "\n"
 
 
