@@ -113,7 +113,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
-        cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, timeout=240,
+        cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, timeout=480,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

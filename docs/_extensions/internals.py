@@ -13,6 +13,8 @@ import griffe
 from mkdocs.structure.pages import Page
 
 _MARKER = "<!-- internals -->"
+# Separate signatures would be wrapped, each by a ruff of its own, and there are hundreds.
+_OPTIONS = "heading_level: 2, separate_signature: false"
 _ENTRY = re.compile(r"^::: ([\w.]+)$(?:\n    options: \{ members: (.+) \}$)?", re.MULTILINE)
 
 
@@ -44,7 +46,7 @@ def _rest(module: griffe.Module, public: set[str]) -> Iterator[str]:
             own = [m for m in member.members.values() if not (m.is_alias or m.is_module or m.path in public)]
             names = [m.name for m in own if m.has_docstrings and not m.name.startswith("_")]
             if member.path in public:
-                yield from (f"::: {member.path}.{name}" for name in names)
+                yield from (f"::: {member.path}.{name}\n    options: {{ {_OPTIONS} }}" for name in names)
             else:
-                yield f"::: {member.path}\n    options: {{ heading_level: 2, members: [{', '.join(names)}] }}"
+                yield f"::: {member.path}\n    options: {{ {_OPTIONS}, members: [{', '.join(names)}] }}"
             yield from _rest(member, public)
