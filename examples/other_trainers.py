@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GaLore in other libraries' own trainers: their model, their training loop and their checkpoints, with AdamW and with GaLore.
 
-    python examples/other_trainers.py tunix        # or keras; needs that package beside galore_jax
+    python examples/other_trainers.py tunix        # or keras, levanter, maxtext; needs that package beside galore_jax
 
 Each function trains with a transformation, saves and restores with the library's own means, and returns the losses and what there
 was before and after.
@@ -160,11 +160,16 @@ def levanter(make: Make, steps: int, folder: str) -> Run:
         for tokens in batches():
             yield haliax.vmap(LmExample.causal, "batch")(haliax.named(tokens, ("batch", model.max_Pos)))
 
+    def loss(model, example, *, key):
+        return model.compute_next_token_loss(example)
+
     losses, states = {}, []
     for seed in range(2):
-        with Trainer(settings, optimizer, lambda model, example, *, key: model.compute_next_token_loss(example)) as trainer:
+        with Trainer(settings, optimizer, loss) as trainer:
             key = jax.random.PRNGKey(seed)
-            state = trainer.initial_state(key, model_init=lambda: model.build(haliax.Axis("vocab", 256), key=key))
+            state = trainer.initial_state(
+                key, model_init=lambda key=key: model.build(haliax.Axis("vocab", 256), key=key)
+            )
             trainer.add_hook(lambda info: losses.update({info.step: info.loss}))
             if not seed:
                 state = trainer.train(state, examples()).state
