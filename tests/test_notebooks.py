@@ -186,6 +186,13 @@ def test_outputs_are_of_one_run_from_the_top(path):
 
 
 @each_notebook
+def test_the_title_is_the_only_heading_of_its_level(path):
+    title, *others = map(source, cells(path, "markdown"))
+    assert title.startswith("# ")
+    assert not any(text.startswith("# ") for text in others)
+
+
+@each_notebook
 def test_first_cell_says_what_it_needs(path):
     first = source(cells(path, "markdown")[0])
     [line] = re.findall(r"^\*\*Hardware and time:\*\* (.*(?:\n.+)*)", first, re.MULTILINE)
