@@ -17,7 +17,8 @@ is kept; so it is if the new one is not finite, or not orthonormal where its pro
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -192,40 +193,47 @@ def _one_by_one(
     subspaces: list[Subspace],
     wanted: jax.Array,
 ) -> tuple[list[Subspace], Outcome]:
-    """Runs ``refresh_one`` on each matrix that is wanted, of each parameter (*batch, ...).
+    """Runs ``refresh_one`` on each matrix that is wanted, of each parameter (*batch, ...)."""
+    sizes = [math.prod(x.shape[:-2]) for x in matrices]
+    alone = len(sizes) == 1
 
-    The subspaces of several parameters are joined while the loop runs, so that its body has one of each array, however many
-    parameters there are.  Gradients are larger, so each is read where it is.
-    """
-    batches = Batches(tuple(x.shape[:-2] for x in matrices))
+    def flat(tree: Any, batch: int, size: int) -> Any:
+        return jax.tree.map(lambda x: x.reshape(size, *x.shape[batch:]), tree)
 
-    def flat(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-        sized = zip(batches.shapes, batches.sizes, arrays, strict=True)
-        return [x.reshape(size, *x.shape[len(shape) :]) for shape, size, x in sized]
-
-    reads = [functools.partial(_read, stack) for stack in flat(matrices)]
+    stacks = [flat(old, x.ndim - 2, size) for old, x, size in zip(subspaces, matrices, sizes, strict=True)]
+    matrices = [x.reshape(size, *x.shape[-2:]) for size, x in zip(sizes, matrices, strict=True)]
     # Of the matrices of all parameters, one after the other: which parameter's, and which of that parameter's.
-    parameter = jnp.array(np.repeat(np.arange(len(reads)), batches.sizes), jnp.int32)
-    place = jnp.array(np.concatenate([np.arange(size) for size in batches.sizes]), jnp.int32)
+    parameter = jnp.array(np.repeat(np.arange(len(sizes)), sizes), jnp.int32)
+    place = jnp.array(np.concatenate([np.arange(size) for size in sizes]), jnp.int32)
 
     def body(carry: tuple) -> tuple:
         todo, outcome, stacks = carry
         index = jnp.argmax(todo)
-        matrix = reads[0](index) if len(reads) == 1 else jax.lax.switch(parameter[index], reads, place[index])
-        new, found = refresh_one(matrix, jax.tree.map(lambda x: _at(x, index), stacks))
-        stacks, outcome = jax.tree.map(lambda whole, x: _with(whole, index, x), (stacks, outcome), (new, found))
+        which, at = parameter[index], place[index]
+
+        def taken(number: int) -> Callable[[], tuple[jax.Array, Subspace]]:
+            return lambda: (_read(matrices[number], at), jax.tree.map(lambda x: _at(x, at), stacks[number]))
+
+        branches = list(map(taken, range(len(sizes))))
+        matrix, old = branches[0]() if alone else jax.lax.switch(which, branches)
+        new, found = refresh_one(matrix, old)
+
+        def put(number: int, whole: jax.Array, x: jax.Array) -> jax.Array:
+            if alone:
+                return _with(whole, at, x)
+            own = jnp.where(which == number, at, 0)
+            return _with(whole, own, jnp.where(which == number, x, _at(whole, own)))
+
+        stacks = [jax.tree.map(functools.partial(put, number), whole, new) for number, whole in enumerate(stacks)]
+        outcome = jax.tree.map(lambda whole, x: _with(whole, index, x), outcome, found)
         return _with(todo, index, jnp.zeros_like(index, dtype=bool)), outcome, stacks
 
-    def all_wanted() -> tuple[list[Subspace], Outcome]:
-        stacks = jax.tree.map(lambda *parts: jnp.concatenate(flat(parts)), *subspaces)
-        start = wanted, _nothing(wanted), stacks
-        _, outcome, stacks = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), body, start)
-        leaves, structure = jax.tree.flatten(stacks)
-        return [structure.unflatten(parts) for parts in zip(*map(batches.split, leaves), strict=True)], outcome
-
-    if len(reads) == 1:
-        return all_wanted()
-    return jax.lax.cond(jnp.any(wanted), all_wanted, lambda: (subspaces, _nothing(wanted)))
+    start = wanted, _nothing(wanted), stacks
+    _, outcome, stacks = jax.lax.while_loop(lambda carry: jnp.any(carry[0]), body, start)
+    shaped = [
+        jax.tree.map(lambda x, like: x.reshape(like.shape), *pair) for pair in zip(stacks, subspaces, strict=True)
+    ]
+    return shaped, outcome
 
 
 def _at(stack: jax.Array, index: jax.Array) -> jax.Array:
