@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trials of inner transformations on small trees: what they find, and that they fail on none that works."""
 
-import time
 
 import jax
 import jax.numpy as jnp
@@ -140,22 +139,14 @@ def test_what_cannot_be_tried_is_not_tried():
     traced(0.1)
 
 
-def test_the_check_costs_no_more_than_an_init_by_adam_itself():
-    """A model of 32 layers with 7 matrices each.  The processor's time, since other processes share the machine."""
+def test_the_check_of_adam_is_one_trace_and_computes_nothing():
+    """Of a model of 32 layers with 7 matrices each."""
     params = {f"{layer}/{name}": jnp.zeros((4, 8)) for layer in range(32) for name in "qkvogud"}
-    inner = optax.adam(1e-3)
+    inner, seen = optax.adam(1e-3), []
 
-    def seconds(function):
-        start = time.process_time()
-        function()
-        return time.process_time() - start
+    def init(tree):
+        seen.append(all(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)))
+        return inner.init(tree)
 
-    runs = [
-        (
-            seconds(lambda: inner.init(params)),
-            seconds(lambda: probe.check_init_ignores_values(inner, params, [True] * 224)),
-        )
-        for _ in range(4)
-    ]
-    init, checked = map(min, zip(*runs, strict=True))
-    assert checked < 2 * init
+    probe.check_init_ignores_values(optax.GradientTransformation(init, inner.update), params, [True] * len(params))
+    assert seen == [True]
