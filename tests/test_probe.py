@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trials of inner transformations on small trees: what they find, and that they fail on none that works."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
