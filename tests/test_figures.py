@@ -94,6 +94,7 @@ QUOTED = {
         *(f"{quality[name]['share']:.1%}" for name in README_PRESETS),
         f"{accuracy['GaLore r=8']} ± {tuned['results']['GaLore r=8']['error']:.3f}", accuracy["AdamW"], accuracy["LoRA r=8"],
     ],
+    "docs/troubleshooting.md": [f"| {gib(row['peak_bytes'])} |" for row in planned.values()],
     "docs/benchmarks.md": [
         # memory
         CARD, LARGE, SMALL, "11.75 GiB", gib(planned["adamw"]["peak_bytes"]),
