@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+import report
 from _common import put_between
 
 import galore_jax
@@ -24,7 +25,6 @@ from galore_jax.training.config import preset_arguments
 from galore_jax.training.recipes import RECIPES
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
-MEASUREMENTS = DOCS / "benchmarks.md"
 
 LLAMA_7B_BLOCK = {
     **{f"attention/{name}/kernel": (4096, 4096) for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
@@ -76,20 +76,19 @@ def bytes_a_weight(build: Callable[[float], optax.GradientTransformation]) -> fl
     return galore_jax.state_bytes(build(0.01), params) / (galore_jax.tree_bytes(params) / 4)
 
 
-def cells(columns: str) -> dict[str, dict[str, str]]:
-    """The table of docs/benchmarks.md whose header begins with these columns: first cell -> column -> cell."""
-    text = MEASUREMENTS.read_text()
-    lines = text[text.index(columns) :].split("\n\n")[0].splitlines()
+def cells(name: str) -> dict[str, dict[str, str]]:
+    """The table of that name in docs/benchmarks.md, made from its results: first cell -> column -> cell."""
+    lines = report.TABLES[name]().splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip(header, row, strict=True)) for row in rows}
 
 
 def larger_model() -> dict[str, dict[str, str]]:
-    return cells("| matrices on | 0.0003 |")
+    return cells("quality")
 
 
 def smaller_model() -> dict[str, dict[str, str]]:
-    return cells("| matrices on | bytes a weight |")
+    return cells("bytes")
 
 
 def loss(cell: str) -> str:

@@ -118,3 +118,10 @@ def site(tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark by name."""
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module

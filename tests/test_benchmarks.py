@@ -3,7 +3,6 @@
 """The benchmarks run from end to end, on tiny shapes and few steps, and what they write holds on any machine."""
 
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -56,13 +55,6 @@ def one_layer(tmp_path_factory):
     }
     path.write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 64} | sizes))
     return path
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a benchmark by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 def run(name, text, *arguments):

@@ -6,7 +6,6 @@
 to stand on the page.  In the prose of the pages in ``COMPLETE``, no loss, share or size may stand that is not in ``QUOTED``.
 """
 
-import importlib
 import json
 import re
 import statistics
@@ -196,16 +195,15 @@ def test_a_figure_without_a_source_is_found():
 
 
 @pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("report")
+def report(script):
+    return script("report")
 
 
-def test_the_tables_of_the_benchmarks_page_are_those_of_the_results(report):
+def test_the_tables_of_the_benchmarks_page_are_those_of_the_results(report, script):
     page = report.PAGE.read_text()
     for name, table in report.TABLES.items():
         assert f"<!-- {name}: begin -->\n\n{table()}\n\n<!-- {name}: end -->" in page, name
-    gpu_script = importlib.import_module("gpu")
+    gpu_script = script("gpu")
     text = gpu_script.tables(read("gpu/gpu"), gpu_script.plans(BENCHMARKS / "gpu"))
     assert gpu_script.BEGIN + text + gpu_script.END in page
 
@@ -227,9 +225,8 @@ def test_the_pictures_are_those_of_the_results(report, tmp_path):
             assert committed == (tmp_path / name).read_text(), f"{name}: run python benchmarks/report.py"
 
 
-def test_the_landing_picture_says_what_was_measured_and_what_planned(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    landing = importlib.import_module("landing")
+def test_the_landing_picture_says_what_was_measured_and_what_planned(script):
+    landing = script("landing")
     bars, card = landing.found(memory, read("gpu/gpu"))
     assert [(gib(bar.bytes), bar.how) for bar in bars] == [
         (gib(planned["adamw"]["peak_bytes"]), "planned"), (LARGE, "measured"),

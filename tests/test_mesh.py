@@ -3,8 +3,6 @@
 """Runs on a mesh: the same numbers as on one device, made and kept where they belong, and restored on any devices."""
 
 import dataclasses
-import importlib
-import pathlib
 import shutil
 import sys
 
@@ -74,9 +72,8 @@ def test_steps_on_a_mesh_equal_those_on_one_device(mesh, settings):
 
 
 @pytest.mark.slow
-def test_the_benchmark_compares_steps_on_a_mesh_with_those_on_one_device(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-    sharded_steps = importlib.import_module("sharded_steps")
+def test_the_benchmark_compares_steps_on_a_mesh_with_those_on_one_device(script, monkeypatch, capsys):
+    sharded_steps = script("sharded_steps")
     chosen = ["--optimizers", "galore_adamw", "--meshes", "data=8", "--steps", "2"]
     monkeypatch.setattr(sys, "argv", ["sharded_steps.py", *chosen])
     sharded_steps.main()

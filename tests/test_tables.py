@@ -20,12 +20,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a benchmark by name, in the folder of the repository."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    return importlib.import_module
 
 
 def on_page(page, name):
