@@ -235,7 +235,7 @@ def muons(momenta: dict[str, MatrixCodec]) -> dict:
     """Muon with each momentum, each decay rate, and NorMuon's division or without."""
 
     def make(codec):
-        return galore_jax.muon_8bit if codec.bits == 8 else galore_jax.muon_4bit
+        return {8: galore_jax.muon_8bit, 2: galore_jax.muon_2bit}.get(codec.bits, galore_jax.muon_4bit)
 
     return {
         f"muon_{name}-b{name_of(beta)}{nor}": full_rank(make(codec), codec=codec, momentum=beta, neuron_decay=decay)

@@ -20,6 +20,7 @@ from galore_jax.presets import (
     golore_adamw as golore_adamw,
     grass_adamw as grass_adamw,
     muon as muon,
+    muon_2bit as muon_2bit,
     muon_4bit as muon_4bit,
     muon_8bit as muon_8bit,
     q_apollo_mini as q_apollo_mini,

@@ -123,13 +123,14 @@ def test_the_bytes_of_a_number_of_a_square_matrix():
     expected = 3 * (side * side // 2 + scales + seeds + leading)
     assert bytes_of(params, galore_jax.muon_4bit) == expected
     assert expected / (3 * side * side) < 0.66
+    assert bytes_of(params, galore_jax.muon_2bit) == expected - 3 * side * side // 4
     narrow = 3 * (side * side * 3 // 8 + scales + seeds + leading - k * side)
     assert bytes_of(params, galore_jax.muon_4bit, codec=MatrixCodec(bits=3, leading_bits=4)) == narrow
     assert bytes_of(params, galore_jax.muon) == 12 * side * side
 
 
 LARGE = {"w": (3, 64, 80), "v": (80, 64), "head": (64, 4)}
-coded_presets = pytest.mark.parametrize("name", ["muon_8bit", "muon_4bit"])
+coded_presets = pytest.mark.parametrize("name", ["muon_8bit", "muon_4bit", "muon_2bit"])
 
 
 @functools.cache
@@ -157,7 +158,7 @@ def test_in_few_bits_the_momentum_is_near_that_in_float32(name):
         coded, exact = (optax.tree.get(s, "momentum")[path] for s in (state, plain))
         assert isinstance(coded, CodedMatrix)
         error = np.linalg.norm(coded.decode() - exact) / np.linalg.norm(exact)
-        assert error < {"muon_8bit": 0.01, "muon_4bit": 0.2}[name]
+        assert error < {"muon_8bit": 0.01, "muon_4bit": 0.2, "muon_2bit": 0.7}[name]
 
 
 @pytest.mark.covering(1)
@@ -213,12 +214,16 @@ def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [P(None, "a", "b"), P("a", None, None)], ids=str)
-def test_in_4_bits_it_is_the_same_sharded_and_types_are_stable(spec):
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [("muon_4bit", P(None, "a", "b")), ("muon_4bit", P("a", None, None)), ("muon_2bit", P(None, "a", "b"))],
+    ids=str,
+)
+def test_in_few_bits_it_is_the_same_sharded_and_types_are_stable(name, spec):
     """Whether the matrices are cut or their stack."""
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     host, gradient = ({"w": normal(i, {"w": (2, 48, 64)})["w"]} for i in range(2))
-    tx = galore_jax.muon_4bit(0.1)
+    tx = getattr(galore_jax, name)(0.1)
     expected, expected_state = jax.jit(tx.update)(gradient, tx.init(host), host)
     with jax.set_mesh(mesh):
         params, placed = (jax.device_put(tree, {"w": NamedSharding(mesh, spec)}) for tree in (host, gradient))

@@ -182,6 +182,7 @@ def test_presets_on_adam_take_mu_dtype():
         "q_apollo_mini",
         "muon_8bit",
         "muon_4bit",
+        "muon_2bit",
     }
     assert set(PRESETS) - set(ADAM) == without
 

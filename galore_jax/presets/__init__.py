@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import optax
 
-from galore_jax.presets.full_muon import muon, muon_4bit, muon_8bit
+from galore_jax.presets.full_muon import muon, muon_2bit, muon_4bit, muon_8bit
 from galore_jax.presets.full_rank import apollo_adamw, apollo_mini, fira_adamw, q_apollo_mini
 from galore_jax.presets.ldadam import ldadam
 from galore_jax.presets.low_rank import (
@@ -38,6 +38,7 @@ __all__ = [
     "grass_adamw",
     "ldadam",
     "muon",
+    "muon_2bit",
     "muon_4bit",
     "muon_8bit",
     "q_apollo_mini",
@@ -57,14 +58,14 @@ LOW_RANK: dict[str, Preset] = _by_name(
 """Presets that need only the gradient in the subspaces, so micro-batches can be summed there."""
 
 WHOLE_GRADIENT: dict[str, Preset] = _by_name(
-    fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon, muon, muon_8bit, muon_4bit
+    fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon, muon, muon_8bit, muon_4bit, muon_2bit
 )
 """Presets that need the whole gradient."""
 
 PRESETS: dict[str, Preset] = LOW_RANK | WHOLE_GRADIENT
 """All presets by name."""
 
-FULL_RANK = ("muon", "muon_8bit", "muon_4bit")
+FULL_RANK = ("muon", "muon_8bit", "muon_4bit", "muon_2bit")
 """Presets that have no subspaces, and no rank."""
 
 RANK_ONE = ("apollo_mini", "q_apollo_mini")
