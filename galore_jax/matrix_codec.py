@@ -27,9 +27,8 @@ a quarter wider than those of the least error without dither (J. Max 1960), beca
     P = orth(M R),   R = MᵀP,   rest = M - P Rᵀ               with k = min(m, n) / 16 columns
 
 P and R are grids too, rounded to nearest, and the rest takes up their rounding errors.  With 0 bits there is no rest: the
-momentum is P Rᵀ alone.  A step that orthogonalizes a momentum
-lifts all singular values to the same size, and most of them are small.  Noise that is small beside the largest entries would be
-large beside those.
+momentum is P Rᵀ alone.  A step that orthogonalizes a momentum lifts all singular values to the same size, and most of them are
+small.  Noise that is small beside the largest entries would be large beside those.
 """
 
 from __future__ import annotations
@@ -70,10 +69,10 @@ class Grid:
     [2.0, 0.29, -0.29]
     """
 
-    codes: (
-        jax.Array
-    )  # uint8 (*batch, m, bytes): q + 2^(b-1) in b bits, four or two codes a byte or eight in three bytes
-    rows: jax.Array  # bfloat16 (*batch, m); NaN if an entry is not finite, and then the row decodes to NaN
+    # uint8 (*batch, m, bytes): q + 2^(b-1) in b bits, four or two codes a byte or eight in three bytes.
+    codes: jax.Array
+    # bfloat16 (*batch, m); NaN if an entry is not finite, and then the row decodes to NaN.
+    rows: jax.Array
     columns: jax.Array  # bfloat16 (*batch, n)
     seed: jax.Array | None  # uint32 (*batch,); None rounds to nearest
     bits: int = dataclasses.field(metadata={"static": True})
@@ -134,22 +133,23 @@ class CodedMatrix:
 class MatrixCodec:
     """How the matrices of a linear state are stored.
 
-    At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits 0.5.
+      At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits
+    0.50, and at 2 bits 0.38.
 
-    Args:
-      bits: 8, 4, 3 or 2 bits for each entry, or 0 to store the leading directions alone.
-      leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
-      leading_bits: 8, 4, 3 or 2 bits for each entry of these.
-      rounding: ``"dither"`` (subtractive), ``"stochastic"`` or ``"nearest"``.
+      Args:
+        bits: 8, 4, 3 or 2 bits for each entry, of which 3 and 2 clip the largest, or 0 to store the leading directions alone.
+        leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
+        leading_bits: 8, 4, 3 or 2 bits for each entry of these.
+        rounding: ``"dither"`` (subtractive), ``"stochastic"`` or ``"nearest"``.
 
-    Raises:
-      ValueError: An argument is out of range.
+      Raises:
+        ValueError: An argument is out of range.
 
-    >>> x = jax.random.normal(jax.random.key(0), (128, 64))
-    >>> coded = MatrixCodec(bits=4).encode(x)
-    >>> coded = coded.renewed(x, jnp.uint32(1))
-    >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
-    ((128, 32), (4, 128), True)
+      >>> x = jax.random.normal(jax.random.key(0), (128, 64))
+      >>> coded = MatrixCodec(bits=4).encode(x)
+      >>> coded = coded.renewed(x, jnp.uint32(1))
+      >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
+      ((128, 32), (4, 128), True)
     """
 
     bits: int = 4
@@ -268,8 +268,9 @@ def _maxima(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _root_mean_squares(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Those of the rows, and those of the columns after a division by them, bfloat16; NaN for a row with an entry that is not finite
-    or above 2^126.
+    """Those of the rows, and those of the columns after a division by the rows', in bfloat16.
+
+    A row with an entry that is not finite, or above 2^126, has NaN.
     """
     rows = _root_mean_square(array, -1)
     rows = jnp.where(rows < 2.0**-119, 0, rows).astype(jnp.bfloat16)

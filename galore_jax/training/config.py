@@ -60,8 +60,8 @@ class PretrainConfig:
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
     with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
-    full-rank: adamw, adamw_8bit, adafactor, muon, muon_8bit, muon_4bit, muon_2bit, scale; AdamW on low-rank weights: lora, relora,
-    low_rank.
+    full-rank: adamw, adamw_8bit, adafactor, muon, muon_8bit, muon_4bit, muon_2bit, scale;
+    AdamW on low-rank weights: lora, relora, low_rank.
     Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None
     """GaLore: rank of the projected gradients, a number, or a fraction of each matrix's smaller side. None: mostly 0.25.
