@@ -133,23 +133,23 @@ class CodedMatrix:
 class MatrixCodec:
     """How the matrices of a linear state are stored.
 
-      At 4 bits with the default split, a square matrix takes 0.63 bytes per entry, or 0.56 with ``leading_bits=4``; at 3 bits
-    0.50, and at 2 bits 0.38.
+    With the default split, a square matrix takes 0.63 bytes per entry at 4 bits, 0.50 at 3 and 0.38 at 2.  ``leading_bits=4``
+    saves 0.06.
 
-      Args:
-        bits: 8, 4, 3 or 2 bits for each entry, of which 3 and 2 clip the largest, or 0 to store the leading directions alone.
-        leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
-        leading_bits: 8, 4, 3 or 2 bits for each entry of these.
-        rounding: ``"dither"`` (subtractive), ``"stochastic"`` or ``"nearest"``.
+    Args:
+      bits: 8, 4, 3 or 2 bits for each entry, of which 3 and 2 clip the largest, or 0 to store the leading directions alone.
+      leading: Number of leading directions that are stored apart, as a share of the smaller side; 0 for none.
+      leading_bits: 8, 4, 3 or 2 bits for each entry of these.
+      rounding: ``"dither"`` (subtractive), ``"stochastic"`` or ``"nearest"``.
 
-      Raises:
-        ValueError: An argument is out of range.
+    Raises:
+      ValueError: An argument is out of range.
 
-      >>> x = jax.random.normal(jax.random.key(0), (128, 64))
-      >>> coded = MatrixCodec(bits=4).encode(x)
-      >>> coded = coded.renewed(x, jnp.uint32(1))
-      >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
-      ((128, 32), (4, 128), True)
+    >>> x = jax.random.normal(jax.random.key(0), (128, 64))
+    >>> coded = MatrixCodec(bits=4).encode(x)
+    >>> coded = coded.renewed(x, jnp.uint32(1))
+    >>> coded.rest.codes.shape, coded.left.shape, bool(jnp.std(coded.decode() - x) < 0.2)
+    ((128, 32), (4, 128), True)
     """
 
     bits: int = 4
