@@ -3,6 +3,7 @@
 """What GaLore adds to a training step: a LLaMA with optax.adamw, with optax.contrib.galore and with galore_adamw.
 
     python benchmarks/step.py OUT                 60m, 2,048 tokens, T = 64, 128 steps: about 20 minutes on two cores
+    python benchmarks/step.py OUT --muon --steps 24    momenta in few bits beside optax.contrib.muon instead, a few minutes
     python benchmarks/step.py OUT --tpu           also compiles galore_adamw's step for a TPU v5e (needs libtpu)
     python benchmarks/step.py OUT --tpu --steps 0      nothing else
     python benchmarks/step.py OUT --gpu-hlo --steps 0     what the update alone launches and moves on an H100 that is not there
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, THEIRS, PLAIN = "galore_jax.galore_adamw", "optax.contrib.galore", "optax.adamw"
+MUON = "optax.contrib.muon"
 
 
 def unstacked(params):
@@ -123,6 +125,44 @@ def run(args: argparse.Namespace) -> dict:
         if number % 16 == 0:
             print(f"step {number} of {args.steps}", flush=True)
     return {"settings": {k: str(v) for k, v in vars(args).items()}, "matrices": matrices, "steps": seconds}
+
+
+def run_muon(args: argparse.Namespace) -> dict[str, dict]:
+    """Medians of the steps with Muon's momentum in few bits, and of their ratios to the same step of optax.contrib.muon."""
+    loss, init, batches = language_model(args.model, args.batch, args.seq, args.layers, args.data)
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def matrices(params):
+        views = galore_jax.matrix_view.select(params, rank=1)
+        return jax.tree.unflatten(jax.tree.structure(params), [view and numbers for view in views])
+
+    txs = {
+        MUON: optax.contrib.muon(1e-3, beta=0.9, consistent_rms=0.2, muon_weight_dimension_numbers=matrices),
+        **{
+            f"galore_jax.{make.__name__}": make(1e-3)
+            for make in (galore_jax.muon, galore_jax.muon_4bit, galore_jax.muon_2bit)
+        },
+    }
+    step = {name: jax.jit(training_step(loss, tx, False), donate_argnums=(0, 1)) for name, tx in txs.items()}
+    state = {name: (init(), jax.jit(tx.init)(init())) for name, tx in txs.items()}
+    seconds = {name: [] for name in txs}
+    names = list(txs)
+    for number in range(args.steps):
+        tokens = jnp.asarray(next(batches))
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            *state[name], _ = jax.block_until_ready(step[name](*state[name], tokens))
+            seconds[name].append(time.perf_counter() - start)
+    found = {name: np.array(each[1:]) for name, each in seconds.items()}  # the first compiles
+    return {
+        name: {"median": float(np.median(each)), "ratio": float(np.median(each / found[MUON]))}
+        for name, each in found.items()
+    }
+
+
+def muon_table(records: dict[str, dict]) -> str:
+    lines = ["| optimizer | median step, s | of optax.contrib.muon's beside it |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {r['median']:.2f} | {r['ratio']:.2f} |" for name, r in records.items())])
 
 
 def is_galore(node) -> bool:
@@ -284,13 +324,20 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--gap", type=int, default=64, help="T, update_proj_gap")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument(
+        "--muon", action="store_true", help="momenta in few bits beside optax.contrib.muon, and no others"
+    )
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e too")
     parser.add_argument(
         "--gpu-hlo", action="store_true", help="compile the updates for an H100 too (needs the extra plan)"
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.steps:
+    if args.muon:
+        records = run_muon(args)
+        (args.out / "step-muon.json").write_text(json.dumps(records, indent=2) + "\n")
+        print(muon_table(records))
+    elif args.steps:
         results = run(args)
         results |= {"medians": summary(results), "side_by_side": side_by_side(results["steps"])}
         (args.out / "step.json").write_text(json.dumps(results, indent=2) + "\n")

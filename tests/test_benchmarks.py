@@ -288,6 +288,17 @@ def test_step_times_three_optimizers_that_start_alike(tmp_path, text):
     assert_picture(tmp_path, "step")
 
 
+def test_step_times_momenta_in_few_bits_beside_muon(tmp_path, text):
+    out = run(
+        "step.py", text, tmp_path, "--muon", "--model", "demo", "--layers", 1, "--batch", 2, "--seq", 16, "--steps", 4,
+    )  # fmt: skip
+    found = json.loads((tmp_path / "step-muon.json").read_text())
+    assert list(found) == ["optax.contrib.muon", *(f"galore_jax.{name}" for name in ("muon", "muon_4bit", "muon_2bit"))]
+    assert [row[0] for row in rows(out)[1:]] == list(found)
+    assert found["optax.contrib.muon"]["ratio"] == 1
+    assert found["galore_jax.muon"]["ratio"] > 0
+
+
 @pytest.mark.parametrize(("matrices", "gap"), [(56, 64), (28, 3), (5, 20), (7, 7)])
 def test_step_knows_at_which_steps_a_staggered_run_refreshes(script, matrices, gap):
     policy, slots = refresh.staggered(gap), refresh.Slots(np.arange(matrices, dtype=np.int32), matrices)
