@@ -45,7 +45,7 @@ def ablation_table(records: list[dict]) -> str:
 
 
 def bytes_table(records: list[dict]) -> str:
-    marks = list(dict.fromkeys(steps for record in records for steps in record["losses"]))
+    marks = sorted({steps for record in records for steps in record["losses"]}, key=int)
     heads = ["matrices on", "bytes a weight", *(f"{int(mark):,} steps" for mark in marks)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in records:
@@ -116,6 +116,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": lambda: quality.table(result("quality")["results"]),
     "ablation": lambda: ablation_table(result("ablation")),
     "bytes": lambda: bytes_table(result("bytes")),
+    "bytes on a CPU": lambda: bytes_table(result("bytes-cpu")),
     "fine-tuning": lambda: finetune.table(result("finetune")["results"]),
     "shorter fine-tuning": lambda: short_table(result("finetune-short")["results"]),
     "meshes": lambda: sharded_table(result("sharded_steps")),
@@ -134,7 +135,7 @@ def draw(out: pathlib.Path) -> None:
     lines = result("quality")["results"]
     save(lambda theme: quality.against_state(lines, theme), out, "quality-state")
     save(lambda theme: quality.against_rates(lines, theme), out, "quality-rates")
-    save(lambda theme: bytes_picture(result("bytes"), "1200", theme), out, "quality-bytes")
+    save(lambda theme: bytes_picture(result("bytes-cpu"), "1200", theme), out, "quality-bytes")
     finetune.plot(result("finetune"), out)
     seven = [row for row in result("memory").values() if row["model"] == "7b" and row["target"] == "rtx4090"]
     save(lambda theme: memory.parts(seven, theme), out, "memory")

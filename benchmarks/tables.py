@@ -57,6 +57,7 @@ MEASURED = [
     Measured("`muon`", preset("muon"), "", "`muon`, β .9, NorMuon's division"),
     Measured("`muon_8bit`", preset("muon_8bit"), "", "`muon_8bit`, β .9, NorMuon's division"),
     Measured("`muon_4bit`", preset("muon_4bit"), "", "`muon_4bit`, β .9, NorMuon's division"),
+    Measured("`muon_2bit`", preset("muon_2bit"), "", "`muon_2bit`, β .8, NorMuon's division"),
     Measured("`muon`, β .95, without NorMuon's division", preset("muon", momentum=0.95, neuron_decay=None), "muon"),
     *map(low_rank, ("galore_adamw", "galore_adamw_8bit", "q_galore_adamw_8bit", "galore_adafactor", "fira_adamw")),
     Measured(
@@ -88,7 +89,12 @@ def larger_model() -> dict[str, dict[str, str]]:
 
 
 def smaller_model() -> dict[str, dict[str, str]]:
-    return cells("bytes")
+    """The cells of the runs on a CPU, and where there are none, those of the runs on an H100."""
+    on_gpu, on_cpu = cells("bytes"), cells("bytes on a CPU")
+    return {
+        name: on_gpu.get(name, {}) | {column: cell for column, cell in on_cpu.get(name, {}).items() if cell}
+        for name in {**on_gpu, **on_cpu}
+    }
 
 
 def loss(cell: str) -> str:
