@@ -68,7 +68,10 @@ muon = {(found["optimizer"], found["momentum"], found["normuon"]): found["losses
 optax_muon, muon_8bit = muon["optax.contrib.muon", 0.9, False], muon["muon_8bit", 0.9, True]
 plain_8bit = muon["muon_8bit", 0.9, False]
 tuned, shorter = read("results/finetune"), read("results/finetune-short")
-generated = read("results/generate")["results"]
+generated = [  # the faster one first
+    tuple(read("results/generate")["results"].values()),
+    tuple(read("results/generate-bfloat16")["results"].values())[::-1],
+]
 accuracy = {name: f"{found['accuracy']:.3f}" for name, found in tuned["results"].items()}
 transport = {}
 for record in read("results/transport"):
@@ -154,8 +157,11 @@ QUOTED = {
         *(f"{single['finetune'][f'tuning loss of GaLore r=8, scale {scale}']:.3f}" for scale in (8, 16)),
         *(f"{seconds:.2f} s" for seconds in single["finetune"]["shorter, seconds a step"].values()),
         # generating text
-        times(generated["galore-jax generate"]["tokens_per_second"], generated["transformers"]["tokens_per_second"]),
-        below(*(generated[name]["processor_seconds_per_token"] for name in ("galore-jax generate", "transformers"))),
+        *(times(first["tokens_per_second"], second["tokens_per_second"]) for first, second in generated),
+        *(
+            below(first["processor_seconds_per_token"], second["processor_seconds_per_token"])
+            for first, second in generated
+        ),
         # steps on a mesh
         *(f"{found:.1e}".replace("e-0", "e-").replace(".0e", "e" if found < 1e-5 or found > 2e-5 else ".0e")
           for found in single["sharded_steps"].values()),
