@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import finetune
+import generate
 import landing
 import memory
 import quality
@@ -119,6 +120,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "bytes on a CPU": lambda: bytes_table(result("bytes-cpu")),
     "fine-tuning": lambda: finetune.table(result("finetune")["results"]),
     "shorter fine-tuning": lambda: short_table(result("finetune-short")["results"]),
+    "generate": lambda: generate.table(result("generate")["results"]),
+    "generate in bfloat16": lambda: generate.table(result("generate-bfloat16")["results"]),
     "meshes": lambda: sharded_table(result("sharded_steps")),
     "memory": lambda: memory.table(list(result("memory").values())),
     "launches": lambda: step.launches_table(result("step-gpu")),

@@ -552,5 +552,5 @@ def test_streams_with_too_little_text(hub):
         next(corpus.validation_batches())
     for file in hub.glob("train*"):
         file.write_text('{"text": " "}\n')
-    with pytest.raises(ValueError, match="no training text for this shard"):
+    with pytest.raises(ValueError, match="no training text for one of its shares"):
         load(f"hf:{hub}").train_iterator()

@@ -68,6 +68,10 @@ muon = {(found["optimizer"], found["momentum"], found["normuon"]): found["losses
 optax_muon, muon_8bit = muon["optax.contrib.muon", 0.9, False], muon["muon_8bit", 0.9, True]
 plain_8bit = muon["muon_8bit", 0.9, False]
 tuned, shorter = read("results/finetune"), read("results/finetune-short")
+generated = [  # the faster one first
+    tuple(read("results/generate")["results"].values()),
+    tuple(read("results/generate-bfloat16")["results"].values())[::-1],
+]
 accuracy = {name: f"{found['accuracy']:.3f}" for name, found in tuned["results"].items()}
 transport = {}
 for record in read("results/transport"):
@@ -152,6 +156,12 @@ QUOTED = {
         "{accuracy:.3f} ± {error:.3f} (loss {test_loss:.3f}".format(**single["finetune"]["GaLore r=8, scale 2"]),
         *(f"{single['finetune'][f'tuning loss of GaLore r=8, scale {scale}']:.3f}" for scale in (8, 16)),
         *(f"{seconds:.2f} s" for seconds in single["finetune"]["shorter, seconds a step"].values()),
+        # generating text
+        *(times(first["tokens_per_second"], second["tokens_per_second"]) for first, second in generated),
+        *(
+            below(first["processor_seconds_per_token"], second["processor_seconds_per_token"])
+            for first, second in generated
+        ),
         # steps on a mesh
         *(f"{found:.1e}".replace("e-0", "e-").replace(".0e", "e" if found < 1e-5 or found > 2e-5 else ".0e")
           for found in single["sharded_steps"].values()),

@@ -9,6 +9,7 @@ import json
 import pathlib
 import re
 import runpy
+import subprocess
 import sys
 
 import jax
@@ -23,7 +24,7 @@ from galore_jax.cli import main
 from galore_jax.models import LlamaConfig, generate, load_hf, save_hf
 from galore_jax.models.sampling import stream
 from galore_jax.training import PretrainConfig, checkpoint, run_pretrain
-from galore_jax.training.generation import GenerateConfig, generate_text
+from galore_jax.training.generation import GenerateConfig, generate_text, widened
 from galore_jax.training.program import program
 from galore_jax.training.run_folder import load_config, save_config
 from galore_jax.training.tokenizer import ByteTokenizer, load_tokenizer
@@ -202,6 +203,20 @@ def test_the_run_continues_with_the_parameters_of_its_last_checkpoint(run, tmp_p
     assert texts[0] == texts[1]
 
 
+def test_weights_of_16_bits_are_widened_once_and_others_stay_as_they_are():
+    """On a CPU, where these tests run: one that is widened says what its weights say in float32."""
+    stored = random_model(tiny(param_dtype="bfloat16", dtype="bfloat16"))
+    wide = widened(stored)
+    assert (wide.config.dtype, wide.config.param_dtype) == ("float32", "float32")
+    for leaf, other in zip(*(jax.tree.leaves(nnx.state(model, nnx.Param)) for model in (wide, stored)), strict=True):
+        assert leaf.dtype == jnp.float32
+        np.testing.assert_array_equal(leaf, other.astype(jnp.float32))
+    assert widened(wide) is wide
+    graphdef, params = nnx.split(random_model(tiny(dtype="bfloat16")), nnx.Param)
+    codes = nnx.merge(graphdef, quantize_weights(nnx.to_pure_dict(params)))
+    assert widened(codes) is codes
+
+
 def test_text_comes_in_pieces_of_whole_characters_and_stops_at_the_end(theirs, monkeypatch):
     ids = [*"nä€𝄞".encode(), 0xFF, *b"a", 256, *b"never"]
     monkeypatch.setattr("galore_jax.training.generation.stream", lambda *_, **__: iter(ids))
@@ -286,3 +301,42 @@ def test_the_benchmark_prints_a_continuation_and_the_loss_of_a_text(theirs, tmp_
     log_p = jax.nn.log_softmax(forward(load_hf(theirs), jnp.asarray(batches[:, :-1], jnp.int32)))
     expected = -np.take_along_axis(np.asarray(log_p), batches[:, 1:, None], axis=-1).mean()
     assert loss == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_benchmark_of_speed_has_a_result_only_where_the_tokens_are_the_same(theirs, script, monkeypatch):
+    """Here in the place of transformers stands the model itself, or one that says something else."""
+    benchmark = script("generate")
+    config = GenerateConfig(theirs, "A pär", max_new_tokens=6, temperature=0)
+    monkeypatch.setattr(
+        benchmark, "their_tokens", lambda source, config, _: lambda: benchmark.our_tokens(source, config)
+    )
+    results = benchmark.measure(config, rounds=3, threads=1)
+    for result in results.values():
+        assert len(result["turns"]) == 3
+        seconds, processor = (
+            np.median([turn[key] for turn in result["turns"]]) for key in ("seconds", "processor_seconds")
+        )
+        assert result["tokens_per_second"] == pytest.approx(6 / seconds)
+        assert result["processor_seconds_per_token"] == pytest.approx(processor / 6)
+    assert [line.split(" |")[0] for line in benchmark.table(results).splitlines()[2:]] == [
+        f"| {name}" for name in results
+    ]
+    monkeypatch.setattr(benchmark, "their_tokens", lambda source, *_: lambda: [*source.encode("A pär"), *b"nonsen"])
+    with pytest.raises(SystemExit, match="The tokens differ"):
+        benchmark.measure(config, rounds=1, threads=1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_speed_compares_with_transformers(theirs, tmp_path):
+    for package in ("torch", "transformers"):
+        pytest.importorskip(package)
+    benchmark = pathlib.Path(__file__).parent.parent / "benchmarks" / "generate.py"
+    flags = ["--model", str(theirs), "--prompt", "A pär", "--length", "8", "--rounds", "2", "--threads", "1"]
+    done = subprocess.run(
+        [sys.executable, str(benchmark), str(tmp_path), *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "generate.json").read_text())
+    assert (written["length"], written["threads"]) == (8, 1)
+    assert list(written["results"]) == ["galore-jax generate", "transformers"]
+    assert all(f"| {name} |" in done.stdout for name in written["results"])

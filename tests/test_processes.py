@@ -41,8 +41,8 @@ def shop(tmp_path_factory):
     return folder
 
 
-def start(shop, number, *arguments):
-    """``galore-jax pretrain`` in so many processes, four devices in all."""
+def start(shop, number, *arguments, script=SCRIPT):
+    """``galore-jax pretrain``, or another script, in so many processes, four devices in all."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -54,7 +54,7 @@ def start(shop, number, *arguments):
         environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(number)}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, "pretrain", *arguments, *distributed],
+            [sys.executable, "-c", script, "pretrain", *arguments, *distributed],
             cwd=shop,
             env=environment | {"JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,

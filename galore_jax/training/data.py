@@ -14,8 +14,9 @@ Local text is tokenized once and its windows are shuffled anew each epoch by Gra
 function of the seed and the step; its iterator state is one integer. A Hugging Face stream has no random
 access: it is read in blocks of documents, which are shuffled within the block, and its state is the
 position in the stream and the tokens left over from the last batch. Worker processes of Grain can do that
-ahead of the training; each reads its own part of the stream, and their batches come in turn. Every state is
-JSON, and a run that restores it goes on with exactly the same batches.
+ahead of the training; each reads its own part of the stream, and their batches come in turn. Several
+processes of a run read their shares of it (see `shares`). Every state is JSON, and a run that restores it
+goes on with exactly the same batches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -253,6 +254,13 @@ class StreamedText:
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=BATCHES_AHEAD)
         return iter(_Parts(numbers, self._part).mp_prefetch(options, worker_init_fn=_prepare_worker))
 
+    def share(self, index: int, count: int) -> grain.DatasetIterator[np.ndarray]:
+        """A new iterator over one of `count` shares of the documents, with as large a share of the rows of each batch."""
+        one = copy(self)
+        one._batch_size = self._batch_size // count
+        one._shard_index, one._shard_count = self._shard_index * count + index, self._shard_count * count
+        return one.train_iterator()
+
     def _part(self, number: int) -> StreamIterator:
         """The batches of one worker."""
         packer = Packer(self._sequence_length, self._batch_size)
@@ -444,7 +452,9 @@ def cut_windows(tokens: np.ndarray, sequence_length: int) -> np.ndarray:
 
 
 def _no_text() -> ValueError:
-    return ValueError("the stream has no training text for this shard: use more text, or fewer shards or workers.")
+    return ValueError(
+        "the stream has no training text for one of its shares: use more text, or fewer processes or --data-workers."
+    )
 
 
 def _too_little(kind: str, source: str, tokens: int, windows: int, sequence_length: int) -> ValueError:

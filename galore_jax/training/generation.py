@@ -15,12 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from galore_jax.models import Llama
 from galore_jax.models.sampling import stream
 from galore_jax.training import config as settings
 from galore_jax.training.tokenizer import Tokenizer
-from galore_jax.training.trained import Trained, open_trained
+from galore_jax.training.trained import Trained, open_trained, with_dtype
+from galore_jax.weights import is_int8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +94,19 @@ def generate_text(config: GenerateConfig) -> Iterator[str]:
             f"--prompt has {prompt.size} tokens, and with --max-new-tokens {config.max_new_tokens} they are more than the "
             f"{longest} positions of {config.model}; shorten the prompt or ask for fewer tokens."
         )
-    model = source.load(None)
+    model = widened(source.load(None))
     how = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     seeds = range(config.seed, config.seed + config.samples)
     streams = [stream(model, prompt, config.max_new_tokens, key=jax.random.key(seed), **how) for seed in seeds]
     return _texts(text, prompt, seeds, streams, source)
+
+
+def widened(model: Llama) -> Llama:
+    """The model in float32 on a CPU, where XLA would widen all weights of 16 bits anew for every token; else as it is."""
+    weights = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param)), is_leaf=is_int8)
+    if jax.default_backend() != "cpu" or model.config.dtype == "float32" or any(map(is_int8, weights)):
+        return model
+    return with_dtype(model, jnp.dtype("float32"))
 
 
 def _texts(text: str, prompt: np.ndarray, seeds: range, streams: list[Iterator[int]], source: Trained) -> Iterator[str]:

@@ -39,6 +39,7 @@ from galore_jax.training.metrics import Meter, MetricsLog, Record, rank, read_me
 from galore_jax.training.optimizers import check_optimizer, make_schedule
 from galore_jax.training.program import Program, full_rank, program
 from galore_jax.training.progress import Progress, clock
+from galore_jax.training.shares import train_batches
 from galore_jax.training.step import make_eval_step
 from galore_jax.training.subspace_plot import plot_subspace
 from galore_jax.training.trackers import Tracker, tracked
@@ -443,14 +444,14 @@ def _as_saved(
 
 def _with_state(config: PretrainConfig, folder: Path, model_config: LlamaConfig, data: TextData) -> Run:
     run = program(config, model_config, None if config.mesh is None else make_mesh(config.mesh))
-    batches = data.train_iterator()
     if config.resume:
         checkpoints = folder / "checkpoints"
         step = checkpoint.last_step(checkpoints)
         restored = checkpoint.restore(checkpoints, step, *run.state)
-        batches.set_state(restored.data)
+        batches = train_batches(data, run.batch, restored.data)
         params, opt_state, losses, resumed_from = restored.params, restored.opt_state, restored.losses, step
     else:
+        batches = train_batches(data, run.batch, None)
         with run.on_mesh():
             params, opt_state = run.init(jax.random.key(config.seed))
         step, losses, resumed_from = 0, [], None

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run in many processes, with ``jax.distributed``: as many as there are hosts, or one for each GPU.
 
-All processes go through the same steps.  Each reads the text, and puts on its own devices only their part of a batch.  The first
-one writes the log and says how far the run is; a checkpoint is written by all of them, into a folder that all of them see.
+All processes go through the same steps.  Each reads the text, of a stream its share (:mod:`galore_jax.training.shares`), and puts
+on its own devices only their part of a batch.  The first one writes the log and says how far the run is; a checkpoint is written
+by all of them, into a folder that all of them see.
 
 When a process dies the others cannot go on.  The coordination service of JAX, which runs in the first process, misses its
 heartbeats, names it on stderr and ends the others; the run is then continued from its last checkpoint, by as many processes as
@@ -13,6 +14,7 @@ there are.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -88,8 +90,21 @@ def largest(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.array(value)))) if several() else value
 
 
+def gathered(value: Any) -> list[Any]:
+    """The values, of what JSON has, that the processes have, in their order; all have to ask.
+
+    >>> gathered({"block": 3})
+    [{'block': 3}]
+    """
+    if not several():
+        return [value]
+    text = json.dumps(value).encode()
+    padded = np.frombuffer(text.ljust(largest(len(text))), np.uint8)
+    return [json.loads(row.tobytes()) for row in np.asarray(multihost_utils.process_allgather(padded))]
+
+
 def place(batch: np.ndarray, sharding: Any) -> jax.Array:
-    """A batch that every process has whole, of which each device gets its part."""
+    """A batch of which each device gets its part; a process needs to have only the rows of its devices."""
     if sharding is None or sharding.is_fully_addressable:
         return jax.device_put(batch, sharding)
     return jax.make_array_from_callback(batch.shape, sharding, lambda index: batch[index])

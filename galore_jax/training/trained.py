@@ -67,12 +67,12 @@ def _run(folder: Path, step: int | None) -> Trained:
         restored = checkpoint.restore_params(checkpoints, saved if step is None else step, built.state[0])
         model = nnx.merge(built.graphdef, restored)
         merge_lora(model)
-        return model if dtype is None else _with_dtype(model, jnp.dtype(dtype))
+        return model if dtype is None else with_dtype(model, jnp.dtype(dtype))
 
     return Trained(tokenizer, tokenizer.encode, model_config, (tokenizer.eos_id,), load, model_config.param_dtype)
 
 
-def _with_dtype(model: Llama, dtype: Any) -> Llama:
+def with_dtype(model: Llama, dtype: jnp.dtype) -> Llama:
     """The same model with ordinary weights of a dtype, in which it also computes."""
     config = dataclasses.replace(model.config, dtype=dtype.name, param_dtype=dtype.name, remat=False, attention="xla")
     params = dequantize(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
