@@ -7,6 +7,7 @@ import gzip
 import importlib
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import sysconfig
@@ -104,7 +105,10 @@ def steps(
             continue
         made = training(model | settings, batch, seq)
         compiled, found[name] = compiled_step(made)
-        found[name]["flops"] = step_flops(made.model, batch, seq)
+        found[name] |= {
+            "flops": step_flops(made.model, batch, seq),
+            "refreshes": refreshes_of(made, model | settings, rounds),
+        }
         runs[name] = [made, compiled, *made.init(jax.random.key(0))]
         print(f"{name}: compiled in {found[name]['compile_seconds']:.1f} s", file=sys.stderr, flush=True)
     names, seconds = list(runs), {name: [] for name in runs}
@@ -281,6 +285,21 @@ def training(settings: dict, batch: int, seq: int) -> Training:
 
     abstract = (*jax.eval_shape(init, jax.random.key(0)), made.batch)
     return Training(model, tx, made.graphdef, init, make_train_step(made.graphdef, tx), abstract)
+
+
+def refreshes_of(made: Training, settings: dict, rounds: int) -> list[bool] | None:
+    """Whether the optimizer refreshes some basis in each of its first steps; None for one without bases."""
+    from step import refreshing
+
+    from galore_jax import describe
+
+    if settings["optimizer"] == CONTRIB:
+        return [number % settings["update_proj_gap"] == 0 for number in range(rounds)]
+    # A momentum of full size is projected on nothing.
+    matrices = sum(math.prod(found.batch) for found in describe(made.tx, made.abstract[0]).projected if found.rank)
+    if not matrices:
+        return None
+    return [refreshing(number, matrices, settings["update_proj_gap"]) for number in range(rounds)]
 
 
 def _contrib_galore(learning_rate: float, rank: int, gap: int) -> Any:

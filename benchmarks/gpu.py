@@ -6,14 +6,14 @@
     python benchmarks/gpu.py OUT --minutes 15      what is worth most, in a quarter of an hour
     python benchmarks/gpu.py OUT --parts a b       some parts
     python benchmarks/gpu.py OUT --tiny            small models, to see that it runs: a minute, on a CPU too
-    python benchmarks/gpu.py OUT --plan h100       no GPU: the compiler's plans of parts a and b (needs the extra plan)
+    python benchmarks/gpu.py OUT --plan h100       no GPU: the compiler's plans of parts a and b (needs the extra plan); hours
     python benchmarks/gpu.py OUT --write           puts the tables of OUT into docs/benchmarks.md
 
 Parts: (a) a 7B model in a process limited to the memory of a card of 24 GB and of 12 GB, an 8B one to that of 16 GB, with random
-weights, one batch again and again, and their speed; (b) steps with several optimizers in turns, and the update of each alone
-beside the bytes that it has to move; (c) one refresh with each projector; (d) the same models of 130m and 1b with galore_torch,
-where torch, transformers and galore_torch are installed; (e) 60m on the bytes of a text (--text) for 3,000 steps, each optimizer
-at the best rate of quality.py.
+weights, one batch again and again, and their speed, also with the optimizer state in the host's memory; (b) steps with several
+optimizers in turns, and the update of each alone beside the bytes that it has to move; (c) one refresh with each projector; (d)
+the same models of 130m and 1b with galore_torch, where torch, transformers and galore_torch are installed; (e) 60m on the bytes
+of a text (--text) for 3,000 steps, each optimizer at the best rate of quality.py.
 
 The programs are compiled first, several at a time, into OUT/cache or JAX_COMPILATION_CACHE_DIR.  Then every line of the tables
 is measured in a process of its own, which has the card to itself.  OUT/gpu.json and OUT/gpu.md are written after each, and what
@@ -89,20 +89,26 @@ LARGE: dict[str, tuple[float, dict]] = {  # GiB that CUDA reports of an RTX 4090
             "weights": "int8", "proj_type": "reverse_std",
         },
     ),
+    "7b bf16, adamw, state on the host": (
+        23.64, {"model": "7b", "optimizer": "adamw", "learning_rate": 0.0003, "state_memory": "host"},
+    ),
+    "7b bf16, galore_adamw, state on the host": (
+        23.64, {"model": "7b", "optimizer": "galore_adamw", "rank": 1024, "learning_rate": 0.001, "state_memory": "host"},
+    ),
 }  # fmt: skip
 BATCHES = [(1, 256), (1, 1024), (4, 1024)]  # sequences, and tokens of each
 
 COMPARED = {
     "60m": ("adamw", CONTRIB, "galore_adamw"),
     "130m": ("adamw", "galore_adamw", "galore_adamw_8bit", "muon", "fira_adamw", "muon_4bit"),
-    "1b": ("adamw", "galore_adamw", "galore_adamw_8bit", "muon", "muon_4bit"),
+    "1b": ("adamw", "galore_adamw", "galore_adamw_8bit", "muon", "fira_adamw", "muon_4bit"),
 }
 RANKS = {"60m": 128, "130m": 256, "1b": 512}
 GAP = 200
 SHOWN = {"adamw": "optax.adamw", "muon": "optax.contrib.muon"}  # with float32 moments
 RATES = {"adamw": 0.0003, "muon": 0.003, "galore_adamw": 0.01, "muon_4bit": 0.003, "galore_muon": 0.01}  # quality.py's
 SHAPES = {"1b": ((2048, 5461), 512), "7b": ((4096, 11008), 1024)}
-PROJECTORS = ["power (default)", "randomized", "random", "rows", "eigh", "svd"]  # svd: jnp.linalg.svd
+PROJECTORS = ["power (default)", "randomized", "random", "rows", "sampled", "eigh", "svd"]  # svd: jnp.linalg.svd
 
 
 TINY = {
@@ -141,7 +147,7 @@ def _tiny(row: Row) -> dict:
     elif row.kind == "torch_steps":
         arguments |= {"model": row.arguments["model"] | TINY, "rank": 8}
     elif row.kind == "refreshes":
-        arguments |= {"shape": (32, 64), "rank": 8, "names": PROJECTORS[::3]}
+        arguments |= {"shape": (32, 64), "rank": 8, "names": PROJECTORS[:4:3]}
     elif row.kind == "torch_svd":
         arguments |= {"shape": (32, 64), "rank": 8}
     return {name: value for name, value in arguments.items() if name in row.arguments}
@@ -153,7 +159,9 @@ def large_rows(tiny: bool) -> list[Row]:
         for name, (limit, settings) in LARGE.items():
             arguments = {"settings": LAYERWISE | settings, "batch": batch, "seq": seq, "rounds": 20}
             first, needs = (batch, seq) == BATCHES[0], _needs(settings["optimizer"])
-            row = Row("a", f"{name}, {batch} x {seq}", "memory", arguments, 1 if first else 5, limit, needs)
+            # A step with its state on the host takes seconds.
+            worth = 1 if first and "state_memory" not in settings else 5
+            row = Row("a", f"{name}, {batch} x {seq}", "memory", arguments, worth, limit, needs)
             found.append(row if first else dataclasses.replace(row, limit=None))
     return found[:1] if tiny else found
 
@@ -379,7 +387,7 @@ def plan_all(args: argparse.Namespace) -> None:
             continue
         for name, settings in settings_of(row).items():
             found = plans(args.out)
-            if name in found:
+            if name in found or not re.search(args.rows, f"{row.part}: {name}"):
                 continue
             batch, seq = row.arguments["batch"], row.arguments["seq"]
             made = training(settings, batch, seq)
@@ -466,7 +474,8 @@ def steps_table(found: list[dict], planned: dict, card: dict | None) -> list[str
     names = list(dict.fromkeys([*(n for n in planned if " x " not in n), *measured]))
     lines = _header(
         "model, optimizer", "planned peak", "least bytes of an update", "at the bandwidth", "update alone",
-        "of the least time", "median step", "of AdamW's", "longest, of its median", "MFU",
+        "of the least time", "median step", "of AdamW's", "longest, of its median", "median without a refresh",
+        "median with one", "MFU",
     )  # fmt: skip
     for name in names:
         model, optimizer = name.split(", ", 1)
@@ -476,7 +485,7 @@ def steps_table(found: list[dict], planned: dict, card: dict | None) -> list[str
             f"{model}, {SHOWN.get(optimizer, optimizer)}",
             gib(plan["peak_bytes"]) if plan else "",
             gib(least) if least else "",
-            *[NOT_YET] * 7,
+            *[NOT_YET] * 9,
         ]
         if card is not None and least:
             cells[3] = ms(least / card["copy_bytes_per_second"])
@@ -492,7 +501,7 @@ def steps_table(found: list[dict], planned: dict, card: dict | None) -> list[str
                 else None
             )
             cells[6:] = [
-                ms(median), f"{median / beside:.3f}" if beside else "", f"{max(seconds) / median:.2f}",
+                ms(median), f"{median / beside:.3f}" if beside else "", f"{max(seconds) / median:.2f}", *by_refresh(r),
                 mfu(r["flops"], median, card),
             ]  # fmt: skip
             if "update_seconds" in r:
@@ -500,6 +509,15 @@ def steps_table(found: list[dict], planned: dict, card: dict | None) -> list[str
                 cells[5] = "" if card is None else f"{r['update_seconds'] * card['copy_bytes_per_second'] / least:.2f}"
         lines.append(_line(cells))
     return lines
+
+
+def by_refresh(record: dict) -> list[str]:
+    """The median steps without and with a refresh, the first step left out; nothing for an optimizer without bases."""
+    if record["refreshes"] is None:
+        return ["", ""]
+    seconds = list(zip(record["steps_seconds"], record["refreshes"], strict=True))[1:]
+    kinds = [[one for one, refreshes in seconds if refreshes is kind] for kind in (False, True)]
+    return [ms(float(np.median(kind))) if kind else "" for kind in kinds]
 
 
 def refresh_table(found: list[dict]) -> list[str]:

@@ -16,8 +16,8 @@ and bfloat16 optimizer state, no gradients, no activations.  Ours has float32 or
 stops moving; and the paper's states are 8% to 21% less than its own formula m r + 2 n r gives for its models.
 
 A second table has models people fine-tune on cards people have, all of their parameters trained layer by layer, and what an
-H100 measured where it ran the same step.  It goes into OUT/cards.json unless --models is given, and from benchmarks/results into
-docs/memory.md and docs/seven-billion.md with
+H100 measured where it ran the same step; a third one has 7B with its optimizer state in the host's memory.  They go into
+OUT/cards.json unless --models is given, and from benchmarks/results into docs/memory.md and docs/seven-billion.md with
 
     python benchmarks/memory.py benchmarks/results --write
 
@@ -172,19 +172,30 @@ CASES = [
 ]  # fmt: skip
 
 
+ON_HOST = {"state_memory": "host"}
+HOST_CASES = [
+    Case("LLaMA 7B", "rtx4090", "adamw", ON_HOST),
+    Case("LLaMA 7B", "rtx4090", "galore_adamw", {"rank": 1024, **ON_HOST}),
+    Case("LLaMA 7B", "rtx3060-12gb", "adamw", {**INT8, **ON_HOST}),
+]
+"""The same with the optimizer state in the host's memory."""
+KEPT_OF_HOST = ("host_bytes", "host_traffic", "host_seconds")
+
+
 def planned_cards(out: pathlib.Path) -> dict[str, dict]:
     """The plans of all cases, by key; those that OUT/cards.json lacks are compiled and written to it."""
     file = out / "cards.json"
     done = json.loads(file.read_text()) if file.exists() else {}
-    for case in CASES:
+    cases = CASES + HOST_CASES
+    for case in cases:
         if case.key not in done:
             row = plan(case.config)
             if row["missing"]:
                 raise SystemExit(row["missing"])
-            done[case.key] = {name: row[name] for name in KEPT}
+            done[case.key] = {name: row[name] for name in KEPT + (KEPT_OF_HOST if case in HOST_CASES else ())}
             file.write_text(json.dumps(done, indent=2) + "\n")
             print(f"{case.key}: {done[case.key]['peak_bytes']} bytes", flush=True)
-    return {case.key: done[case.key] for case in CASES}
+    return {case.key: done[case.key] for case in cases}
 
 
 def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
@@ -203,15 +214,48 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
     ):
         row = plans[case.key]
         memory, peak = row["target_bytes"], row["peak_bytes"]
-        fits = "no" if peak > memory else "barely" if peak > (1 - MARGIN) * memory else "yes"
         rank = f", rank {case.settings['rank']}" if "rank" in case.settings else ""
         side = ", `reverse_std`" if "proj_type" in case.settings else ""
         several = f", {case.config.batch} sequences" if case.config.batch > 1 else ""
         how = f"`{case.optimizer}`{rank}{side}, {case.config.weights or 'bf16'} weights{several}"
         sizes = [row["params_bytes"], row["optimizer_state_bytes"], peak]
-        cells = [case.model.replace("-", "&#8209;"), f"{CARDS[case.card]}, {gib(memory)}", how, *map(gib, sizes), fits]
+        cells = [
+            case.model.replace("-", "&#8209;"),
+            f"{CARDS[case.card]}, {gib(memory)}",
+            how,
+            *map(gib, sizes),
+            fits(row),
+        ]
         lines.append(f"| {' | '.join(cells)} | {measured(runs.get(case.measured))} |".replace(" GiB |", " |"))
     return "\n".join(lines) + "\n"
+
+
+def on_host(plans: dict[str, dict]) -> str:
+    """The table of the cases with their state in the host's memory."""
+    columns = (
+        "model", "card", "optimizer", "weights, GiB", "in the host's memory, GiB", "planned peak of the card, GiB", "fits",
+        "to the card and back, a step, GiB", "both at once", "one after the other",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for case in HOST_CASES:
+        row = plans[case.key]
+        moved, rank = row["host_traffic"], f", rank {case.settings['rank']}" if "rank" in case.settings else ""
+        how = f"`{case.optimizer}`{rank}, {case.config.weights or 'bf16'} weights"
+        one_by_one = row["host_seconds"] * sum(moved.values()) / max(moved.values())
+        sizes = [row["params_bytes"], row["host_bytes"], row["peak_bytes"]]
+        cells = [case.model, f"{CARDS[case.card]}, {gib(row['target_bytes'])}", how, *map(gib, sizes), fits(row)]
+        cells += [
+            f"{gib(moved['to_device'])}, {gib(moved['to_host'])}",
+            f"{row['host_seconds']:.1f} s",
+            f"{one_by_one:.1f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |".replace(" GiB", ""))
+    return "\n".join(lines) + "\n"
+
+
+def fits(row: dict) -> str:
+    memory, peak = row["target_bytes"], row["peak_bytes"]
+    return "no" if peak > memory else "barely" if peak > (1 - MARGIN) * memory else "yes"
 
 
 def adamw() -> str:
@@ -253,7 +297,7 @@ def large_runs(runs: dict[str, dict]) -> str:
 def printed(case: Case, plan: dict) -> str:
     """What galore-jax plan prints for a case, as a block of a page."""
     row = plan | {"optimizer": case.optimizer, "platform": "cuda", "fits": plan["peak_bytes"] <= plan["target_bytes"]}
-    row |= {"devices": 1, "traffic": None, "refusal": None, "missing": None}
+    row |= {"devices": 1, "traffic": None, "host_traffic": None, "refusal": None, "missing": None}
     return f"```console\n$ galore-jax plan {case.key}\n{plan_report.table(case.config, [row])}\n```\n"
 
 
@@ -263,6 +307,7 @@ def tables(plans: dict[str, dict], runs: dict[str, dict]) -> dict[tuple[pathlib.
     return {
         (MEMORY, "adamw"): adamw(),
         (MEMORY, "models on cards"): cards(plans, runs),
+        (MEMORY, "state on the host"): on_host(plans),
         (SEVEN_BILLION, "plan"): printed(seven, plans[seven.key]),
         (SEVEN_BILLION, "measured"): large_runs(runs),
     }
@@ -370,7 +415,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["rtx4090"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--cards", action="store_true", help="only the second table")
+    parser.add_argument("--cards", action="store_true", help="only the second and third table")
     parser.add_argument("--write", action="store_true", help="compile nothing, and put OUT/cards.json into the pages")
     args = parser.parse_args()
     runs = json.loads(GPU.read_text())["rows"]

@@ -161,12 +161,18 @@ def layerwise(
     def init(params: Params) -> LayerwiseState:
         layers, rest = model.split(params)
         _check_flags(model.flags, check_stack(layers))
-        layers, rest = dequantize(layers), dequantize(rest)
-        one = _one_layer(layers)
+        one = _one_layer(jax.eval_shape(dequantize, layers))
         if one not in checked:
             check_independent(tx, one)
             checked.append(one)
-        return LayerwiseState(jnp.zeros([], jnp.int32), jax.vmap(tx.init)(layers), tx.init(rest))
+
+        def init_one(layer: Params) -> Any:
+            return tx.init(dequantize(layer))
+
+        # One by one, so that a state that is kept on the host is never on the device as a whole.  A mesh may cut the layers.
+        on_mesh = not jax.sharding.get_abstract_mesh().empty
+        states = jax.vmap(init_one)(layers) if on_mesh else jax.lax.map(init_one, layers)
+        return LayerwiseState(jnp.zeros([], jnp.int32), states, tx.init(dequantize(rest)))
 
     @in_whole_tree
     def step(params: Params, state: LayerwiseState, batch: Any) -> tuple[Params, LayerwiseState, LayerwiseMetrics]:

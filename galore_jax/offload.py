@@ -3,7 +3,7 @@
 """Optimizer state in the memory of the host, where an accelerator has too little of its own.
 
 Each update copies the state to the device and the new state back.  In a layer-wise step (:mod:`galore_jax.layerwise`) that is the
-state of one layer at a time.
+state of one layer at a time, and so it is when the state is made.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 import optax
+
+HOST = "pinned_host"
+"""What JAX calls the memory of the host that a device can read and write by itself."""
 
 
 def offload_state(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -40,7 +43,8 @@ def offload_state(inner: optax.GradientTransformation) -> optax.GradientTransfor
     inner = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> Any:
-        return _moved(inner.init(params), jax.memory.Space.Host)
+        # Without the barrier, XLA would make equal moments once and copy them from host to host.
+        return _moved(jax.lax.optimization_barrier(inner.init(params)), jax.memory.Space.Host)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -52,5 +56,10 @@ def offload_state(inner: optax.GradientTransformation) -> optax.GradientTransfor
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def offloaded(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether :func:`offload_state` keeps an array of the inner state on the host."""
+    return leaf.ndim > 1
+
+
 def _moved(state: Any, space: jax.memory.Space) -> Any:
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if leaf.ndim > 1 else leaf, state)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if offloaded(leaf) else leaf, state)

@@ -554,6 +554,7 @@ def test_gpu_measures_every_part_and_goes_on_where_it_was(tmp_path, gpu_script, 
     assert steps.keys() == {"adamw", "optax.contrib.galore", "galore_adamw"}
     assert all(len(o["steps_seconds"]) == 3 and o["update_seconds"] > 0 for o in steps.values())
     assert steps["galore_adamw"]["update_bytes"] < steps["adamw"]["update_bytes"]
+    assert [steps[name]["refreshes"] for name in steps] == [None, [True, False, False], [True, False, False]]
     power, rows_ = next(row for row in found.values() if row["kind"] == "refreshes")["refreshes"].values()
     assert power["energy"] > rows_["energy"] > 0
     assert (tmp_path / "gpu.md").read_text() in out
@@ -687,6 +688,7 @@ def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
     large |= {"allocator": {"peak_bytes_in_use": 2**33 * 1.02}}
     adamw = {"steps_seconds": [9.0, 0.2, 0.2], "update_bytes": 2**31, "update_seconds": 0.002, "flops": 1e12}
     ours = {"steps_seconds": [9.0, 0.3, 0.4], "update_bytes": 2**30, "update_seconds": 0.001, "flops": 1e12}
+    adamw, ours = adamw | {"refreshes": None}, ours | {"refreshes": [True, False, True]}
     steps = {
         "part": "b",
         "name": "1b",
@@ -700,5 +702,7 @@ def test_gpu_tells_what_is_planned_from_what_is_measured(gpu_script):
         "23.64 GiB", "8.00 GiB", "8.00 GiB", "8.16 GiB", "+2.0%", "3.00 to 2.00", "100.0 ms", "200.0 ms", "2,560", "10.0%",
     ]  # fmt: skip
     assert plain[3:9] == ["1.0 ms", "2.0 ms", "2.05", "200.0 ms", "1.000", "1.00"]
+    assert plain[9:11] == ["", ""]
     assert galore[3:9] == ["0.5 ms", "1.0 ms", "2.05", "350.0 ms", "1.750", "1.14"]
+    assert galore[9:11] == ["300.0 ms", "400.0 ms"]
     assert len(header) == len(seven)

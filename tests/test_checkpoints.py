@@ -163,6 +163,21 @@ def test_one_flipped_bit_in_a_weight_is_noticed():
         assert checkpoint.checksums({"w": flipped}) != before
 
 
+def test_the_checksum_is_the_same_in_either_memory_and_that_of_its_definition():
+    tree = {
+        "stack": normal(0, (3, 5, 7), jnp.bfloat16),
+        "matrix": normal(1, (5, 7)),
+        "codes": jnp.arange(24, dtype=jnp.uint8).reshape(2, 3, 4),
+    }
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    expected = {}
+    for path, leaf in tree.items():
+        words = np.asarray(leaf).view(f"u{leaf.dtype.itemsize}").ravel().astype(object)
+        expected[path] = sum(int(word) * (2 * place + 1) for place, word in enumerate(words)) % 2**32
+    assert checkpoint.checksums(tree) == expected
+    assert checkpoint.checksums(jax.device_put(tree, host)) == expected
+
+
 def test_no_checkpoint_is_an_error_that_names_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint in .*checkpoints; start a new run"):
         checkpoint.last_step(tmp_path / "checkpoints")

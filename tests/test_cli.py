@@ -303,6 +303,14 @@ def test_a_finished_run_can_be_made_longer(shop, copy, monkeypatch):
         (["--dtype", "f16"], "invalid choice 'f16' for argument '--dtype'"),
         (["--steps", "-1"], "--steps -1 must be at least 1."),
         (["--attention", "cudnn"], "--attention cudnn computes in bfloat16, and --dtype is f32; write --dtype bf16."),
+        (
+            ["--state-memory", "host"],
+            "--state-memory host needs --layerwise: a step on the whole model would bring all",
+        ),
+        (
+            ["--state-memory", "host", "--layerwise", "--mesh", "data=2"],
+            "--state-memory host is for one device, and --mesh data=2 spreads the state over several; leave out one",
+        ),
         (["--batch", "6", "--accumulate", "4"], "--batch 6 is not a multiple of --accumulate 4"),
         (["--model", "huge"], "Unknown model preset 'huge'; choose one of demo"),
         (["--model", "350M"], "Unknown model preset '350M' (did you mean 350m?); choose one of demo"),

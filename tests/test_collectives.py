@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 from problems import optimized_compilation  # noqa: F401
 
-from galore_jax.planning.traffic import traffic
+from galore_jax.planning.traffic import host_traffic, traffic
 
 FLOATS = 64  # on each device
 
@@ -117,3 +117,39 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 }
 """
     assert traffic(text, 8).always["all-gather"] == 7 * 2 * 4 * 64 * 7 // 8
+
+
+STREAMED = """
+%body (t: (s32[], f32[4,256])) -> (s32[], f32[4,256]) {
+  %t = (s32[], f32[4,256]{1,0:S(5)}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %stack = f32[4,256]{1,0:S(5)} get-tuple-element(%t), index=1
+  %slice = ((f32[4,256]{1,0:S(5)}, s32[]), f32[1,256]{1,0}, u32[]) fusion-start(%stack, %i), calls=%take
+  %layer = f32[1,256]{1,0} fusion-done(%slice)
+  %put = ((f32[4,256]{1,0:S(5)}, f32[1,256]{1,0}, s32[]), f32[4,256]{1,0:S(5)}, u32[]) fusion-start(%stack, %layer, %i), calls=%p
+  %new = f32[4,256]{1,0:S(5)} fusion-done(%put)
+  ROOT %both = (s32[], f32[4,256]{1,0:S(5)}) tuple(%i, %new)
+}
+ENTRY %main (x: f32[4,256], y: bf16[8], z: f32[16]) -> f32[4,256] {
+  %x = f32[4,256]{1,0:S(5)} parameter(0)
+  %y = bf16[8]{0:S(5)} parameter(1)
+  %z = f32[16]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4,256]{1,0:S(5)}) tuple(%zero, %x)
+  %loop = (s32[], f32[4,256]{1,0:S(5)}) while(%start), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %in = (bf16[8]{0}, bf16[8]{0:S(5)}, u32[]) copy-start(%y)
+  %there = bf16[8]{0} copy-done(%in)
+  %out = (f32[16]{0:S(5)}, f32[16]{0}, u32[]) copy-start(%z)
+  %read = f32[8]{0} fusion(%y, %z), kind=kLoop, calls=%kernel
+  ROOT %r = f32[4,256]{1,0:S(5)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_what_crosses_the_bus_is_slices_copies_and_what_a_kernel_reads_by_itself():
+    layers, copied, read = 4 * 4 * 256, 2 * 8, 2 * 8
+    assert host_traffic(STREAMED) == (layers + copied + read, layers + 4 * 16)
+
+
+def test_nothing_crosses_the_bus_without_an_array_on_the_host():
+    assert host_traffic(STREAMED.replace(":S(5)", "")) == (0, 0)

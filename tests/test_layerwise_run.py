@@ -56,6 +56,37 @@ def test_an_int8_run_resumes_bit_for_bit(text, tmp_path):
     assert len(losses[0]) == 6
 
 
+def kinds(tree):
+    """Number of axes of a layer's array -> kinds of memory; the arrays of a stack have one axis more."""
+    return {(leaf.ndim, leaf.sharding.memory_kind) for leaf in jax.tree.leaves(tree)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "galore_adamw_8bit"])
+def test_a_run_with_its_state_on_the_host_is_the_same_and_resumes_bit_for_bit_in_either_memory(
+    text, tmp_path, optimizer
+):
+    """Against a run with its state on the device; and resumed from the middle, with the state there and with it on the host."""
+    settings = QUICK | {"clip": 0.0}
+    device = finished(PretrainConfig(optimizer=optimizer, data=text, out=tmp_path / "device", **settings))
+    config = PretrainConfig(optimizer=optimizer, data=text, out=tmp_path / "host", state_memory="host", **settings)
+    host = finished(config)
+    assert {kind for ndim, kind in kinds(host.opt_state.layers) if ndim > 2} == {"pinned_host"}
+    assert {kind for ndim, kind in kinds(host.opt_state.rest) if ndim > 1} == {"pinned_host"}
+    assert {kind for _, kind in kinds(host.params)} == {kind for _, kind in kinds(device.opt_state)} == {"device"}
+    ends = [host]
+    for memory in ("host", "device"):
+        out = tmp_path / f"resumed-{memory}"
+        shutil.copytree(config.out, out)
+        shutil.rmtree(out / "checkpoints" / "6")
+        ends.append(finished(dataclasses.replace(config, out=out, resume=True, state_memory=memory)))
+        assert ends[-1].resumed_from == 3
+    for end in ends:
+        jax.tree.map(np.testing.assert_array_equal, (end.params, end.opt_state), (device.params, device.opt_state))
+    assert kinds(ends[1].opt_state) == kinds(host.opt_state)
+    assert kinds(ends[2].opt_state) == kinds(device.opt_state)
+
+
 @pytest.mark.slow
 def test_a_layer_wise_run_with_8_bit_state_has_the_losses_of_a_plain_one(text, tmp_path):
     """The losses agree to rounding until the first 8-bit code differs, and then to a fraction of the 8-bit error.

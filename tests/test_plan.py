@@ -14,19 +14,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from problems import optimized_compilation, quickly  # noqa: F401
 from test_targets import needs_extra
 
 from galore_jax.cli import main
+from galore_jax.layerwise import layerwise
 from galore_jax.memory import state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
-from galore_jax.planning.targets import TARGETS, compile_for
+from galore_jax.models.llama import block_stack
+from galore_jax.offload import offload_state
+from galore_jax.planning.targets import TARGETS, compile_for, target
 from galore_jax.training import loop, plan_report
 from galore_jax.training.config import PretrainConfig
 from galore_jax.training.plan import PlanConfig, plan, prepare
-from galore_jax.training.program import _weights
+from galore_jax.training.program import _weights, check_host_memory
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -325,3 +329,55 @@ def test_a_mesh_larger_than_the_machine_is_refused(tiny):
 def test_a_slice_that_does_not_exist_is_refused(tiny):
     with pytest.raises(ValueError, match="There is no slice of 24 such TPUs; choose one of 4, 8, 16, "):
         prepare(PlanConfig(model=tiny, batch=24, target="tpu-v5e", mesh="fsdp=24", **SMALL))
+
+
+ON_HOST = {"optimizer": "adamw", "layerwise": True, "clip": 0.0, "state_memory": "host"}
+
+
+@pytest.mark.slow
+@needs_extra
+def test_a_plan_with_the_state_on_the_host_has_it_there_and_moves_each_byte_once_in_each_direction(tiny):
+    row = plan(PlanConfig(model=tiny, target="rtx4090", **SMALL, **ON_HOST))
+    on_host = row["optimizer_state_bytes_on_host"]
+    assert 0.9 * row["optimizer_state_bytes"] < on_host == row["host_bytes"] < row["optimizer_state_bytes"]
+    assert row["host_traffic"] == {"to_device": on_host, "to_host": on_host}
+    # 16 lanes of PCI Express 4.0: 31.5 GB/s.
+    assert row["host_seconds"] == pytest.approx(on_host / 31.5e9, rel=1e-3)
+    on_device = plan(PlanConfig(model=tiny, target="rtx4090", **SMALL, **ON_HOST | {"state_memory": "device"}))
+    assert on_device["argument_bytes"] - row["argument_bytes"] == on_host
+    assert on_device["host_bytes"] == on_device["optimizer_state_bytes_on_host"] == 0
+    assert on_device["host_traffic"] is None
+    lines = plan_report.table(PlanConfig(model=tiny, target="rtx4090", **ON_HOST), [row]).splitlines()
+    assert any(line.startswith("in the host's memory") and line.endswith("not part of the peak") for line in lines)
+    assert any(line.startswith("seconds for it") for line in lines)
+
+
+@pytest.mark.slow
+@needs_extra
+def test_starting_with_the_state_on_the_host_takes_little_more_than_the_largest_array_outside_the_layers(tiny):
+    """XLA makes the state of one layer at a time, and copies nothing from host to host."""
+    config = PlanConfig(model=tiny, target="rtx4090", **SMALL, **ON_HOST)
+    planned = prepare(config)
+    optimizer = layerwise(block_stack(planned.model), offload_state(optax.adam(0.1)))
+    init = jax.jit(optimizer.init, keep_unused=True)
+    found = compile_for(target("rtx4090"), init, planned.params)
+    assert found.output_bytes < 0.1 * tree_bytes(planned.opt_state)
+    rest = block_stack(planned.model).split(planned.params)[1]
+    assert found.temporary_bytes < 2 * 4 * sum(leaf.size for leaf in jax.tree.leaves(rest)) + 2**16
+
+
+def test_a_device_without_memory_of_the_host_is_refused_in_one_sentence():
+    class Memory:
+        kind = "device"
+
+    class Device:
+        platform = "metal"
+
+        def addressable_memories(self):
+            return [Memory()]
+
+    with pytest.raises(
+        ValueError, match=r"^--state-memory host needs the memory that JAX calls pinned_host, which metal has"
+    ):
+        check_host_memory(Device())
+    check_host_memory(jax.devices()[0])

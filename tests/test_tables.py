@@ -58,7 +58,7 @@ def test_a_table_is_put_between_its_markers_alone(script, tmp_path):
 
 
 def test_plans_on_cards_are_kept_under_the_flags_that_make_them(script):
-    cases = script("memory").CASES
+    cases = script("memory").CASES + script("memory").HOST_CASES
     plans = json.loads((ROOT / "benchmarks" / "results" / "cards.json").read_text())
     assert plans
     assert plans.keys() <= {case.key for case in cases}
@@ -70,9 +70,10 @@ def test_plans_on_cards_are_kept_under_the_flags_that_make_them(script):
 def test_the_exact_bytes_of_every_plan_are_those_of_today(script):
     plans = json.loads((ROOT / "benchmarks" / "results" / "cards.json").read_text())
     exact = ("params_bytes", "optimizer_state_bytes", "optimizer_state", "gradient_bytes", "target_bytes")
-    for case in script("memory").CASES:
+    for case in script("memory").CASES + script("memory").HOST_CASES:
         if case.key in plans:
             today = prepare(case.config).exact_bytes()
+            assert plans[case.key].get("host_bytes", 0) == today["optimizer_state_bytes_on_host"]
             assert {name: today[name] for name in exact} == {name: plans[case.key][name] for name in exact}, case.key
 
 
@@ -85,6 +86,16 @@ def test_a_plan_is_called_a_fit_only_with_room_for_the_driver(script):
     assert {row[7] for row in rows} == {"yes", "barely", "no"}
     assert [row[7] for row in rows].count("barely") == len(rows) // 2
     assert {row[8] for row in rows} == {""}
+
+
+def test_the_time_on_the_bus_is_that_of_its_bytes(script):
+    """At 31.5 GB/s in each direction, as published for PCI Express 4.0 with 16 lanes."""
+    memory = script("memory")
+    moved = {"to_device": 63 * 10**9, "to_host": 31.5 * 10**9}
+    row = {"target_bytes": 10, "peak_bytes": 9, "params_bytes": 1, "host_bytes": 1, "host_traffic": moved}
+    row["host_seconds"] = 63e9 / memory.TARGETS["rtx4090"].hardware.bus_bandwidth
+    lines = memory.on_host({case.key: row for case in memory.HOST_CASES}).splitlines()[2:]
+    assert [line.split(" | ")[-2:] for line in lines] == [["2.0 s", "3.0 s |"]] * len(memory.HOST_CASES)
 
 
 def test_the_losses_that_recommend_knows_are_those_of_the_page():

@@ -57,6 +57,26 @@ def test_here_is_the_first_device():
     assert here.memory > GIB
 
 
+class Refused:
+    """A jitted function that the compiler refuses."""
+
+    def lower(self, *_):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Unimplemented DMA from hbm to hbm.\nmore")
+
+
+def test_a_program_that_is_refused_for_its_arguments_on_the_host_is_one_sentence():
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    on_host = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=host)
+    says = r"^The compiler for here refuses .* \(FAILED_PRECONDITION: Unimplemented DMA from hbm to hbm\.\); keep the state"
+    with pytest.raises(ValueError, match=says):
+        compile_for(target(HERE), Refused(), on_host)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compile_for(target(HERE), Refused(), numbers(8))
+
+
 @pytest.mark.covering(5)
 @needs_extra
 @pytest.mark.parametrize("name", TARGETS)

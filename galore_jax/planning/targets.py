@@ -34,7 +34,8 @@ import numpy as np
 
 from galore_jax._core.names import did_you_mean
 from galore_jax._install import how_to_install
-from galore_jax.planning.traffic import Traffic, traffic
+from galore_jax.offload import HOST
+from galore_jax.planning.traffic import HostTraffic, Traffic, host_traffic, traffic
 
 __all__ = ["TARGETS", "Plan", "Target", "compile_for", "compile_only", "target"]
 
@@ -56,6 +57,13 @@ class Gpu:
     l2_cache: int  # MiB
     clock: float  # boost, GHz
     tflops: float  # 10^12 operations a second on dense bfloat16 (T4: float16) matrices with float32 sums
+    bus: tuple[int, int]  # generation of PCI Express, and lanes
+
+    @property
+    def bus_bandwidth(self) -> float:
+        """Bytes a second in each direction: 8, 16 or 32 GT/s a lane, of whose 130 bits 128 are data."""
+        generation, lanes = self.bus
+        return 2**generation * 1e9 * lanes * 128 / 130 / 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Target:
 class Plan:
     """What the compiler says of a program; all sizes in bytes, of one device.
 
+    ``peak_bytes`` and its parts leave out what is in the host's memory.
+
     If it refuses the program because it does not fit, ``refusal`` is the first sentence of its message, ``peak_bytes`` is
     the figure in it, and the parts are None.
     """
@@ -99,6 +109,11 @@ class Plan:
     compile_seconds: float
     refusal: str | None = None
     traffic: Traffic | None = None  # of a program for several devices
+    host_bytes: int = 0  # arguments, outputs and temporaries in the host's memory
+    host_traffic: HostTraffic | None = None  # of a program with arguments there
+    host_seconds: float | None = (
+        None  # that it takes at least on the card's bus, both directions at once; None if unknown
+    )
 
 
 def _gpu(memory: float, *figures: Any) -> Target:
@@ -118,17 +133,17 @@ _DEEP = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x
 
 
 _TARGETS = {
-    "rtx5090": _gpu(31.36, "NVIDIA GeForce RTX 5090", "12.0", 170, 1792, 96, 2.407, 209.5),
-    "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52, 165.2),
-    "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695, 71),
-    "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535, 44.1),
-    "rtx4060": _gpu(7.62, "NVIDIA GeForce RTX 4060", "8.9", 24, 272, 24, 2.46, 30.2),
-    "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777, 25.4),
-    "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59, 65),
-    "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04, 121),
-    "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41, 312),
-    "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41, 312),
-    "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98, 989.4),
+    "rtx5090": _gpu(31.36, "NVIDIA GeForce RTX 5090", "12.0", 170, 1792, 96, 2.407, 209.5, (5, 16)),
+    "rtx4090": _gpu(23.64, "NVIDIA GeForce RTX 4090", "8.9", 128, 1008, 72, 2.52, 165.2, (4, 16)),
+    "rtx3090": _gpu(23.69, "NVIDIA GeForce RTX 3090", "8.6", 82, 936, 6, 1.695, 71, (4, 16)),
+    "rtx4060ti-16gb": _gpu(15.6, "NVIDIA GeForce RTX 4060 Ti", "8.9", 34, 288, 32, 2.535, 44.1, (4, 8)),
+    "rtx4060": _gpu(7.62, "NVIDIA GeForce RTX 4060", "8.9", 24, 272, 24, 2.46, 30.2, (4, 8)),
+    "rtx3060-12gb": _gpu(11.75, "NVIDIA GeForce RTX 3060", "8.6", 28, 360, 3, 1.777, 25.4, (4, 16)),
+    "t4": _gpu(14.56, "Tesla T4", "7.5", 40, 320, 4, 1.59, 65, (3, 16)),
+    "l4": _gpu(22.03, "NVIDIA L4", "8.9", 58, 300, 48, 2.04, 121, (4, 16)),
+    "a100-40": _gpu(39.39, "NVIDIA A100-SXM4-40GB", "8.0", 108, 1555, 40, 1.41, 312, (4, 16)),
+    "a100-80": _gpu(79.14, "NVIDIA A100-SXM4-80GB", "8.0", 108, 2039, 40, 1.41, 312, (4, 16)),
+    "h100": _gpu(79.1, "NVIDIA H100 80GB HBM3", "9.0", 132, 3352, 50, 1.98, 989.4, (5, 16)),
     "tpu-v4": _tpu(30.75, "v4", ("TPU v4",), 275, _DEEP, "megacore"),
     "tpu-v5e": _tpu(15.75, "v5e", ("TPU v5 lite", "TPU v5e"), 197, _FLAT),
     "tpu-v5p": _tpu(95.74, "v5p", ("TPU v5", "TPU v5p"), 459, _DEEP),
@@ -211,11 +226,13 @@ def compile_for(
       target: from :func:`target`.
       function: what ``jax.jit`` takes, or what it has returned; then ``donate_argnums`` has been decided before.
       arguments: pytrees of arrays or ``jax.ShapeDtypeStruct``; only shapes and dtypes matter, and the ``NamedSharding`` that a
-        ``ShapeDtypeStruct`` may have, on a mesh of :func:`devices_of` the target.  All others are for one device.
+        ``ShapeDtypeStruct`` may have, on a mesh of :func:`devices_of` the target.  All others are for one device.  With the
+        memory kind ``pinned_host``, on any mesh, an argument is in the host's memory.
       donate_argnums: of ``jax.jit``.
 
     Raises:
       MissingPackagesError: the target's compiler is not installed.
+      ValueError: the compiler refuses a program with arguments in the host's memory.
 
     >>> add = lambda x, y: x + y
     >>> x = jax.ShapeDtypeStruct((256, 256), "float32")
@@ -223,17 +240,22 @@ def compile_for(
     >>> plan.argument_bytes, plan.output_bytes, plan.alias_bytes, plan.peak_bytes, plan.fits
     (524288, 262144, 262144, 524288, True)
     """
+    asked = [leaf.sharding for leaf in jax.tree.leaves(arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    on_host = any(sharding is not None and sharding.memory_kind == HOST for sharding in asked)
     given = {
-        leaf.sharding.mesh
-        for leaf in jax.tree.leaves(arguments)
-        if isinstance(leaf, jax.ShapeDtypeStruct) and isinstance(leaf.sharding, jax.sharding.NamedSharding)
+        sharding.mesh
+        for sharding in asked
+        if isinstance(sharding, jax.sharding.NamedSharding) and sharding.memory_kind != HOST
     }
     mesh = given.pop() if given else jax.sharding.Mesh(np.array(devices_of(target)), ("one",))
     whole = jax.sharding.NamedSharding(mesh, jax.P())
+    # A GPU that is not there has no memories, and JAX would forget the kind on a mesh of such.
+    host = jax.sharding.NamedSharding(mesh.abstract_mesh, jax.P(), memory_kind=HOST)
 
     def place(leaf: jax.ShapeDtypeStruct, argument: Any) -> jax.ShapeDtypeStruct:
-        asked = argument.sharding if isinstance(argument, jax.ShapeDtypeStruct) else None
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=asked or whole, weak_type=leaf.weak_type)
+        sharding = (argument.sharding if isinstance(argument, jax.ShapeDtypeStruct) else None) or whole
+        sharding = host if sharding.memory_kind == HOST else sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
 
     abstract = jax.tree.map(place, jax.eval_shape(lambda *leaves: leaves, *arguments), arguments)
     jitted: Any = function if hasattr(function, "lower") else jax.jit(function, donate_argnums=donate_argnums)
@@ -242,9 +264,14 @@ def compile_for(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if not re.match("RESOURCE_EXHAUSTED.*hbm", str(error), re.DOTALL | re.IGNORECASE):
-            raise
-        return _refused(str(error), time.perf_counter() - start)
+        if re.match("RESOURCE_EXHAUSTED.*hbm", str(error), re.DOTALL | re.IGNORECASE):
+            return _refused(str(error), time.perf_counter() - start)
+        if on_host:
+            raise ValueError(
+                f"The compiler for {target.name} refuses this program with its state in the host's memory "
+                f"({str(error).splitlines()[0]}); keep the state on the device."
+            ) from error
+        raise
     seconds = time.perf_counter() - start
     sizes = compiled.memory_analysis()
     peak = (
@@ -260,7 +287,19 @@ def compile_for(
         fits=peak <= target.memory,
         compile_seconds=seconds,
         traffic=traffic(compiled.as_text(), mesh.size) if mesh.size > 1 else None,
+        **(_on_the_bus(target, compiled) if on_host else {}),
     )
+
+
+def _on_the_bus(target: Target, compiled: Any) -> dict[str, Any]:
+    """The fields of a :class:`Plan` about the host's memory; none for a CPU, whose own it is."""
+    if target.platform == "cpu":
+        return {}
+    sizes, moved = compiled.memory_analysis(), host_traffic(compiled.as_text())
+    kept = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
+    hardware = target.hardware
+    seconds = max(moved) / hardware.bus_bandwidth if isinstance(hardware, Gpu) else None
+    return {"host_bytes": kept + sizes.host_temp_size_in_bytes, "host_traffic": moved, "host_seconds": seconds}
 
 
 def hush_idle_compilers() -> None:

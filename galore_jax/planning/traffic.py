@@ -1,6 +1,6 @@
 # Copyright 2026 The galore_jax Authors
 # SPDX-License-Identifier: Apache-2.0
-"""Computes the bytes that a compiled program sends between its devices, from the program's text.
+"""Computes the bytes that a compiled program sends between its devices, and between host and device, from the program's text.
 
 A ring algorithm for a collective over a group of g devices, with S bytes of result on each device, sends from every device
 
@@ -10,6 +10,9 @@ An instruction in a loop counts once per iteration, or once if the number of ite
 Collectives in the branches of a conditional count separately, because galore places its refreshes there and a training step
 runs at most some of them.  TPU compilers split one collective across the fusions that run alongside it, and give all parts the
 same chain ID.  Such a collective counts once.
+
+Arrays in the host's memory have the memory space 5 in their layouts.  A copy, or a slice that is read or written, counts with
+the bytes that it moves, and a kernel that reads such an array by itself with all of the array.
 """
 
 from __future__ import annotations
@@ -27,6 +30,10 @@ CALLED = re.compile(
     r"=(?:%?([\w.\-]+)|\{([^}]*)\})"
 )
 _CHAIN = re.compile(r'chain_id="(\w+)"')
+_HOST = "S(5)"
+_PLACED = re.compile(r"\b(?:pred|[a-z]+\d+\w*)\[[\d,]*\](?:\{[^}]*\})?")
+_OPERATION = re.compile(r"%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
+_MOVES_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "opt-barrier"}
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 
@@ -35,6 +42,66 @@ class Traffic(NamedTuple):
 
     always: dict[str, int]  # Bytes outside conditionals
     in_branches: dict[str, int]  # Bytes in the branches of conditionals, summed over all branches
+
+
+class HostTraffic(NamedTuple):
+    """Bytes that one execution moves over the bus between the host's memory and the device's."""
+
+    to_device: int
+    to_host: int
+
+
+def host_traffic(text: str) -> HostTraffic:
+    """Returns what one execution moves between host and device; all branches of conditionals count.
+
+    Args:
+      text: The text of a compiled program, from ``jax.stages.Compiled.as_text``.
+
+    >>> text = '''
+    ... ENTRY %main (x: f32[8,64]) -> f32[64] {
+    ...   %x = f32[8,64]{1,0:S(5)} parameter(0)
+    ...   %i = s32[] constant(3)
+    ...   %d = ((f32[8,64]{1,0:S(5)}, s32[]), f32[1,64]{1,0}, u32[]) fusion-start(%x, %i), calls=%slice
+    ...   %done = f32[1,64]{1,0} fusion-done(%d)
+    ...   ROOT %r = f32[64]{0} bitcast(%done)
+    ... }'''
+    >>> host_traffic(text)
+    HostTraffic(to_device=256, to_host=0)
+    """
+    computations, entry = computations_of(text)
+    moved: Counter[str] = Counter()
+
+    def visit(name: str, times: int) -> None:
+        types: dict[str, str] = {}
+        for line in computations.get(name, ()):
+            found = _OPERATION.search(line)
+            if found is None:
+                continue
+            own, kind, operation, rest = found.groups()
+            types[own] = kind
+            if operation in ("while", "conditional", "call"):
+                for one, several in CALLED.findall(line):
+                    for callee in re.findall(r"[\w.\-]+", one or several):
+                        visit(callee, times * trips(line, computations))
+            if operation in _MOVES_NOTHING or operation.endswith("-done"):
+                continue
+            results = _PLACED.findall(kind)
+            operands = [types.get(name, "") for name in re.findall(r"%([\w.\-]+)", rest.split("), ")[0])]
+            if operation == "copy-start":  # (result, operand, context)
+                results = results[:1]
+            elif operation.endswith("-start"):  # ((operands), result, context)
+                results = results[-2:-1]
+            read = [array for array in operands if _HOST in array and not array.startswith("(")]
+            written = [array for array in results if _HOST in array]
+            if written:
+                # An array of the host that is updated in place gets what the other operands hold.
+                parts = [array for array in operands if _HOST not in array] if read else written
+                moved["to_host"] += times * _bytes(parts)
+            elif read:
+                moved["to_device"] += times * _bytes(results if operation.endswith("-start") else read)
+
+    visit(entry, 1)
+    return HostTraffic(moved["to_device"], moved["to_host"])
 
 
 def traffic(text: str, devices: int) -> Traffic:
@@ -120,6 +187,11 @@ def arrays_of(kind: str) -> list[tuple[int, str]]:
 def bytes_of(array: tuple[int, str]) -> int:
     bits, shape = array
     return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
+def _bytes(kinds: list[str]) -> int:
+    """Of all arrays in some types, but for numbers alone: the places of slices."""
+    return sum(bytes_of(array) for kind in kinds for array in arrays_of(kind) if array[1])
 
 
 def _sent(found: re.Match, line: str, devices: int) -> int:

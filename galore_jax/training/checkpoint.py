@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from galore_jax.offload import HOST
 from galore_jax.training.run_folder import resume_command
 
 FORMAT = 1
@@ -258,8 +259,11 @@ def checksums(tree: Any) -> dict[str, int]:
     >>> checksums({"a": jnp.array([1, 0, 0]), "b": jnp.array([0, 1, 0])})
     {'a': 1, 'b': 3}
     """
-    paths = [_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    return dict(zip(paths, (int(value) for value in jax.device_get(_checksums(jax.tree.leaves(tree)))), strict=True))
+    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    on_host = {path: leaf for path, leaf in leaves.items() if leaf.sharding.memory_kind == HOST}
+    found = _checksums({path: leaf for path, leaf in leaves.items() if path not in on_host})
+    found |= {path: _checksum_on_host(leaf) for path, leaf in on_host.items()}
+    return {path: int(value) for path, value in jax.device_get(found).items()}
 
 
 def _all_checksums(saved: Checkpoint) -> dict[str, int]:
@@ -272,16 +276,33 @@ def _data_checksum(step: int, data: dict[str, Any], losses: list[float]) -> int:
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def checksum(leaf: jax.Array) -> jax.Array:
-        bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-        words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
-        place = jnp.zeros(words.shape, jnp.uint32)  # in row-major order; to flatten a sharded array would gather it
-        for axis, size in enumerate(words.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        return jnp.sum(words * (2 * place + 1))
+def _checksums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return jax.tree.map(_checksum, leaves)
 
-    return [checksum(leaf) for leaf in leaves]
+
+@jax.jit
+def _checksum_on_host(leaf: jax.Array) -> jax.Array:
+    """The same of an array in the host's memory; of a stack the device gets one layer at a time."""
+
+    def of_layer(layer: jax.Array, total: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(leaf, layer, 1)
+        return total + _checksum(jax.device_put(part, jax.memory.Space.Device), layer)
+
+    if leaf.ndim < 3:
+        return _checksum(jax.device_put(leaf, jax.memory.Space.Device))
+    return jax.lax.fori_loop(0, leaf.shape[0], of_layer, jnp.zeros([], jnp.uint32))
+
+
+def _checksum(leaf: jax.Array, start: jax.typing.ArrayLike = 0) -> jax.Array:
+    """Of an array, or of its part from ``start`` on along the first axis."""
+    bits = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)  # in row-major order; to flatten a sharded array would gather it
+    for axis, size in enumerate(words.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        if axis == 0:
+            place += jnp.asarray(start, jnp.uint32)
+    return jnp.sum(words * (2 * place + 1))
 
 
 def _manager(folder: Path, kept: Kept | None = None, *, create: bool = False) -> ocp.CheckpointManager:

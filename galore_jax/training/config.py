@@ -121,6 +121,8 @@ class PretrainConfig:
     """Recompute each block in the backward pass: less memory, about a third more work."""
     attention: Literal["xla", "cudnn"] = "xla"
     """Kernel of attention. cudnn: NVIDIA's flash attention on a GPU, faster and with less memory; needs --dtype bf16."""
+    state_memory: Literal["device", "host"] = "device"
+    """Where the optimizer state is. host (needs --layerwise): in the host's memory, and on the device one layer's at a time."""
     reduce_low_rank: bool = False
     """GaLore: along the axis data of --mesh, send gradients between devices in the subspaces; needs --clip 0."""
     mesh: str | None = None
@@ -277,6 +279,8 @@ def check(config: PretrainConfig) -> None:
         )
     if config.attention == "cudnn" and config.dtype != "bf16":
         raise ValueError(f"--attention cudnn computes in bfloat16, and --dtype is {config.dtype}; write --dtype bf16.")
+    if config.state_memory == "host":
+        _check_state_on_host(config)
     if config.batch % config.accumulate:
         raise ValueError(
             f"--batch {config.batch} is not a multiple of --accumulate {config.accumulate}; "
@@ -297,6 +301,17 @@ def check(config: PretrainConfig) -> None:
     if not 0 <= config.resolved_warmup_steps < config.steps:
         raise ValueError(
             f"--warmup-steps {config.warmup_steps} must be at least 0 and less than --steps {config.steps}."
+        )
+
+
+def _check_state_on_host(config: PretrainConfig) -> None:
+    if not config.layerwise:
+        raise ValueError(
+            "--state-memory host needs --layerwise: a step on the whole model would bring all of the state to the device at once."
+        )
+    if config.mesh is not None:
+        raise ValueError(
+            f"--state-memory host is for one device, and --mesh {config.mesh} spreads the state over several; leave out one."
         )
 
 

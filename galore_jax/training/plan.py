@@ -20,6 +20,7 @@ from galore_jax.memory import device_bytes, state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
 from galore_jax.models.llama import block_stack
+from galore_jax.offload import HOST
 from galore_jax.planning.targets import MissingPackagesError, Plan, Target, compile_for, devices_of, target
 from galore_jax.training import config as settings
 from galore_jax.training.adapters import part
@@ -68,6 +69,8 @@ class PlanConfig:
     """Precision of the parameters. None: as --dtype. int8 (needs --layerwise): 8 bits for the matrices of the blocks."""
     layerwise: bool = False
     """Update layer by layer during the backward pass, as in galore-jax pretrain."""
+    state_memory: Literal["device", "host"] = "device"
+    """Where the optimizer state is. host (needs --layerwise): in the host's memory, as in galore-jax pretrain."""
     clip: float = 1.0
     """Largest global norm of a gradient. 0: no clipping."""
     batch: int = 1
@@ -136,6 +139,8 @@ class Planned:
 
     def exact_bytes(self) -> Row:
         """What needs no compiler."""
+        leaves = [leaf for leaf in jax.tree.leaves(self.opt_state) if leaf.sharding is not None]
+        on_host = tree_bytes([leaf for leaf in leaves if leaf.sharding.memory_kind == HOST])
         return {
             "model": self.config.model,
             "optimizer": self.config.optimizer,
@@ -144,6 +149,7 @@ class Planned:
             "target_bytes": self.target.memory,
             "params_bytes": tree_bytes(self.params),
             "optimizer_state_bytes": tree_bytes(self.opt_state),
+            "optimizer_state_bytes_on_host": on_host,
             "optimizer_state": state_bytes_by_kind(self.opt_state),
             "gradient_bytes": self._gradient_bytes(),
             "devices": 1 if self.program.mesh is None else self.program.mesh.size,
@@ -159,8 +165,9 @@ class Planned:
         except MissingPackagesError as error:
             nothing = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
             return self.exact_bytes() | nothing | {"missing": str(error)}
-        wire = None if compiled.traffic is None else compiled.traffic._asdict()
-        return self.exact_bytes() | dataclasses.asdict(compiled) | {"traffic": wire, "missing": None}
+        moved = {"traffic": compiled.traffic, "host_traffic": compiled.host_traffic}
+        named = {name: None if found is None else found._asdict() for name, found in moved.items()}
+        return self.exact_bytes() | dataclasses.asdict(compiled) | named | {"missing": None}
 
     def _gradient_bytes(self) -> int:
         dense = jax.eval_shape(dequantize, part(self.params)[0])
@@ -196,7 +203,9 @@ def plan(config: PlanConfig) -> Row:
     """One plan, of ``config.optimizer``: what ``--json`` prints.
 
     On a mesh all sizes that the compiler gives are of one device, and ``traffic`` has the bytes that each sends in a step,
-    outside and inside branches (:mod:`galore_jax.planning.traffic`). ``optimizer_state`` has the bytes of
+    outside and inside branches (:mod:`galore_jax.planning.traffic`). With the state in the host's memory, ``peak_bytes`` and its
+    parts leave it out, ``host_bytes`` is its size, ``host_traffic`` has the bytes that a step moves in each direction, and
+    ``host_seconds`` what that takes at least on the bus of a GPU. ``optimizer_state`` has the bytes of
     :func:`galore_jax.memory.state_bytes_by_kind`. ``gradient_bytes`` is one gradient of all parameters, or layer-wise the
     largest that exists at a time: of one layer, or of all that is outside the layers; it is part of ``temporary_bytes``.
     What could not be compiled is null: with ``missing``, a compiler that is not installed; with ``refusal``, what the

@@ -40,6 +40,7 @@ def table(config: PlanConfig, rows: list[Row]) -> str:
 
 def _title(config: PlanConfig) -> str:
     how = "layer-wise, " if config.layerwise else ""
+    how += "state on the host, " if config.state_memory == "host" else ""
     weights = config.weights or config.dtype
     where = config.target if config.mesh is None else f"{config.target}, {config.mesh}"
     return f"{config.model}, {weights} weights, {how}{config.batch} x {config.seq} tokens, on {where}"
@@ -67,7 +68,23 @@ def _one(row: Row) -> list[str]:
     if row["fits"] is not None:
         lines.append(_line("fits", _fits(row)))
         lines.append(_line("compiled in", _seconds(row)))
-    return lines + _wire(row)
+    return lines + _bus(row) + _wire(row)
+
+
+def _bus(row: Row) -> list[str]:
+    """What a step moves between the memories of host and device."""
+    if row["host_traffic"] is None:
+        return []
+    to_device, to_host = map(format_bytes, row["host_traffic"].values())
+    lines = [
+        _line("in the host's memory", format_bytes(row["host_bytes"]), "not part of the peak"),
+        _line("to the device, a step", to_device),
+        _line("and back to the host", to_host),
+    ]
+    if row["host_seconds"] is not None:
+        note = "the least, with both directions of PCI Express at their full speed at once"
+        lines.append(_line("seconds for it", f"{row['host_seconds']:.2f} s", note))
+    return lines
 
 
 def _wire(row: Row) -> list[str]:
@@ -142,7 +159,7 @@ def plot(config: PlanConfig, rows: list[Row], path: Path) -> None:
 def _part(row: Row, part: str) -> int:
     if part == "parameters":
         return row["params_bytes"]
+    state = row["optimizer_state_bytes"] - row["optimizer_state_bytes_on_host"]
     if part == "optimizer state":
-        return row["optimizer_state_bytes"]
-    rest = (row["peak_bytes"] or 0) - row["params_bytes"] - row["optimizer_state_bytes"]
-    return max(rest, 0)
+        return state
+    return max((row["peak_bytes"] or 0) - row["params_bytes"] - state, 0)

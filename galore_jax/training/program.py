@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from galore_jax.layerwise import Layerwise, layerwise
+from galore_jax.layerwise import Layerwise, LayerwiseState, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
+from galore_jax.offload import HOST, offload_state, offloaded
 from galore_jax.sharding import state_sharding
 from galore_jax.training.adapters import adapt, make_restart, part
 from galore_jax.training.config import PretrainConfig
@@ -39,18 +41,15 @@ class Program(NamedTuple):
     batch: jax.ShapeDtypeStruct  # int32 [batch, sequence + 1]
     mesh: Mesh | None
     shardings: tuple[Any, Any] | None  # of (params, opt_state), None without a mesh
+    state_on_host: bool
 
     @property
     def state(self) -> tuple[Any, Any]:
-        """The abstract (params, opt_state), with their shardings on a mesh."""
+        """The abstract (params, opt_state), with their shardings on a mesh, and of what is in the host's memory."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
-        if self.shardings is None:
-            return shapes
-
-        def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
-
-        return jax.tree.map(placed, shapes, self.shardings)
+        if self.shardings is not None:
+            return jax.tree.map(_placed, shapes, self.shardings)
+        return (shapes[0], _on_host(shapes[1])) if self.state_on_host else shapes
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """In this context the functions have to be traced."""
@@ -71,6 +70,10 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
     weights = functools.partial(_weights, config, model_config)
     graphdef = nnx.eval_shape(functools.partial(_split, config, model_config), jax.random.key(0))[0]
     tx = make_optimizer(config, make_schedule(config), clip=not config.layerwise)
+    state_on_host = config.state_memory == "host"
+    if state_on_host:
+        check_host_memory(jax.devices()[0])
+        tx = offload_state(tx)
     by_layers = None
     if config.layerwise:
         by_layers = layerwise(
@@ -106,7 +109,7 @@ def program(config: PretrainConfig, model_config: LlamaConfig, mesh: Mesh | None
         )
     else:
         step = _layerwise_step(by_layers, out_shardings, data_parallel)
-    return Program(graphdef, init, step, batch, mesh, shardings)
+    return Program(graphdef, init, step, batch, mesh, shardings, state_on_host)
 
 
 def full_rank(config: PretrainConfig, model_config: LlamaConfig) -> Any:
@@ -150,6 +153,33 @@ def _shardings(mesh: Mesh, params: Any, optimizer: Any) -> tuple[Any, Any]:
     of_params = param_shardings(mesh, params)
     state = jax.eval_shape(optimizer.init, params)
     return of_params, cut_along_fsdp(state, state_sharding(optimizer, params, of_params))
+
+
+def check_host_memory(device: Any) -> None:
+    """Raises a ValueError if JAX does not let the device use memory of the host."""
+    if all(memory.kind != HOST for memory in device.addressable_memories()):
+        raise ValueError(
+            f"--state-memory host needs the memory that JAX calls {HOST}, which {device.platform} has not; leave it out."
+        )
+
+
+def _on_host(state: LayerwiseState) -> LayerwiseState:
+    """The abstract state of a layer-wise step with :func:`offload_state`, with the shardings of what is on the host."""
+    # Of all shardings, only a NamedSharding makes an array's type say that it is on the host.
+    mesh = Mesh(np.array(jax.devices()[:1]), ("one",))
+    host = NamedSharding(mesh, PartitionSpec(), memory_kind=HOST)
+
+    def place(leaf: jax.ShapeDtypeStruct, one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return _placed(leaf, host) if offloaded(one) else leaf
+
+    one_layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.layers)
+    return LayerwiseState(
+        state.count, jax.tree.map(place, state.layers, one_layer), jax.tree.map(place, state.rest, state.rest)
+    )
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
 
 
 def _layerwise_step(optimizer: Layerwise, out_shardings: Any, data_parallel: Mesh | None) -> Any:

@@ -26,7 +26,7 @@ from galore_jax.training.config import OF_THE_PRESET, PretrainConfig, flag
 
 _MAY_CHANGE = {
     "distributed", "mesh", "steps", "learning_rate", "save_every", "keep", "eval_every", "eval_tokens", "log_every",
-    "sample_tokens", "track", "out", "resume",
+    "sample_tokens", "state_memory", "track", "out", "resume",
 }  # fmt: skip
 """Fields that a resumed run may set anew, the learning rate because one that diverged needs a lower one; any other would make it
 a different run."""
