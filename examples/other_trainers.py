@@ -24,8 +24,6 @@ from other_libraries import BATCH, HEADS, LAYERS, LENGTH, WIDTH, batches
 
 from galore_jax import describe, galore_adamw, tree_bytes
 
-RATE = 3e-3
-
 Make = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 
 
@@ -39,7 +37,7 @@ class Run(NamedTuple):
     restored: Any  # the pair of both, from the checkpoint
 
 
-def tunix(make: Make, steps: int, folder: str) -> Run:
+def tunix(make: Make, rate: float, steps: int, folder: str) -> Run:
     """``PeftTrainer`` takes a transformation, and trains all parameters of a model without LoRA."""
     from flax import nnx
     from tunix.models.llama3 import model as llama
@@ -53,7 +51,7 @@ def tunix(make: Make, steps: int, folder: str) -> Run:
         settings = peft_trainer.TrainingConfig(
             eval_every_n_steps=steps, max_steps=steps, checkpoint_root_directory=folder
         )
-        made = peft_trainer.PeftTrainer(llama.Llama3(config, rngs=nnx.Rngs(seed)), make(RATE), settings)
+        made = peft_trainer.PeftTrainer(llama.Llama3(config, rngs=nnx.Rngs(seed)), make(rate), settings)
         return made.with_gen_model_input_fn(inputs)
 
     def inputs(batch):
@@ -73,10 +71,10 @@ def tunix(make: Make, steps: int, folder: str) -> Run:
         peft_trainer.TrainingInput(input_tokens=tokens, input_mask=np.ones(tokens.shape, bool)) for tokens in batches()
     )
     losses = first.metrics_logger.get_metric_history("", "loss", "train")
-    return Run(losses, make(RATE), *trained(first), trained(trainer(seed=1)))
+    return Run(losses, make(rate), *trained(first), trained(trainer(seed=1)))
 
 
-def keras(make: Make, steps: int, folder: str) -> Run:
+def keras(make: Make, rate: float, steps: int, folder: str) -> Run:
     """An optimizer of Keras whose variables are the transformation's state, for ``fit`` and ``model.save``."""
     os.environ["KERAS_BACKEND"] = "jax"
     import keras
@@ -110,7 +108,7 @@ def keras(make: Make, steps: int, folder: str) -> Run:
         x = x + keras.layers.Dense(WIDTH)(h)
     model = keras.Model(tokens, keras.layers.Dense(256, name="lm_head")(keras.layers.LayerNormalization()(x)))
     losses = []
-    model.compile(Optax(RATE), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(Optax(rate), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     text = np.concatenate(list(itertools.islice(batches(), steps)))
 
     class Losses(keras.callbacks.Callback):
@@ -128,7 +126,7 @@ def keras(make: Make, steps: int, folder: str) -> Run:
     return Run(losses, model.optimizer.tx, *trained(model), trained(restored))
 
 
-def levanter(make: Make, steps: int, folder: str) -> Run:
+def levanter(make: Make, rate: float, steps: int, folder: str) -> Run:
     """An ``OptimizerConfig`` that a YAML names by its type, and ``Trainer``, whose last checkpoint a second one finds."""
     import dataclasses
 
@@ -154,7 +152,7 @@ def levanter(make: Make, steps: int, folder: str) -> Run:
         max_seq_len=LENGTH + 1, hidden_dim=WIDTH, intermediate_dim=4 * WIDTH, num_layers=LAYERS, num_heads=HEADS,
         num_kv_heads=2,
     )  # fmt: skip
-    optimizer = OptaxConfig(learning_rate=RATE, lr_schedule="constant", warmup=0).build(steps)
+    optimizer = OptaxConfig(learning_rate=rate, lr_schedule="constant", warmup=0).build(steps)
 
     def examples():
         for tokens in batches():
@@ -177,7 +175,7 @@ def levanter(make: Make, steps: int, folder: str) -> Run:
     return Run(list(losses.values()), optimizer, *states[0], states[1])
 
 
-def maxtext(make: Make, steps: int, folder: str) -> Run:
+def maxtext(make: Make, rate: float, steps: int, folder: str) -> Run:
     """``get_optimizer`` makes MaxText's optimizer; another function in its place makes ours."""
     import json
 
@@ -208,7 +206,7 @@ def maxtext(make: Make, steps: int, folder: str) -> Run:
         "base_emb_dim": WIDTH, "base_mlp_dim": 4 * WIDTH, "base_num_decoder_layers": LAYERS, "base_num_query_heads": HEADS,
         "base_num_kv_heads": 2, "head_dim": WIDTH // HEADS, "vocab_size": 256, "max_target_length": LENGTH,
         "per_device_batch_size": BATCH, "dtype": "float32", "attention": "dot_product", "packing": False,
-        "learning_rate": RATE, "learning_rate_final_fraction": 1, "warmup_steps_fraction": 0, "gradient_clipping_threshold": 0,
+        "learning_rate": rate, "learning_rate_final_fraction": 1, "warmup_steps_fraction": 0, "gradient_clipping_threshold": 0,
         "dataset_type": "synthetic", "skip_jax_distributed_system": True, "enable_dropout": False, "log_config": False,
     }  # fmt: skip
 
@@ -228,13 +226,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=3e-3, help="of AdamW, and of GaLore if --galore-rate is left out")
+    parser.add_argument("--galore-rate", type=float)
+    parser.add_argument("--rank", type=float, default=0.25, help="a fraction of the smaller side")
+    parser.add_argument("--gap", type=int, default=200, help="steps between two refreshes of a basis")
     options = parser.parse_args()
     final = {}
-    makers = {"adamw": optax.adamw, "galore_adamw": partial(galore_adamw, rank=0.25, scale="rms")}
+    makers = {
+        "adamw": optax.adamw,
+        "galore_adamw": partial(galore_adamw, rank=options.rank, scale="rms", update_proj_gap=options.gap),
+    }
     folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     for name, make in makers.items():
         os.makedirs(f"{folder.name}/{name}")
-        run = TRAINERS[options.trainer](make, options.steps, f"{folder.name}/{name}")
+        rate = options.rate if name == "adamw" else options.galore_rate or options.rate
+        run = TRAINERS[options.trainer](make, rate, options.steps, f"{folder.name}/{name}")
         described = describe(run.tx, run.params)
         if name != "adamw":
             print(described)

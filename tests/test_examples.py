@@ -43,12 +43,10 @@ def test_every_example_has_a_test():
 
 
 @pytest.mark.slow
-def test_own_blocks_train_layer_by_layer_as_in_a_plain_step():
-    plan, *_, last, largest = run("own_blocks.py", "--steps", "30", **QUICKLY).splitlines()
-    assert plan.startswith("a layer-wise step takes ")
-    assert plan.endswith(" MiB on here")
+def test_own_blocks_train_layer_by_layer_beside_a_plain_step():
+    *_, last, largest = run("own_blocks.py", "flax", "--steps", "30", **QUICKLY).splitlines()
     assert float(last.split()[3].rstrip(",")) < 4.5  # log(256) = 5.5 before training
-    assert float(largest.split()[-1]) < 1e-4
+    assert float(largest.split()[3].rstrip(",")) < 1e-4
 
 
 # Levanter and MaxText use names that JAX has deprecated.

@@ -517,6 +517,13 @@ def test_the_entries_of_an_answer_that_are_not_finite_are_zeros_and_the_others_m
         assert np.any(updates["w"])
         assert (int(state.step), int(state.skipped)) == (1, skipped)
 
+    rest, tx = {"b": params["b"]}, galore(optax.stateless(spoil), rank=2)
+    with pytest.warns(galore_jax.GaLoreMemoryWarning):
+        state = tx.init(rest)
+    updates, state = jax.jit(tx.update)(rest, state)
+    assert np.flatnonzero(updates["b"] == 0).tolist() == [5]
+    assert (int(state.step), int(state.skipped)) == (1, 0)
+
 
 def test_an_overlap_is_at_most_one_also_for_a_basis_that_is_not_orthonormal():
     """Two unrelated Gaussian bases have about r/m, so that a lazy gap stays as it is."""

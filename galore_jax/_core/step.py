@@ -383,13 +383,16 @@ class Step:
     ) -> tuple[optax.Updates, GaLoreState]:
         """When nothing is projected, runs the inner transformation directly.
 
-        Gradients and answers that are not finite are masked afterwards, which keeps its arithmetic bit-identical.
+        Gradients that are not finite are masked afterwards, which keeps its arithmetic bit-identical.  Entries of an answer that
+        are not finite become zeros one by one: to count over the answers, XLA would write them in float32.
         """
         updates = trees.as_arrays(updates)
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        sound = jnp.all(is_sound(joined(list(map(level_of, jax.tree.leaves((updates, replies)))))))
-        replies = jax.tree.map(lambda reply, x: jnp.where(sound, reply, 0).astype(x.dtype), replies, updates)
+        sound = jnp.all(is_sound(joined(list(map(level_of, jax.tree.leaves(updates))))))
+        replies = jax.tree.map(
+            lambda reply, x: jnp.where(sound & jnp.isfinite(reply), reply, 0).astype(x.dtype), replies, updates
+        )
         inner_state = jax.tree.map(lambda new, old: jnp.where(sound, new, old), inner_state, state.inner_state)
         good = sound.astype(jnp.int32)
         return replies, state._replace(
