@@ -20,8 +20,6 @@ array, each matrix is decoded, rotated and encoded again in turn, with rounding 
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,10 +89,8 @@ def carriers(
     check_transport(transport)
     if transport == "keep" or not any(views):
         return [None] * len(codecs.flatten(state)[0])
-    one = inner.inner if isinstance(inner, PerMatrix) else inner
-    start_of = functools.cache(functools.partial(_start_of, one, treedef))
     return [
-        None if view is None else _carrier(transport, inner, leaf, view, start_of)
+        None if view is None else _carrier(transport, inner, leaf, view, treedef)
         for leaf, view in _leaves(inner, state, treedef, views)
     ]
 
@@ -170,7 +166,7 @@ def _leaves(
 
 
 def _carrier(
-    transport: str, inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, start_of: Callable
+    transport: str, inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, treedef: Any
 ) -> Carrier | None:
     each = isinstance(inner, PerMatrix)
     place = _placed(transport, leaf, view, each)
@@ -183,8 +179,7 @@ def _carrier(
             f'transport="reset" cannot reset {_described(leaf, view)}, because all matrices share the counts of this '
             "state: write per_matrix(inner, views_of), which gives each matrix its own."
         )
-    program, init = start_of(leaf.parameter, view.low_rank_shape[-2:])
-    return Carrier(leaf.parameter, _FreshStart(program, leaf.place, init))
+    return Carrier(leaf.parameter, _fresh_start(inner.inner, leaf, view, treedef))
 
 
 class _Place(NamedTuple):
@@ -277,30 +272,13 @@ def _quadratic(q: jax.Array, moment: jax.Array) -> jax.Array:
     return _linear(shares, moment) + missing * jnp.mean(moment, axis=0, keepdims=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _FreshStart:
-    """Starts a slice of one leaf anew.  Leaves that start the same way compare equal, so they can share one compiled refresh."""
-
-    program: Any  # what the initial state of the matrix is computed by
-    place: int  # of the leaf in that state
-    init: Callable[[Any], Any] = dataclasses.field(compare=False)  # dtype -> the initial state
-
-    def __call__(self, old: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+def _fresh_start(inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, treedef: Any) -> Callable:
+    def turn(old: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
         array = codecs.decoded(old)
         floating = jnp.issubdtype(array.dtype, jnp.floating)
-        fresh = self.init(state_dtype(array) if floating else jnp.float32)
-        start = codecs.decoded(codecs.flatten(fresh)[0][self.place])
+        dtype = state_dtype(array) if floating else jnp.float32
+        fresh = inner.init(alone(treedef, leaf.parameter, jnp.zeros(view.low_rank_shape[-2:], dtype)))
+        start = codecs.decoded(codecs.flatten(fresh)[0][leaf.place])
         return codecs.encoded_like(jnp.asarray(start).astype(array.dtype), old)
 
-
-def _start_of(
-    inner: optax.GradientTransformation, treedef: Any, parameter: int, shape: tuple[int, ...]
-) -> tuple[Any, Callable[[Any], Any]]:
-    """How the inner state of one matrix of a parameter starts: the program, and the function of a dtype that runs it."""
-
-    def init(dtype: Any) -> Any:
-        return inner.init(alone(treedef, parameter, jnp.zeros(shape, dtype)))
-
-    program = jax.make_jaxpr(lambda: codecs.flatten(init(jnp.float32))[0])()
-    # Constants are arrays, which have no name in the text of a program.
-    return object() if program.consts else str(program), init
+    return turn
