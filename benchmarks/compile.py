@@ -8,8 +8,9 @@ python benchmarks/compile.py --model 7b                        the shapes of LLa
 python benchmarks/compile.py --tpu                             12 layers for a TPU v5e that is not attached; needs libtpu
 
 A model has seven matrices and two norms a layer, an embedding, a head and a last norm.  Unstacked, every matrix is a leaf of its
-own; stacked, a leaf holds one matrix of each layer.  HLO instructions are counted before XLA optimizes them.  The script fails if
-a second call of the jitted update would be traced again.
+own; stacked, a leaf holds one matrix of each layer.  HLO instructions are counted before XLA optimizes them.  Seconds are those
+of all cores added up, which depend less on what else the machine does.  The script fails if a second call of the jitted update
+would be traced again.
 """
 
 import argparse
@@ -84,11 +85,11 @@ def measured(tx: optax.GradientTransformation, params: dict) -> dict:
         return tx.update(grads, state, params)
 
     state = jax.eval_shape(tx.init, params)
-    start = time.perf_counter()
+    start = time.process_time()
     lowered = update.trace(params, state, params).lower()
-    middle = time.perf_counter()
+    middle = time.process_time()
     lowered.compile()
-    end = time.perf_counter()
+    end = time.process_time()
     _, after = jax.eval_shape(update, params, state, params)
     update.trace(params, after, params)
     if len(calls) > 1:

@@ -271,3 +271,29 @@ def test_reset_with_nothing_projected_is_the_inner_optimizer():
         updates, state = tx.update(gradient, state, params)
         expected, expected_state = inner.update(gradient, expected_state, params)
         np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("transport", ["keep", "rotate"])
+def test_the_matrices_of_one_shape_share_one_refresh(transport):
+    def loops(count):
+        params = {str(i): jnp.ones((8, 16)) for i in range(count)}
+        tx = galore(optax.adam(0.1), rank=2, transport=transport)
+        return str(jax.make_jaxpr(tx.update)(params, tx.init(params))).count("while[")
+
+    assert loops(3) == loops(1) > 0
+
+
+def test_a_reset_starts_each_matrix_as_its_own_optimizer_does():
+    """The matrices have one shape, and states of the same fields."""
+    params = {"a": normal(0, (8, 16)), "b": normal(1, (8, 16)), "c": normal(2, (8, 16))}
+    rms = {"zeros": optax.scale_by_rms(), "threes": optax.scale_by_rms(initial_scale=3.0)}
+    inner = optax.partition(rms, {"a": "zeros", "b": "threes", "c": "zeros"})
+    tx = galore(inner, rank=2, transport="reset", refresh="manual")
+    start = refresh.refresh_bases(tx, params, tx.init(params))
+    _, state = tx.update(params, start)
+    moved, fresh = (jax.tree.leaves(x.inner_state) for x in (state, refresh.refresh_bases(tx, params, state)))
+    expected = jax.tree.leaves(tx.init(params).inner_state)
+    assert sorted(float(jnp.max(x)) for x in expected) == [0, 0, 3]
+    for old, new, first in zip(moved, fresh, expected, strict=True):
+        assert jnp.all(old != first)
+        np.testing.assert_array_equal(new, first)

@@ -27,7 +27,7 @@ import numpy as np
 
 from galore_jax import sharding
 from galore_jax._core.basis import Basis, Storage
-from galore_jax._core.gradients import Batches, at_places, level_of, masked
+from galore_jax._core.gradients import Batches, at_places, chosen, level_of, masked
 from galore_jax._core.orthonormal import defect
 from galore_jax.matrix_view import MatrixView
 from galore_jax.projectors import Projector, ProjectorInput
@@ -197,11 +197,12 @@ def _one_by_one(
     sizes = [math.prod(x.shape[:-2]) for x in matrices]
     alone = len(sizes) == 1
 
+    # (size, ...), or (...) where there is one matrix.
     def flat(tree: Any, batch: int, size: int) -> Any:
-        return jax.tree.map(lambda x: x.reshape(size, *x.shape[batch:]), tree)
+        return jax.tree.map(lambda x: x.reshape(*(size,)[: size != 1], *x.shape[batch:]), tree)
 
-    stacks = [flat(old, x.ndim - 2, size) for old, x, size in zip(subspaces, matrices, sizes, strict=True)]
-    matrices = [x.reshape(size, *x.shape[-2:]) for size, x in zip(sizes, matrices, strict=True)]
+    batches = [x.ndim - 2 for x in matrices]
+    stacks, matrices = (list(map(flat, trees, batches, sizes)) for trees in (subspaces, matrices))
     # Of the matrices of all parameters, one after the other: which parameter's, and which of that parameter's.
     parameter = jnp.array(np.repeat(np.arange(len(sizes)), sizes), jnp.int32)
     place = jnp.array(np.concatenate([np.arange(size) for size in sizes]), jnp.int32)
@@ -212,19 +213,26 @@ def _one_by_one(
         which, at = parameter[index], place[index]
 
         def taken(number: int) -> Callable[[], tuple[jax.Array, Subspace]]:
+            if sizes[number] == 1:
+                return lambda: (matrices[number], stacks[number])
             return lambda: (_read(matrices[number], at), jax.tree.map(lambda x: _at(x, at), stacks[number]))
 
         branches = list(map(taken, range(len(sizes))))
         matrix, old = branches[0]() if alone else jax.lax.switch(which, branches)
         new, found = refresh_one(matrix, old)
 
-        def put(number: int, whole: jax.Array, x: jax.Array) -> jax.Array:
-            if alone:
-                return _with(whole, at, x)
-            own = jnp.where(which == number, at, 0)
-            return _with(whole, own, jnp.where(which == number, x, _at(whole, own)))
+        def put(mine: jax.Array, size: int, stack: Subspace) -> Subspace:
+            if size == 1:
+                return jax.tree.map(functools.partial(chosen, mine), new, stack)
+            own = jnp.where(mine, at, 0)
+            return jax.tree.map(lambda whole, x: _with(whole, own, chosen(mine, x, _at(whole, own))), stack, new)
 
-        stacks = [jax.tree.map(functools.partial(put, number), whole, new) for number, whole in enumerate(stacks)]
+        if not alone:
+            stacks = list(map(put, _one_hot(which, len(sizes)), sizes, stacks))
+        elif sizes == [1]:
+            stacks = [new]
+        else:
+            stacks = [jax.tree.map(lambda whole, x: _with(whole, at, x), stacks[0], new)]
         outcome = jax.tree.map(lambda whole, x: _with(whole, index, x), outcome, found)
         return _with(todo, index, jnp.zeros_like(index, dtype=bool)), outcome, stacks
 
@@ -236,9 +244,23 @@ def _one_by_one(
     return shaped, outcome
 
 
+def _one_hot(which: jax.Array, count: int) -> list[jax.Array]:
+    """Whether a number is 0, 1, 2, ..., a scalar each.
+
+    XLA compiles a kernel for every constant that it can see, which would be most of the compile time of a model with many layers.
+    It cannot see into the results of a reduction, so the digits of the number are found by one.
+    """
+    base = math.isqrt(count - 1) + 1
+    digits = jnp.arange(base, dtype=which.dtype)
+    ones = [(digits == digit) & (digits == number) for digit in (which // base, which % base) for number in range(base)]
+    start = [jnp.zeros((), bool)] * len(ones)
+    hot = jax.lax.reduce(ones, start, lambda a, b: [x | y for x, y in zip(a, b, strict=True)], (0,))
+    return [hot[number // base] & hot[base + number % base] for number in range(count)]
+
+
 def _at(stack: jax.Array, index: jax.Array) -> jax.Array:
     """The matrix number ``index`` of a stack (N, ...)."""
-    return stack[0] if stack.shape[0] == 1 else jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
 def _read(stack: jax.Array, index: jax.Array) -> jax.Array:
@@ -258,7 +280,7 @@ def _read(stack: jax.Array, index: jax.Array) -> jax.Array:
 
 def _with(stack: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
     """A stack (N, ...) with another matrix number ``index``."""
-    return x[None] if stack.shape[0] == 1 else jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
+    return jax.lax.dynamic_update_index_in_dim(stack, x, index, 0)
 
 
 def _refresh_one(

@@ -9,6 +9,7 @@ One number for each matrix keeps programs small, and lets each parameter be upda
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -45,9 +46,17 @@ def at_places(vector: jax.Array, places: np.ndarray) -> jax.Array:
     return vector.at[places].get(mode="promise_in_bounds")
 
 
+def chosen(flags: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
+    """``x`` where the flags [*batch] are set, and ``other`` elsewhere; both have one shape and one dtype."""
+    if flags.ndim == 0:
+        # One operation, where jnp.where makes a function of five.
+        return jax.lax.select(flags, x, other)
+    return jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim)), x, other)
+
+
 def masked(flags: jax.Array, x: jax.Array) -> jax.Array:
     """``x`` where the flags [*batch] are set, and zeros elsewhere."""
-    return jnp.where(flags.reshape(flags.shape + (1,) * (x.ndim - flags.ndim)), x, 0)
+    return chosen(flags, x, jnp.zeros_like(x))
 
 
 class Batches(NamedTuple):
@@ -131,16 +140,19 @@ def update_guarded(
         for x, batch, flag, of_matrices in zip(replies, batches, good, projected, strict=True)
     ]
     # Entry by entry, because a decision over all entries would take a pass of its own too.
-    replies = [masked(flag, jnp.where(jnp.isfinite(x), x, 0)) for flag, x in zip(good, replies, strict=True)]
-    all_levels, any_good = joined(levels), jnp.any(joined(good))
-    lost = jnp.isfinite(all_levels) & jnp.logical_not(joined(answered))
+    zeros = map(jnp.zeros_like, replies)
+    finite = [jax.lax.select(jnp.isfinite(x), x, zero) for x, zero in zip(replies, zeros, strict=True)]
+    replies = list(map(masked, good, finite))
+    all_levels = joined(levels)
+    all_good = jnp.isfinite(all_levels)
+    lost = all_good & jnp.logical_not(joined(answered))
     return Guarded(
         low_rank,
         replies,
         good,
         answered,
         hold_bad(owners_of(new), new=new, old=old, good=good),
-        any_good.astype(jnp.int32),
+        jnp.any(all_good).astype(jnp.int32),
         jnp.any(~is_sound(all_levels) | lost).astype(jnp.int32),
     )
 
@@ -165,10 +177,7 @@ def hold_bad(owners: list[int], *, new: Any, old: Any, good: list[jax.Array]) ->
         if any(jnp.shape(array)[: flag.ndim] != flag.shape for array in jax.tree.leaves(new_leaf)):
             flag = jnp.all(flag)
 
-        def hold(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(flag.reshape(flag.shape + (1,) * (jnp.ndim(new) - flag.ndim)), new, old)
-
-        return jax.tree.map(hold, new_leaf, old_leaf)
+        return jax.tree.map(functools.partial(chosen, flag), new_leaf, old_leaf)
 
     leaves, treedef = codecs.flatten(new)
     return treedef.unflatten(map(choose, owners, leaves, treedef.flatten_up_to(old)))
