@@ -169,6 +169,9 @@ CASES = [
         "LLaMA 7B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8, **SMALLEST},
         "a: 7b int8, q_galore_adamw_8bit, 1 x 256",
     ),
+    Case("LLaMA 7B", "rtx3060-12gb", "muon_4bit", INT8),
+    Case("LLaMA 7B", "rtx3060-12gb", "muon_2bit", INT8),
+    Case("LLaMA 13B", "rtx4090", "muon_4bit", INT8),
 ]  # fmt: skip
 
 
