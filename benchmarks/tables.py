@@ -89,10 +89,10 @@ def larger_model() -> dict[str, dict[str, str]]:
 
 
 def smaller_model() -> dict[str, dict[str, str]]:
-    """The cells of the runs on a CPU, and where there are none, those of the runs on an H100."""
+    """The cells of the runs on an H100, and where there are none, those of the runs on a CPU."""
     on_gpu, on_cpu = cells("bytes"), cells("bytes on a CPU")
     return {
-        name: on_gpu.get(name, {}) | {column: cell for column, cell in on_cpu.get(name, {}).items() if cell}
+        name: on_cpu.get(name, {}) | {column: cell for column, cell in on_gpu.get(name, {}).items() if cell}
         for name in {**on_gpu, **on_cpu}
     }
 

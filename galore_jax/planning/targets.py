@@ -111,9 +111,8 @@ class Plan:
     traffic: Traffic | None = None  # of a program for several devices
     host_bytes: int = 0  # arguments, outputs and temporaries in the host's memory
     host_traffic: HostTraffic | None = None  # of a program with arguments there
-    host_seconds: float | None = (
-        None  # that it takes at least on the card's bus, both directions at once; None if unknown
-    )
+    # That it takes at least on the card's bus, both directions at once; None if unknown.
+    host_seconds: float | None = None
 
 
 def _gpu(memory: float, *figures: Any) -> Target:
