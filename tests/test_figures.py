@@ -67,6 +67,12 @@ adamw, galore = quality["adamw"], quality["galore_adamw"]
 muon = {(found["optimizer"], found["momentum"], found["normuon"]): found["losses"] for found in read("results/bytes")}
 optax_muon, muon_8bit = muon["optax.contrib.muon", 0.9, False], muon["muon_8bit", 0.9, True]
 plain_8bit = muon["muon_8bit", 0.9, False]
+on_cpu = {
+    (found["optimizer"], found["momentum"]): {steps: x["loss"] for steps, x in found["losses"].items()}
+    for found in read("results/bytes-cpu")
+}
+muon_cpu, optax_cpu = on_cpu["muon", 0.9], on_cpu["optax.contrib.muon", 0.9]
+four_bits, two_bits = on_cpu["muon_4bit", 0.9], on_cpu["muon_2bit", 0.8]
 tuned, shorter = read("results/finetune"), read("results/finetune-short")
 generated = [  # the faster one first
     tuple(read("results/generate")["results"].values()),
@@ -146,7 +152,10 @@ QUOTED = {
         below(muon_8bit["400"]["loss"], plain_8bit["400"]["loss"], 1),
         above(muon["optax.contrib.muon", 0.95, False]["1200"]["loss"], optax_muon["1200"]["loss"]),
         above(muon["muon_4bit", 0.9, False]["400"]["loss"], optax_muon["400"]["loss"], 1),
-        *(f"{found:.3f}" for found in single["bytes"]["1,200 steps on a CPU"].values()),
+        *(above(four_bits[steps], muon_cpu[steps], 1) for steps in ("1200", "4000")),
+        below(four_bits["1200"], optax_cpu["1200"], 1),
+        *(above(two_bits[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
+        *(below(muon_cpu[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
         # fine-tuning
         *(f"{100 * found['accuracy']:.1f}%" for found in tuned["results"].values()), f"{tuned['baseline']:.1%}",
         f"{tuned['baseline']:.3f}",
