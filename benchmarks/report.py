@@ -55,10 +55,10 @@ def bytes_table(records: list[dict]) -> str:
         for mark in marks:
             cells.append("")
             if found := record["losses"].get(mark):
-                loss = (
-                    f"{found['loss']:.3f}" if found["seeds"] == 1 else f"{found['loss']:.4f} ± {found['deviation']:.4f}"
+                spread = "" if found["seeds"] == 1 else f" ± {found['deviation']:.4f}"
+                cells[-1] = f"{found['loss']:.4f}{spread} ({found['learning_rate']:g})" + (
+                    "" if spread else ", one seed"
                 )
-                cells[-1] = f"{loss} ({found['learning_rate']:g})" + (", one seed" if found["seeds"] == 1 else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
