@@ -68,17 +68,19 @@ def bytes_picture(records: list[dict], steps: str, theme: Theme) -> Figure:
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     kinds = {
         "optax.contrib.muon": {"color": theme.red, "fmt": "o"},
-        "galore_jax, without NorMuon's division": {"color": theme.yellow, "fmt": "s", "markerfacecolor": "none"},
-        "galore_jax, with it (the default)": {"color": theme.blue, "fmt": "o"},
+        "galore_jax": {"color": theme.blue, "fmt": "o"},
     }
     for record in records:
         if (found := record["losses"].get(steps)) is None:
             continue
         place = record["bytes_per_weight"], found["loss"]
-        kind = 2 if record["normuon"] else 0 if record["optimizer"].startswith("optax") else 1
-        axis.errorbar(*place, yerr=found["deviation"], capsize=3, **list(kinds.values())[kind])
-        if record["normuon"]:
-            axis.annotate(record["optimizer"], place, xytext=(-8, -3), textcoords="offset points", ha="right")
+        look = kinds.get(record["optimizer"], kinds["galore_jax"])
+        axis.errorbar(*place, yerr=found["deviation"], capsize=3, **look)
+        if record["optimizer"] not in kinds:
+            inwards = ("left", 8) if place[0] < 2 else ("right", -8)
+            axis.annotate(
+                record["optimizer"], place, xytext=(inwards[1], -3), textcoords="offset points", ha=inwards[0]
+            )
     for label, look in kinds.items():
         axis.errorbar([], [], [], label=label, **look)
     axis.set(
