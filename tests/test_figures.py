@@ -154,6 +154,7 @@ QUOTED = {
         above(muon["muon_4bit", 0.9, False]["400"]["loss"], optax_muon["400"]["loss"], 1),
         *(above(four_bits[steps], muon_cpu[steps], 1) for steps in ("1200", "4000")),
         below(four_bits["1200"], optax_cpu["1200"], 1),
+        *(f"{found:.2f} times" for found in single["muon step, of optax.contrib.muon's"].values()),
         *(above(two_bits[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
         *(below(muon_cpu[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
         # fine-tuning
