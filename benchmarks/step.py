@@ -144,7 +144,8 @@ def run_muon(args: argparse.Namespace) -> dict[str, dict]:
         },
     }
     step = {name: jax.jit(training_step(loss, tx, False), donate_argnums=(0, 1)) for name, tx in txs.items()}
-    state = {name: (init(), jax.jit(tx.init)(init())) for name, tx in txs.items()}
+    params = {name: init() for name in txs}
+    state = {name: (params[name], jax.jit(tx.init)(params[name])) for name, tx in txs.items()}
     seconds = {name: [] for name in txs}
     names = list(txs)
     for number in range(args.steps):

@@ -31,6 +31,7 @@ import optax
 
 from galore_jax._core.call import ARGUMENT, Action, AxisName, Call
 from galore_jax._core.state import galore_states_of
+from galore_jax._core.trees import one_of
 
 __all__ = ["low_rank_mean", "low_rank_of", "mean_over_devices", "update_from_low_rank"]
 
@@ -84,7 +85,7 @@ def low_rank_mean(
         return (jax.tree.map(jnp.add, total, low_rank), state), kept
 
     number = jax.tree.leaves(micro_batches)[0].shape[0]
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), micro_batches)
+    one = one_of(micro_batches)
     with _in_reach():
         shapes = jax.eval_shape(lambda batch: _collected(tx, gradient(batch)[1], state, params, True)[0], one)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax._core.call import ARGUMENT, Action, Call
-from galore_jax._core.trees import paths_of
+from galore_jax._core.trees import one_of, paths_of
 from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
 from galore_jax.execution.in_turn import update_in_turn
 from galore_jax.execution.independence import check_independent
@@ -161,7 +161,7 @@ def layerwise(
     def init(params: Params) -> LayerwiseState:
         layers, rest = model.split(params)
         _check_flags(model.flags, check_stack(layers))
-        one = _one_layer(jax.eval_shape(dequantize, layers))
+        one = one_of(jax.eval_shape(dequantize, layers))
         if one not in checked:
             check_independent(tx, one)
             checked.append(one)
@@ -412,7 +412,7 @@ def _mean_gradient(one: Callable[[Any], tuple[Params, Any]], xs: Any) -> tuple[P
         grads, other = one(x)
         return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grads), other
 
-    shapes, _ = jax.eval_shape(one, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs))
+    shapes, _ = jax.eval_shape(one, one_of(xs))
     total, other = jax.lax.scan(add, jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes), xs)
     return jax.tree.map(lambda t: t / count, total), other
 
@@ -439,10 +439,6 @@ def _micro_batches(batch: Any, count: int) -> Any:
 
 def _squares(tree: Any) -> jax.Array:
     return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), start=jnp.zeros([]))
-
-
-def _one_layer(layers: Params) -> Params:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
 
 
 def _at(tree: Any, i: int | jax.Array) -> Any:

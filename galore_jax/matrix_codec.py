@@ -50,8 +50,10 @@ BITS = (8, 4, 3, 2)
 ROUNDINGS = ("dither", "stochastic", "nearest")
 _MIN_SIZE = 4096
 _MIN_SIDE = 16
-# Bit patterns of bfloat16: infinity, a NaN, and 2^-119.  The step of a smaller scale would be below the normal numbers.
-_INFINITY, _NAN, _LEAST = 0x7F80, 0x7FC0, 0x0400
+# The step of a smaller scale would be below the normal numbers.
+_LEAST = 2.0**-119
+# Bit patterns of bfloat16: infinity, a NaN, and the least scale.
+_INFINITY, _NAN, _LEAST_BITS = 0x7F80, 0x7FC0, 0x0400
 # The bits of the grids that clip, with the width of a step in root mean squares.
 _CLIPPED = {3: 0.73, 2: 1.25}
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -273,7 +275,7 @@ def _root_mean_squares(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     A row with an entry that is not finite, or above 2^126, has NaN.
     """
     rows = _root_mean_square(array, -1)
-    rows = jnp.where(rows < 2.0**-119, 0, rows).astype(jnp.bfloat16)
+    rows = jnp.where(rows < _LEAST, 0, rows).astype(jnp.bfloat16)
     wide = rows.astype(jnp.float32)[..., :, None]
     return rows, _root_mean_square(_ratio(array, wide), -2).astype(jnp.bfloat16)
 
@@ -306,7 +308,7 @@ def _rounded_up(magnitudes: jax.Array) -> jax.Array:
     """The bit patterns of nonnegative float32 numbers -> bfloat16, so that no entry exceeds its scale."""
     finite = magnitudes < _INFINITY << 16
     upper = jnp.minimum((jnp.minimum(magnitudes, _INFINITY << 16) + 0xFFFF) >> 16, _INFINITY - 1)
-    upper = jnp.where(upper < _LEAST, 0, upper)
+    upper = jnp.where(upper < _LEAST_BITS, 0, upper)
     return jax.lax.bitcast_convert_type(jnp.where(finite, upper, _NAN).astype(jnp.uint16), jnp.bfloat16)
 
 

@@ -199,7 +199,7 @@ def _one_by_one(
 
     # (size, ...), or (...) where there is one matrix.
     def flat(tree: Any, batch: int, size: int) -> Any:
-        return jax.tree.map(lambda x: x.reshape(*(size,)[: size != 1], *x.shape[batch:]), tree)
+        return jax.tree.map(lambda x: x.reshape(x.shape[batch:] if size == 1 else (size, *x.shape[batch:])), tree)
 
     batches = [x.ndim - 2 for x in matrices]
     stacks, matrices = (list(map(flat, trees, batches, sizes)) for trees in (subspaces, matrices))

@@ -31,6 +31,15 @@ def is_box(node: Any) -> bool:
     return len(children) == 1 and children[0] is not node and jax.tree_util.all_leaves(children)
 
 
+def one_of(stacked: Any) -> Any:
+    """The shapes and dtypes of one of the trees in a stack along the first axis of every leaf.
+
+    >>> one_of({"kernel": jnp.ones((3, 4, 8))})
+    {'kernel': ShapeDtypeStruct(shape=(4, 8), dtype=float32)}
+    """
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
+
+
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves of a tree, boxes included, and the structure around them."""
     return jax.tree.flatten(tree, is_leaf=is_box)

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from galore_jax._core.trees import one_of
 from galore_jax.layerwise import Layerwise, LayerwiseState, layerwise
 from galore_jax.models import Llama, LlamaConfig
 from galore_jax.models.llama import block_stack
@@ -172,10 +173,8 @@ def _on_host(state: LayerwiseState) -> LayerwiseState:
     def place(leaf: jax.ShapeDtypeStruct, one: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return _placed(leaf, host) if offloaded(one) else leaf
 
-    one_layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state.layers)
-    return LayerwiseState(
-        state.count, jax.tree.map(place, state.layers, one_layer), jax.tree.map(place, state.rest, state.rest)
-    )
+    layers = jax.tree.map(place, state.layers, one_of(state.layers))
+    return LayerwiseState(state.count, layers, jax.tree.map(place, state.rest, state.rest))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
