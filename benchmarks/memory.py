@@ -156,6 +156,7 @@ CASES = [
         "a: llama3-8b int8, q_galore_adamw_8bit, 1 x 256",
     ),
     Case("Llama-3-8B", "rtx4060ti-16gb", Q_GALORE, {"rank": 256, **INT8}),
+    Case("Llama-3-8B", "rtx4060ti-16gb", "muon_2bit", INT8),
     Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 1024, **INT8}),
     Case("Qwen3-4B", "rtx3060-12gb", Q_GALORE, {"rank": 512, **INT8}),
     Case("Gemma-3-4B", "rtx4060ti-16gb", Q_GALORE, {"rank": 512, **INT8}),

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax._core.call import ARGUMENT, Action, Call
-from galore_jax._core.trees import one_of, paths_of
+from galore_jax._core.trees import one_of, paths_of, squared_norm
 from galore_jax.accumulate import AxisName, low_rank_of, mean_over_devices, update_from_low_rank
 from galore_jax.execution.in_turn import update_in_turn
 from galore_jax.execution.independence import check_independent
@@ -180,16 +180,25 @@ def layerwise(
         key = jax.random.fold_in(jax.random.key(seed), state.count)
         run = _Run(model, dequantize(rest), _micro_batches(batch, accumulate), check_stack(layers))
         inputs, last = run.forward(layers)
-        loss, cotangent = run.loss(last)
+        # Together, because XLA would put off the loss and keep a copy of the LM head for it, from before the update.
+        loss, cotangent = jax.lax.optimization_barrier(run.loss(last))
 
         factor, norm = jnp.ones([]), None
         if max_norm is not None:
 
             def add(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
-                return squares + _squares(grads)
+                return squares + squared_norm(grads)
 
             squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
-            norm = jnp.sqrt(squares + _squares(run.rest_gradient(last, first, factor)))
+            # In a branch, because otherwise XLA would make the zeros that this gradient and that of the update are summed into
+            # together, and the second ones would take the memory of an LM head from then on.
+            squares += jax.lax.cond(
+                jnp.isfinite(squares),
+                lambda *of_rest: squared_norm(run.rest_gradient(*of_rest)),
+                lambda *_: jnp.zeros([]),
+                *run.of_rest(last, first, factor),
+            )
+            norm = jnp.sqrt(squares)
             factor = jnp.where(norm < max_norm, 1, max_norm / norm)
             # Every gradient is linear in the cotangent, so this bounds them all without copying any.
             cotangent = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), cotangent)
@@ -203,11 +212,11 @@ def layerwise(
 
         def from_all_devices(grads: Params, state: Any, params: Params, layer: Any = None) -> tuple:
             grads, state = low_rank_of(tx, grads, state, params, axis_name, layer)
-            return *update_from_low_rank(tx, grads, state, params, layer), _squares(grads)
+            return *update_from_low_rank(tx, grads, state, params, layer), squared_norm(grads)
 
         def update(i: jax.Array, grads: Params, carry: tuple) -> tuple:
             weights, states, squares = carry
-            own = _squares(grads)
+            own = squared_norm(grads)
             # The barrier makes the weights be read again once their gradient exists, instead of keeping copies until then.
             read = jax.tree.map(lambda g: jax.lax.optimization_barrier((g, i)), grads)
             grads, places = jax.tree.transpose(jax.tree.structure(grads), jax.tree.structure((0, 0)), read)
@@ -236,16 +245,30 @@ def layerwise(
             tpu=functools.partial(update_all, flat=False),
             default=functools.partial(update_all, flat=jax.sharding.get_abstract_mesh().empty),
         )
-        grads = run.rest_gradient(last, first, factor)
-        if axis_name is None:
-            own = _squares(grads)
-            grads = bounded(grads, own)
-            rest, rest_state = update_in_turn(
-                tx, grads, state.rest, run.rest, lambda updates: apply_updates(rest, updates, key)
+        of_rest = run.of_rest(last, first, factor)
+        if axis_name is not None:
+            updates, rest_state, own = from_all_devices(run.rest_gradient(*of_rest), state.rest, run.rest)
+            rest, loss = apply_updates(rest, updates, key), mean_over_devices(loss, axis_name)
+        elif max_layer_norm is None:
+            rest, rest_state, own = update_in_turn(
+                tx,
+                run.rest_gradient,
+                *of_rest,
+                state.rest,
+                lambda updates: apply_updates(rest, updates, key),
+                apart=run.not_in_loss(last),
             )
         else:
-            updates, rest_state, own = from_all_devices(grads, state.rest, run.rest)
-            rest, loss = apply_updates(rest, updates, key), mean_over_devices(loss, axis_name)
+            grads = run.rest_gradient(*of_rest)
+            own = squared_norm(grads)
+            rest, rest_state, _ = update_in_turn(
+                tx,
+                lambda _, grads: grads,
+                run.rest,
+                bounded(grads, own),
+                state.rest,
+                lambda updates: apply_updates(rest, updates, key),
+            )
         return (
             model.join(layers, rest),
             LayerwiseState(state.count + 1, states, rest_state),
@@ -381,13 +404,19 @@ class _Run(NamedTuple):
 
         return jax.lax.fori_loop(0, self.number, body, (carry, cotangent))
 
-    def rest_gradient(self, last: Activations, cotangent: Activations, factor: jax.Array) -> Params:
+    def of_rest(self, *inputs: Any) -> tuple[Params, tuple]:
+        """Returns the arguments of :meth:`rest_gradient` for a computation of its own.
+
+        Without the barrier, XLA would merge it with that of :meth:`loss`, and keep the gradient of an LM head until then.
+        """
+        return jax.lax.optimization_barrier((self.rest, inputs))
+
+    def rest_gradient(self, rest: Params, inputs: tuple[Activations, Activations, jax.Array]) -> Params:
         """Returns the mean gradient of the rest, through ``factor`` times the loss and through the embedding.
 
-        The loss is recomputed, because keeping its gradient during the backward pass would cost the memory of an LM head.
+        ``inputs`` are the last block's output, the cotangent of the first block's input, and ``factor``.
         """
-        # Without the barrier, XLA would merge the two computations and keep that gradient.
-        rest, last, cotangent = jax.lax.optimization_barrier((self.rest, last, cotangent))
+        last, cotangent, factor = inputs
 
         def one(triple: tuple) -> tuple[Params, None]:
             x, back, batch = triple
@@ -399,6 +428,13 @@ class _Run(NamedTuple):
             return pull((factor.astype(value.dtype), back))[0], None
 
         return _mean_gradient(one, (last, cotangent, self.batches))[0]
+
+    def not_in_loss(self, last: Activations) -> frozenset[int]:
+        """Returns the indices of the rest's leaves that the loss does not read: they only embed the batch."""
+        jaxpr = jax.make_jaxpr(self.model.loss)(self.rest, one_of(last), one_of(self.batches)).jaxpr
+        read = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
+        leaves = jaxpr.invars[: len(jax.tree.leaves(self.rest))]
+        return frozenset(i for i, var in enumerate(leaves) if id(var) not in read)
 
 
 def _mean_gradient(one: Callable[[Any], tuple[Params, Any]], xs: Any) -> tuple[Params, Any]:
@@ -435,10 +471,6 @@ def _micro_batches(batch: Any, count: int) -> Any:
         return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, batch)
-
-
-def _squares(tree: Any) -> jax.Array:
-    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), start=jnp.zeros([]))
 
 
 def _at(tree: Any, i: int | jax.Array) -> Any:

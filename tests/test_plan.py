@@ -199,6 +199,29 @@ def test_one_gradient_of_everything_or_of_a_layer(tiny):
     assert size(batch=4, accumulate=2)["gradient_bytes"] == 4 * count  # micro-batches are summed in float32
     assert size(layerwise=True)["gradient_bytes"] == 2 * rest
     assert size(layerwise=True, vocab_size=4)["gradient_bytes"] == 2 * (count - rest) // 3
+    # A large embedding is updated before the gradient of the head is computed.
+    assert size(layerwise=True, vocab_size=2**19)["gradient_bytes"] == 2 * (2**19 * 32 + 32)
+
+
+@needs_extra
+@pytest.mark.slow
+def test_gradients_of_embedding_and_head_are_never_there_together():
+    """Sums over micro-batches are float32; new weights and moments take as much as another sum, and casts a third."""
+    row = plan(
+        PlanConfig(
+            model="demo",
+            vocab_size=200_000,
+            optimizer="galore_adamw_8bit",
+            target="rtx4090",
+            layerwise=True,
+            batch=2,
+            accumulate=2,
+            seq=64,
+        )
+    )
+    one = 4 * 200_000 * 128
+    assert row["gradient_bytes"] == one + 4 * 128
+    assert row["temporary_bytes"] < 3.1 * one
 
 
 def test_kinds_of_state():

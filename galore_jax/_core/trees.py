@@ -40,6 +40,15 @@ def one_of(stacked: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stacked)
 
 
+def squared_norm(tree: Any) -> jax.Array:
+    """The sum of the squares of all entries, a float32 scalar.
+
+    >>> float(squared_norm({"a": jnp.ones((2, 3)), "b": jnp.full((1,), 2.0)}))
+    10.0
+    """
+    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), start=jnp.zeros([]))
+
+
 def flatten(tree: Any) -> tuple[list[Any], Any]:
     """The leaves of a tree, boxes included, and the structure around them."""
     return jax.tree.flatten(tree, is_leaf=is_box)

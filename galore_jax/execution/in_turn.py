@@ -4,86 +4,110 @@
 
 XLA may update an embedding and an LM head at the same time, and then it holds the float32 copies of both.  For an optimizer that
 treats each parameter independently, this module runs the whole update once per large parameter.  It keeps only that parameter's
-result, and XLA removes the rest as dead code.
+result, and XLA removes the rest as dead code.  Gradients that can be computed apart do not occupy memory together either: ones
+stand for them in the turns of other parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax import codecs
+from galore_jax._core.trees import squared_norm
 
-# In elements: 64 MiB in float32.
-_LARGE = 2**24
+LARGE = 2**24
+"""In elements: 64 MiB in float32."""
 
 
 def update_in_turn(
     tx: optax.GradientTransformation,
-    grads: optax.Updates,
-    state: Any,
+    gradient: Callable[[optax.Params, Any], optax.Updates],
     params: optax.Params,
+    inputs: Any,
+    state: Any,
     apply: Callable[[optax.Updates], Any],
-    large: int = _LARGE,
-) -> tuple[Any, Any]:
-    """Computes the updates in turns and returns ``apply(updates)`` with the new state.
+    apart: Collection[int] = (),
+    large: int = LARGE,
+) -> tuple[Any, Any, jax.Array]:
+    """Computes the updates in turns and returns ``apply(updates)``, the new state and the squared norm of the gradient.
 
     Args:
       tx: An optimizer that treats each parameter independently.
-      grads: A tree of arrays.
+      gradient: A function that maps ``params`` and ``inputs`` to a tree of gradients.
+      params: A tree of arrays.
+      inputs: A tree of arrays.
       state: The state of ``tx``.
-      params: A tree with the structure of ``grads``.
       apply: A function that maps updates to new parameters, each from its own update.  Its result has the structure of
-        ``grads``, except that a leaf may become a subtree.
+        ``params``, except that a leaf may become a subtree.
+      apart: Indices of leaves whose gradients share no work with those of other leaves.  The large ones of them come first, and
+        the other gradients are computed after their turns.
       large: The number of elements at which a parameter gets its own turn.  All other parameters share one turn.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4)), "c": jnp.ones((2,))}
     >>> tx = optax.adam(0.1)
-    >>> new, state = update_in_turn(tx, params, tx.init(params), params, lambda u: optax.apply_updates(params, u), large=16)
-    >>> round(float(new["b"][0, 0]), 3), int(state[0].count)
-    (0.9, 1)
+    >>> new, state, squares = update_in_turn(
+    ...     tx, lambda p, _: p, params, (), tx.init(params), lambda u: optax.apply_updates(params, u), large=16
+    ... )
+    >>> round(float(new["b"][0, 0]), 3), int(state[0].count), float(squares)
+    (0.9, 1, 34.0)
     """
-    leaves, treedef = jax.tree.flatten(grads)
-    turns = [i for i, leaf in enumerate(leaves) if leaf.size >= large][:-1]
-    owners = _owners(grads, state)
-    values = treedef.flatten_up_to(params)
+    values, treedef = jax.tree.flatten(params)
+    turns = sorted((i for i, value in enumerate(values) if value.size >= large), key=lambda i: i not in apart)[:-1]
+    owners = _owners(params, state)
     parts, structure = codecs.flatten(state)
+    grads = treedef.flatten_up_to(gradient(params, inputs))
+    squares = jnp.zeros([])
     done_values: dict[int, Any] = {}
     done_parts: dict[int, Any] = {}
+    # What stands for a gradient that is not there: NaN if it was not finite, which a guard in tx counts.
+    marks: dict[int, jax.Array] = {}
 
-    def updated() -> tuple[list[Any], list[Any]]:
-        updates, new = tx.update(treedef.unflatten(leaves), structure.unflatten(parts), treedef.unflatten(values))
+    def updated(absent: Collection[int]) -> tuple[list[Any], list[Any]]:
+        seen = [jnp.full_like(g, marks.get(i, 1)) if i in absent else g for i, g in enumerate(grads)]
+        updates, new = tx.update(treedef.unflatten(seen), structure.unflatten(parts), treedef.unflatten(values))
         return treedef.flatten_up_to(apply(updates)), structure.flatten_up_to(new)
 
     for i in turns:
-        new_values, new_parts = updated()
+        new_values, new_parts = updated({*range(len(values))} - {i} if i in apart else marks)
+        squares += squared_norm(grads[i])
+        if i in apart:
+            marks[i] = jnp.where(jnp.all(jnp.isfinite(grads[i])), 1, jnp.nan).astype(grads[i].dtype)
         done_values[i] = new_values[i]
         done_parts |= {j: part for j, part in enumerate(new_parts) if i in owners[j]}
         # Later turns read their inputs after this barrier, so XLA can reuse a buffer once its last turn has read it.
         left_values = {k: value for k, value in enumerate(values) if k not in done_values}
         left_parts = {j: part for j, part in enumerate(parts) if j not in done_parts}
-        done_values, done_parts, leaves, left_values, left_parts = jax.lax.optimization_barrier(
-            (done_values, done_parts, leaves, left_values, left_parts)
+        left_grads = None if i in apart else grads
+        squares, marks, done_values, done_parts, inputs, left_grads, left_values, left_parts = (
+            jax.lax.optimization_barrier(
+                (squares, marks, done_values, done_parts, inputs, left_grads, left_values, left_parts)
+            )
         )
         values = [left_values.get(k, value) for k, value in enumerate(values)]
         parts = [left_parts.get(j, part) for j, part in enumerate(parts)]
-    new_values, new_parts = updated()
+        # XLA removes from each of these computations the gradients that no later turn takes from it.
+        grads = left_grads or treedef.flatten_up_to(gradient(treedef.unflatten(values), inputs))
+    new_values, new_parts = updated(marks)
+    squares += squared_norm([grad for i, grad in enumerate(grads) if i not in turns])
     return (
         treedef.unflatten(done_values.get(k, value) for k, value in enumerate(new_values)),
         structure.unflatten(done_parts.get(j, part) for j, part in enumerate(new_parts)),
+        squares,
     )
 
 
-def _owners(grads: optax.Updates, state: Any) -> list[set[int]]:
+def _owners(params: optax.Params, state: Any) -> list[set[int]]:
     """Returns, for each array or coded array of ``state``, the indices of the parameters whose path its path contains.
 
     The result decides only which turn computes a leaf, not its value, because every turn starts from the old state.
     """
-    names = [path for path, _ in jax.tree.leaves_with_path(grads)]
+    names = [path for path, _ in jax.tree.leaves_with_path(params)]
 
     def holds(path: tuple, name: tuple) -> bool:
         return any(path[k : k + len(name)] == name for k in range(len(path) - len(name) + 1))

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from galore_jax._core import gradients as guards, ranks, state_fields, trees
@@ -121,12 +120,19 @@ def _update_guarded(
     gradients, treedef = jax.tree.flatten(updates)
     if not gradients:
         return updates, state
-    finite = [jnp.all(jnp.isfinite(gradient)) for gradient in gradients]
-    usable = [jnp.where(flag, promoted(gradient), 0) for flag, gradient in zip(finite, gradients, strict=True)]
     params = None if params is None else jax.tree.map(promoted, params)
-    replies, new = tx.update(treedef.unflatten(usable), state, params, **extra_args)
-    replies = treedef.flatten_up_to(replies)
-    good = [flag & jnp.all(jnp.isfinite(reply)) for flag, reply in zip(finite, replies, strict=True)]
-    new = guards.hold_bad(state_fields.parameter_index(tx, new, treedef), new=new, old=state, good=good)
-    triples = zip(good, replies, gradients, strict=True)
-    return treedef.unflatten(jnp.where(flag, reply, 0).astype(gradient.dtype) for flag, reply, gradient in triples), new
+
+    def update(usable: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+        replies, new = tx.update(treedef.unflatten(usable), state, params, **extra_args)
+        return treedef.flatten_up_to(replies), new
+
+    done = guards.update_guarded(
+        update,
+        list(map(promoted, gradients)),
+        [0] * len(gradients),
+        [False] * len(gradients),
+        lambda new: state_fields.parameter_index(tx, new, treedef),
+        state,
+    )
+    pairs = zip(done.replies, gradients, strict=True)
+    return treedef.unflatten(reply.astype(gradient.dtype) for reply, gradient in pairs), done.inner_state

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 
+from galore_jax.execution.in_turn import LARGE
 from galore_jax.memory import device_bytes, state_bytes_by_kind, tree_bytes
 from galore_jax.models import LlamaConfig
 from galore_jax.models.huggingface_config import config_from_huggingface
@@ -177,7 +178,11 @@ class Planned:
         if not self.config.layerwise:
             return tree_bytes(dense)
         layers, rest = block_stack(self.model).split(dense)
-        return max(tree_bytes(layers) // self.model.num_hidden_layers, tree_bytes(rest))
+        if self.model.tie_word_embeddings or rest["embed_tokens"]["embedding"].size < LARGE:
+            apart = {}
+        else:
+            apart = rest.pop("embed_tokens")
+        return max(tree_bytes(layers) // self.model.num_hidden_layers, tree_bytes(apart), tree_bytes(rest))
 
 
 def prepare(config: PlanConfig) -> Planned:
@@ -207,7 +212,8 @@ def plan(config: PlanConfig) -> Row:
     parts leave it out, ``host_bytes`` is its size, ``host_traffic`` has the bytes that a step moves in each direction, and
     ``host_seconds`` what that takes at least on the bus of a GPU. ``optimizer_state`` has the bytes of
     :func:`galore_jax.memory.state_bytes_by_kind`. ``gradient_bytes`` is one gradient of all parameters, or layer-wise the
-    largest that exists at a time: of one layer, or of all that is outside the layers; it is part of ``temporary_bytes``.
+    largest that exists at a time, that of one layer, of an untied embedding, or of all else that is outside the layers; it is
+    part of ``temporary_bytes``.
     What could not be compiled is null: with ``missing``, a compiler that is not installed; with ``refusal``, what the
     compiler said of a program that does not fit.
 
