@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -221,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0
     """
     program = arguments is None
+    if program:
+        # On a CPU, the idle threads of LAPACK would spin for 25 ms after each small factorization, on the cores of the step.
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
     name, *rest = (sys.argv[1:] if program else arguments) or ["--help"]
     if name in ("--help", "-h"):
         print(_usage())

@@ -342,6 +342,17 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "4"), ("9", "9")])
+def test_the_program_lets_idle_threads_of_lapack_sleep(monkeypatch, given, used):
+    # Set first, so that monkeypatch takes it back in both cases.
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", given or "")
+    if given is None:
+        monkeypatch.delenv("OPENBLAS_THREAD_TIMEOUT")
+    monkeypatch.setattr(sys, "argv", ["galore-jax", "--help"])
+    assert main() == 0
+    assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == used
+
+
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
     names = "pretrain, finetune, tokenize, plan, generate, classify, export, describe"
