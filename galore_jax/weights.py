@@ -151,18 +151,20 @@ def _nearest(weight: jax.Array) -> Int8Weight:
 
 
 def _dense(weight: Int8Weight) -> jax.Array:
+    # XLA for TPUs would copy a whole stack into the order that the next product likes best.
     codes = jax.lax.platform_dependent(weight.codes, tpu=_by_rows, default=lambda codes: codes)
     scales = sharding.spread(weight.scales, codes, BLOCK)
     return (codes.astype(jnp.float32) * scales).astype(weight.dtype)
 
 
-def _by_rows(codes: jax.Array) -> jax.Array:
-    """In the order of memory.  XLA for TPUs would copy a whole stack into the order that the next product likes best."""
-    return with_layout_constraint(codes, Layout(tuple(range(codes.ndim))))
+def _by_rows(array: jax.Array) -> jax.Array:
+    """In the order of memory, by rows."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 
 def _stochastic(weight: Int8Weight, update: jax.Array, key: jax.Array, layer: int | jax.Array) -> Int8Weight:
-    codes, update = weight.codes.astype(jnp.float32), update.astype(jnp.float32)
+    # An update that comes by columns, as Muon's do, would be widened to float32 before it is turned.
+    codes, update = weight.codes.astype(jnp.float32), _by_rows(update).astype(jnp.float32)
     peaks = _block_peaks(codes * sharding.spread(weight.scales, codes, BLOCK) + update)
     old = weight.scales.astype(jnp.float32)
     held = old * _LARGEST
