@@ -230,7 +230,11 @@ def cards(plans: dict[str, dict], runs: dict[str, dict]) -> str:
             *map(gib, sizes),
             fits(row),
         ]
-        lines.append(f"| {' | '.join(cells)} | {measured(runs.get(case.measured))} |".replace(" GiB |", " |"))
+        run = runs.get(case.measured)
+        found = measured(run)
+        if run is not None and run["status"] != "done":
+            found += f", when the plan was {gib(run['plan_bytes']).removesuffix(' GiB')}"
+        lines.append(f"| {' | '.join(cells)} | {found} |".replace(" GiB |", " |"))
     return "\n".join(lines) + "\n"
 
 

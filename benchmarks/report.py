@@ -46,8 +46,12 @@ def ablation_table(records: list[dict]) -> str:
 
 
 def bytes_table(records: list[dict]) -> str:
-    marks = sorted({steps for record in records for steps in record["losses"]}, key=int)
-    heads = ["matrices on", "bytes a weight", *(f"{int(mark):,} steps" for mark in marks)]
+    """A column for each number of steps, or for each task that the losses are named after."""
+    marks = list(dict.fromkeys(mark for record in records for mark in record["losses"]))
+    if all(map(str.isdigit, marks)):
+        marks.sort(key=int)
+    named = (f"{int(mark):,} steps" if mark.isdigit() else mark for mark in marks)
+    heads = ["matrices on", "bytes a weight", *named]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for record in records:
         name = f"`{record['optimizer']}`, β {record['momentum']:g}".replace("β 0", "β ")
@@ -120,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: ablation_table(result("ablation")),
     "bytes": lambda: bytes_table(result("bytes")),
     "bytes on a CPU": lambda: bytes_table(result("bytes-cpu")),
+    "bytes elsewhere": lambda: bytes_table(result("bytes-elsewhere")),
     "fine-tuning": lambda: finetune.table(result("finetune")["results"]),
     "shorter fine-tuning": lambda: short_table(result("finetune-short")["results"]),
     "generate": lambda: generate.table(result("generate")["results"]),

@@ -73,6 +73,7 @@ on_cpu = {
 }
 muon_cpu, optax_cpu = on_cpu["muon", 0.9], on_cpu["optax.contrib.muon", 0.9]
 four_bits, two_bits = on_cpu["muon_4bit", 0.9], on_cpu["muon_2bit", 0.8]
+elsewhere = {found["optimizer"]: [x["loss"] for x in found["losses"].values()] for found in read("results/bytes-elsewhere")}
 tuned, shorter = read("results/finetune"), read("results/finetune-short")
 generated = [  # the faster one first
     tuple(read("results/generate")["results"].values()),
@@ -156,6 +157,9 @@ QUOTED = {
         below(four_bits["1200"], optax_cpu["1200"], 1),
         *(f"{found:.2f} times" for found in single["muon step, of optax.contrib.muon's"].values()),
         *(above(two_bits[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
+        below(on_cpu["muon_4bit", 0.8]["400"], on_cpu["optax.contrib.muon", 0.8]["400"], 1),
+        *(below(*pair, 1) for pair in zip(elsewhere["muon_4bit"], elsewhere["optax.contrib.muon"], strict=True)),
+        *(above(*pair, 1) for pair in zip(elsewhere["muon_2bit"], elsewhere["optax.contrib.muon"], strict=True)),
         *(below(muon_cpu[steps], optax_cpu[steps], 1) for steps in ("1200", "4000")),
         # fine-tuning
         *(f"{100 * found['accuracy']:.1f}%" for found in tuned["results"].values()), f"{tuned['baseline']:.1%}",
