@@ -73,7 +73,9 @@ on_cpu = {
 }
 muon_cpu, optax_cpu = on_cpu["muon", 0.9], on_cpu["optax.contrib.muon", 0.9]
 four_bits, two_bits = on_cpu["muon_4bit", 0.9], on_cpu["muon_2bit", 0.8]
-elsewhere = {found["optimizer"]: [x["loss"] for x in found["losses"].values()] for found in read("results/bytes-elsewhere")}
+elsewhere = {
+    found["optimizer"]: [x["loss"] for x in found["losses"].values()] for found in read("results/bytes-elsewhere")
+}
 tuned, shorter = read("results/finetune"), read("results/finetune-short")
 generated = [  # the faster one first
     tuple(read("results/generate")["results"].values()),
