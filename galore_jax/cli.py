@@ -357,8 +357,12 @@ def _first_sentence(box: str) -> str:
 
     >>> _first_sentence("╭─ Error ─╮\\n│ Unrecognized options: --stepz │\\n│ ─── │\\n│ See --help │\\n╰─╯")
     'Unrecognized options: --stepz'
+    >>> _first_sentence("╭─ Error ─╮\\n│ Error parsing --steps: no type could be made of '3.x' │\\n╰─╯")
+    "--steps '3.x' is not a value that this flag takes"
     """
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │") for line in box.splitlines()]
     after_title = ["" if set(line) <= set("─-╰╯") else line for line in lines[1:]]
-    paragraph = takewhile(bool, dropwhile(lambda line: not line, after_title))
-    return re.sub(r"\s+(?=[.,])", "", " ".join(paragraph)).rstrip(".")
+    paragraph = " ".join(takewhile(bool, dropwhile(lambda line: not line, after_title)))
+    if unread := re.fullmatch(r"Error parsing (--[\w-]+): .*('[^']*')\]?\.?", paragraph):
+        return f"{unread[1]} {unread[2]} is not a value that this flag takes"
+    return re.sub(r"\s+(?=[.,](\s|$))", "", paragraph).rstrip(".")
