@@ -343,6 +343,21 @@ def test_mistakes_are_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["finetune"], "--model PATH and --data STR"),
+        (["generate", "--model", "run"], "--prompt STR"),
+        (["export", "run"], "OUT"),
+        (["describe"], "FOLDER"),
+    ],
+)
+def test_what_is_missing_is_named(capsys, command, missing):
+    assert main(command) == 2
+    name = f"galore-jax {command[0]}"
+    assert capsys.readouterr().err == f"error: Missing from {name}: {missing}; see {name} --help.\n"
+
+
 def test_an_unknown_command_lists_the_known_ones(capsys):
     assert main(["pretrian"]) == 2
     names = "pretrain, finetune, tokenize, plan, generate, classify, export, describe"
