@@ -361,8 +361,16 @@ def _first_sentence(box: str) -> str:
 
     >>> _first_sentence("╭─ Error ─╮\\n│ Unrecognized options: --stepz │\\n│ ─── │\\n│ See --help │\\n╰─╯")
     'Unrecognized options: --stepz'
+    >>> _first_sentence("╭─ Error ─╮\\n│ Error parsing --steps: no type could be made of '3.x' │\\n╰─╯")
+    "--steps '3.x' is not a value that this flag takes"
     """
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │") for line in box.splitlines()]
     after_title = ["" if set(line) <= set("─-╰╯") else line for line in lines[1:]]
-    paragraph = takewhile(bool, dropwhile(lambda line: not line, after_title))
-    return re.sub(r"\s+(?=[.,])", "", " ".join(paragraph)).rstrip(".")
+    sentence = list(takewhile(bool, dropwhile(lambda line: not line, after_title)))
+    paragraph = " ".join(sentence)
+    if paragraph.startswith("Missing from "):  # names, with the help of each below it
+        names = [line for line in sentence if re.fullmatch(r"(--[\w-]+ )?[A-Z]+", line)]
+        return f"{paragraph.partition(':')[0]}: {' and '.join(names)}"
+    if unread := re.fullmatch(r"Error parsing (--[\w-]+): .*('[^']*')\]?\.?", paragraph):
+        return f"{unread[1]} {unread[2]} is not a value that this flag takes"
+    return re.sub(r"\s+(?=[.,](\s|$))", "", paragraph).rstrip(".")

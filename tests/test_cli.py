@@ -299,7 +299,8 @@ def test_a_finished_run_can_be_made_longer(shop, copy, monkeypatch):
         (["--stepz", "3"], "Unrecognized options: --stepz, 3 (did you mean --steps?); see"),
         (["--Update_gap=3"], "--Update_gap=3 (did you mean --update-proj-gap?)"),
         (["--xyz", "3"], "Unrecognized options: --xyz, 3; see"),
-        (["--steps", "many"], "Error parsing --steps"),
+        (["--steps", "many"], "--steps 'many' is not a value that this flag takes; see galore-jax pretrain --help."),
+        (["--rank", "1/4"], "--rank '1/4' is not a value that this flag takes; see"),
         (["--dtype", "f16"], "invalid choice 'f16' for argument '--dtype'"),
         (["--steps", "-1"], "--steps -1 must be at least 1."),
         (["--attention", "cudnn"], "--attention cudnn computes in bfloat16, and --dtype is f32; write --dtype bf16."),
@@ -351,6 +352,21 @@ def test_the_program_lets_idle_threads_of_lapack_sleep(monkeypatch, given, used)
     monkeypatch.setattr(sys, "argv", ["galore-jax", "--help"])
     assert main() == 0
     assert os.environ["OPENBLAS_THREAD_TIMEOUT"] == used
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["finetune"], "--model PATH and --data STR"),
+        (["generate", "--model", "run"], "--prompt STR"),
+        (["export", "run"], "OUT"),
+        (["describe"], "FOLDER"),
+    ],
+)
+def test_what_is_missing_is_named(capsys, command, missing):
+    assert main(command) == 2
+    name = f"galore-jax {command[0]}"
+    assert capsys.readouterr().err == f"error: Missing from {name}: {missing}; see {name} --help.\n"
 
 
 def test_an_unknown_command_lists_the_known_ones(capsys):

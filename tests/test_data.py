@@ -462,7 +462,7 @@ def test_bpe_trains_on_a_stream(hub, tmp_path):
         ({"shard_index": 2, "shard_count": 2}, "shard_index=2 is out of range: use 0 to 1"),
         (
             {"sequence_length": 2000},
-            r"training text of '.*' is \d+ tokens, but 8001 are needed.*smaller sequence_length",
+            r"training text of '.*' is \d+ tokens, but 8001 are needed for .* smaller --seq or --batch",
         ),
         ({"batch_size": 100, "shard_count": 9}, r"training text .* but 14401 are needed"),
         ({"sequence_length": 500, "batch_size": 1}, r"validation text of '.*' is \d+ tokens, but 501 are needed"),

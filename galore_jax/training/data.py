@@ -460,8 +460,7 @@ def _no_text() -> ValueError:
 def _too_little(kind: str, source: str, tokens: int, windows: int, sequence_length: int) -> ValueError:
     return ValueError(
         f"the {kind} text of {source!r} is {tokens} tokens, but {windows * sequence_length + 1} are needed "
-        f"(windows: {windows}, of sequence_length={sequence_length}): "
-        f"use more text, or a smaller sequence_length or batch_size."
+        f"for {windows} sequences of {sequence_length}: use more text, or a smaller --seq or --batch."
     )
 
 

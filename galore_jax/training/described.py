@@ -46,7 +46,7 @@ class DescribeConfig:
     The state's bytes are those of float32 or coded moments, as galore-jax pretrain has them.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Run folder of galore-jax pretrain, or a Hugging Face folder with safetensors, of any model."""
     optimizer: str | None = None
     """An optimizer of galore-jax pretrain. None: the run's own, or galore_adamw."""

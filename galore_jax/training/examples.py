@@ -488,7 +488,7 @@ def _field(file: str, row: Row, name: str, kind: type) -> Any:
 
 def _said(examples: Examples, seq: int) -> str:
     sizes = sum(example.tokens.size for example in examples.examples)
-    kind = {"text": "windows of text", "response": "prompts with a response", "label": "labelled texts"}[examples.task]
+    kind = {"text": "windows of text", "response": "prompts with a response", "label": "labeled texts"}[examples.task]
     said = f"{len(examples.examples):,} {kind}, {sizes:,} tokens"
     if examples.cut:
         said += f"; {examples.cut:,} are longer than --seq {seq} and lose their end"

@@ -34,9 +34,9 @@ class ExportConfig:
     Low-rank weights are merged, and weights in 8 bits are widened. A run of galore-jax finetune has such folders already.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of galore-jax pretrain."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder to write, which must not exist or be empty."""
     step: int | None = None
     """Step of the checkpoint to take. None: the last one."""

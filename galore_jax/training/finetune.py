@@ -255,7 +255,8 @@ def _load(config: FinetuneConfig, folder: Path, facts: dict[str, Any] | None) ->
         train.training(config.seed),
         params=parts.params, opt_state=None, step=0, losses=[], resumed_from=None,
         facts={"task": train.task, "data_fingerprint": fingerprint, "model_fingerprint": parts.fingerprint},
-        sizes={}, description=f"{config.steps * config.batch / len(train.examples):.2f} epochs\n{description}"
+        sizes={}, description=f"{config.steps:,} steps of {config.batch} examples, "
+        f"{config.steps * config.batch / len(train.examples):.2f} epochs\n{description}"
         + ("\n" + _class_words(train, validation) if labels else ""),
         lock=contextlib.ExitStack(),
     )  # fmt: skip

@@ -35,8 +35,8 @@ _RANK, _SCALE, _PRETRAINING_SCALE = 8, 2.0, 0.25
 class FinetuneConfig:
     """Fine-tune a model from Hugging Face, or one of galore-jax pretrain, and write the result as a Hugging Face folder.
 
-    --data decides what is learnt: rows {"prompt", "response"} (the response), rows {"text", "label"} (a classifier), or plain
-    text.  The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
+    --data decides what is learned: rows {"prompt", "response"} (the response), rows {"text", "label"} (a classifier), or plain
+    text. The run folder gets best/ and last/, which transformers opens: the weights that did best on held-out examples,
     and the last ones.
     """
 
