@@ -58,7 +58,7 @@ def update_in_turn(
     (0.9, 1, 34.0)
     """
     values, treedef = jax.tree.flatten(params)
-    turns = sorted((i for i, value in enumerate(values) if value.size >= large), key=lambda i: i not in apart)[:-1]
+    turns = sorted((i for i, value in enumerate(values) if jnp.size(value) >= large), key=lambda i: i not in apart)[:-1]
     owners = _owners(params, state)
     parts, structure = codecs.flatten(state)
     grads = treedef.flatten_up_to(gradient(params, inputs))

@@ -41,8 +41,8 @@ def on_matrices(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``build(views)`` on the projected parameters and ``rest`` on the others, in at least float32.
 
-    If a gradient of the others or the reply of ``rest`` to it is not finite, that parameter gets a zero update and keeps its
-    state in ``rest``.  Low-rank accumulation raises a ValueError.
+    If a gradient of the others is not finite, that parameter gets a zero update and keeps its state in ``rest``.  Entries of the
+    reply of ``rest`` that are not finite become zeros one by one.  Low-rank accumulation raises a ValueError.
 
     Args:
       build: A function that makes a transformation of matrices from their views, which stand for ``weight_dimension_numbers``.
