@@ -185,19 +185,21 @@ def layerwise(
         # Together, because XLA would put off the loss and keep a copy of the LM head for it, from before the update.
         loss, cotangent = jax.lax.optimization_barrier(run.loss(last))
 
-        factor, norm = jnp.ones([]), None
+        factor, norm = jnp.ones([], jnp.float32), None
         if max_norm is not None:
 
             def add(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
                 return squares + squared_norm(grads)
 
-            squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
+            squares, first = run.backward(
+                inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([], jnp.float32)
+            )
             # In a branch, because otherwise XLA would make the zeros that this gradient and that of the update are summed into
             # together, and the second ones would take the memory of an LM head from then on.
             squares += jax.lax.cond(
                 jnp.isfinite(squares),
                 lambda *of_rest: squared_norm(run.rest_gradient(*of_rest)),
-                lambda *_: jnp.zeros([]),
+                lambda *_: jnp.zeros([], jnp.float32),
                 *run.of_rest(last, first, factor),
             )
             norm = jnp.sqrt(squares)
@@ -233,7 +235,7 @@ def layerwise(
             return weights.put(places, layer), states.put(i, new_state), squares + own
 
         def update_all(layers: Params, states: Any, inputs: Any, cotangent: Any, *, flat: bool) -> tuple:
-            carry = _Stack.of(layers, flat), _Stack.of(states, flat), jnp.zeros([])
+            carry = _Stack.of(layers, flat), _Stack.of(states, flat), jnp.zeros([], jnp.float32)
             (weights, states, squares), first = run.backward(
                 inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
             )

@@ -84,9 +84,14 @@ def test_a_gradient_that_is_not_finite_is_counted_once(bad):
     """Also where the embedding has a turn, and a gradient, of its own."""
     tx, grads = galore_jax.galore_adamw(0.1, rank=8), gradients(0)
     grads[bad] = grads[bad].at[0].set(jnp.nan)
-    new, state, squares = update_in_turn(
-        tx, halved, PARAMS, grads, tx.init(PARAMS), lambda updates: apply_updates(PARAMS, updates), [0], large=6000
-    )
+
+    @jax.jit
+    def in_turn(grads):
+        return update_in_turn(
+            tx, halved, PARAMS, grads, tx.init(PARAMS), lambda updates: apply_updates(PARAMS, updates), [0], large=6000
+        )
+
+    new, state, squares = in_turn(grads)
     assert optax.tree.get(state, "skipped") == 1
     assert np.isnan(squares)
     for name in ("embed_tokens", "norm"):

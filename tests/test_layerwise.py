@@ -396,11 +396,16 @@ def test_a_number_in_the_rest_is_a_scalar_parameter():
     np.testing.assert_allclose(new["scale"], 0.5 - 0.1 * jax.grad(loss)(0.5), rtol=1e-5)
 
 
-def test_the_loss_of_a_bfloat16_model_is_in_float32():
-    weights, batch = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), one_each())
-    init, step = layerwise(ONE_EACH, optax.sgd(0.1))
-    metrics = jax.eval_shape(step, weights, jax.eval_shape(init, weights), batch)[2]
+@pytest.mark.parametrize("bound", [{}, {"max_norm": 1.0}, {"max_layer_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_metrics_are_in_float32(dtype, bound):
+    """Also where JAX's own default is float64."""
+    with jax.enable_x64(True):
+        weights, batch = jax.tree.map(lambda x: jnp.asarray(x, dtype), one_each())
+        init, step = layerwise(ONE_EACH, optax.sgd(0.1), **bound)
+        new, _, metrics = jax.eval_shape(step, weights, jax.eval_shape(init, weights), batch)
     assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(new))
 
 
 def test_a_loss_may_rely_on_the_sharding_in_the_types_of_its_arguments():

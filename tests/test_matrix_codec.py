@@ -253,3 +253,10 @@ def test_no_compiler_can_encode_the_first_state():
     lowered = jax.jit(lambda: MatrixCodec().encode(jnp.zeros((64, 64)))).lower()
     assert "stablehlo.optimization_barrier" in lowered.as_text()
     assert not np.any(lowered.compile()().decode())
+
+
+def test_a_first_state_needs_no_float64_where_that_is_the_default():
+    """Strict promotion would refuse to add a float64 zero."""
+    with jax.enable_x64(True):
+        coded = jax.eval_shape(lambda: MatrixCodec().encode(jnp.zeros((64, 64), jnp.float32)))
+    assert coded == jax.eval_shape(MatrixCodec().encode, jnp.zeros((64, 64)))

@@ -62,7 +62,7 @@ def update_in_turn(
     owners = _owners(params, state)
     parts, structure = codecs.flatten(state)
     grads = treedef.flatten_up_to(gradient(params, inputs))
-    squares = jnp.zeros([])
+    squares = jnp.zeros([], jnp.float32)
     done_values: dict[int, Any] = {}
     done_parts: dict[int, Any] = {}
     # What stands for a gradient that is not there: NaN if it was not finite, which a guard in tx counts.
