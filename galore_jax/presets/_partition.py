@@ -51,6 +51,7 @@ def on_matrices(
       rank, proj_type, mask, weight_dimension_numbers: The arguments of :func:`galore_jax.matrix_view.select`, which chooses the
         projected parameters.  A rank that is an array is read off the bases in ``update``.
 
+    >>> import jax.numpy as jnp
     >>> from galore_jax import galore
     >>> build = lambda views: galore(optax.trace(0.9), weight_dimension_numbers=views)
     >>> tx = on_matrices(build, optax.scale_by_adam(), rank=2)
