@@ -163,7 +163,9 @@ def layerwise(
         _check_flags(model.flags, check_stack(layers))
         one = one_of(jax.eval_shape(dequantize, layers))
         if one not in checked:
-            check_independent(tx, one)
+            # A layer of one parameter shows a coupling only beside the rest.
+            alone = len(jax.tree.leaves(one)) == 1
+            check_independent(tx, jax.eval_shape(model.join, one, dequantize(rest)) if alone else one)
             checked.append(one)
 
         def init_one(layer: Params) -> Any:
@@ -183,19 +185,21 @@ def layerwise(
         # Together, because XLA would put off the loss and keep a copy of the LM head for it, from before the update.
         loss, cotangent = jax.lax.optimization_barrier(run.loss(last))
 
-        factor, norm = jnp.ones([]), None
+        factor, norm = jnp.ones([], jnp.float32), None
         if max_norm is not None:
 
             def add(i: jax.Array, grads: Params, squares: jax.Array) -> jax.Array:
                 return squares + squared_norm(grads)
 
-            squares, first = run.backward(inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([]))
+            squares, first = run.backward(
+                inputs, cotangent, lambda _, i: _at(layers, i), add, jnp.zeros([], jnp.float32)
+            )
             # In a branch, because otherwise XLA would make the zeros that this gradient and that of the update are summed into
             # together, and the second ones would take the memory of an LM head from then on.
             squares += jax.lax.cond(
                 jnp.isfinite(squares),
                 lambda *of_rest: squared_norm(run.rest_gradient(*of_rest)),
-                lambda *_: jnp.zeros([]),
+                lambda *_: jnp.zeros([], jnp.float32),
                 *run.of_rest(last, first, factor),
             )
             norm = jnp.sqrt(squares)
@@ -231,7 +235,7 @@ def layerwise(
             return weights.put(places, layer), states.put(i, new_state), squares + own
 
         def update_all(layers: Params, states: Any, inputs: Any, cotangent: Any, *, flat: bool) -> tuple:
-            carry = _Stack.of(layers, flat), _Stack.of(states, flat), jnp.zeros([])
+            carry = _Stack.of(layers, flat), _Stack.of(states, flat), jnp.zeros([], jnp.float32)
             (weights, states, squares), first = run.backward(
                 inputs, cotangent, lambda carry, i: carry[0].at(i), update, carry
             )
@@ -368,14 +372,14 @@ class _Run(NamedTuple):
         return self.model.block if flags is None else lambda weights, x: self.model.block(weights, x, flags)
 
     def loss(self, last: Activations) -> tuple[jax.Array, Activations]:
-        """Returns the mean loss and the gradients of the micro-batches' losses in their activations, leaves (K, ...)."""
+        """Returns the mean loss, float32, and the gradients of each micro-batch's loss in its activations, leaves (K, ...)."""
 
         def one(pair: tuple) -> tuple[jax.Array, Activations]:
             x, batch = pair
             return jax.value_and_grad(lambda x: self.model.loss(self.rest, x, batch))(x)
 
         losses, cotangent = _each(one, (last, self.batches))
-        return jnp.mean(losses), cotangent
+        return jnp.mean(losses.astype(jnp.float32)), cotangent
 
     def backward(
         self,
@@ -431,7 +435,12 @@ class _Run(NamedTuple):
 
     def not_in_loss(self, last: Activations) -> frozenset[int]:
         """Returns the indices of the rest's leaves that the loss does not read: they only embed the batch."""
-        jaxpr = jax.make_jaxpr(self.model.loss)(self.rest, one_of(last), one_of(self.batches)).jaxpr
+
+        def loss(rest: Params, last: Activations, batches: Any) -> jax.Array:
+            return self.model.loss(rest, _at(last, 0), _at(batches, 0))
+
+        # Of the arrays themselves, because their types have a sharding that the loss may rely on.
+        jaxpr = jax.make_jaxpr(loss)(self.rest, last, self.batches).jaxpr
         read = {id(var) for equation in jaxpr.eqns for var in equation.invars} | {id(var) for var in jaxpr.outvars}
         leaves = jaxpr.invars[: len(jax.tree.leaves(self.rest))]
         return frozenset(i for i, var in enumerate(leaves) if id(var) not in read)

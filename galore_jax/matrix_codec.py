@@ -204,8 +204,9 @@ def _renewed(old: CodedMatrix, given: tuple[jax.Array, jax.Array | None]) -> Cod
     if old.left is None or old.right is None:
         return CodedMatrix(_encoded_like(old.rest, matrix, seed), None, None)
     last = old.right.decode()
-    # A momentum that was zero has no directions yet.
-    last = jnp.where(jnp.any(last != 0), last, noise(last.shape, last.dtype))
+    # Divided, so that the product of two large momenta does not overflow.  One that was zero has no directions yet.
+    peak = jnp.max(jnp.abs(last))
+    last = jnp.where(peak > 0, last / jnp.where(peak > 0, peak, 1), noise(last.shape, last.dtype))
     basis = orthonormal(jnp.matmul(matrix, last.T, precision=_HIGHEST))
     left = Grid.encode(basis.T, bits=old.left.bits)
     right = Grid.encode(jnp.matmul(left.decode(), matrix, precision=_HIGHEST), bits=old.right.bits)

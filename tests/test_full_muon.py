@@ -285,6 +285,13 @@ def test_the_steps_of_the_orthogonalization_are_those_of_their_coefficients(ns_c
     assert np.abs(values - 1).max() < {"standard": 0.35, "polar_express": 0.15}[ns_coeffs]
 
 
+def test_a_codec_by_name_is_refused_at_construction():
+    with pytest.raises(
+        TypeError, match=r"codec is 'int8'; expected a galore_jax.MatrixCodec. Write, .*MatrixCodec\(bits=4\)"
+    ):
+        galore_jax.muon_2bit(0.01, codec="int8")
+
+
 def test_an_unknown_name_of_coefficients_is_refused_at_construction():
     for make in (galore_jax.galore_muon, galore_jax.residual.orthogonal, galore_jax.muon, galore_jax.muon_4bit):
         with pytest.raises(ValueError, match="ns_coeffs is 'newton'; expected one of standard, polar_express"):

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters updated one after the other are those of one update, to rounding, and wait for one another."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,10 +86,49 @@ def test_a_gradient_that_is_not_finite_is_counted_once(bad):
     """Also where the embedding has a turn, and a gradient, of its own."""
     tx, grads = galore_jax.galore_adamw(0.1, rank=8), gradients(0)
     grads[bad] = grads[bad].at[0].set(jnp.nan)
-    new, state, squares = update_in_turn(
-        tx, halved, PARAMS, grads, tx.init(PARAMS), lambda updates: apply_updates(PARAMS, updates), [0], large=6000
-    )
+
+    @jax.jit
+    def in_turn(grads):
+        return update_in_turn(
+            tx, halved, PARAMS, grads, tx.init(PARAMS), lambda updates: apply_updates(PARAMS, updates), [0], large=6000
+        )
+
+    new, state, squares = in_turn(grads)
     assert optax.tree.get(state, "skipped") == 1
     assert np.isnan(squares)
     for name in ("embed_tokens", "norm"):
         assert np.array_equal(new[name], PARAMS[name]) == (name == bad)
+
+
+AMBIGUOUS = {
+    "numbered parameters in a chain": ([jnp.ones((8, 8)), jnp.ones((8, 8)), jnp.ones((8,))], lambda: optax.adam(0.1)),
+    "a group named like a parameter": (
+        {"embed": jnp.ones((8, 8)), "head": jnp.ones((8, 8)), "norm": jnp.ones((8,))},
+        lambda: optax.partition(
+            {"embed": optax.adam(0.1), "head": optax.sgd(0.1)}, {"embed": "embed", "head": "head", "norm": "embed"}
+        ),
+    ),
+    "one vector for all parameters": (
+        {"embed": jnp.ones((8, 8)), "head": jnp.ones((8, 8)), "norm": jnp.ones((8,))},
+        lambda: optax.flatten(optax.adam(0.1)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_state_whose_path_does_not_tell_its_parameter_is_that_of_one_update(name):
+    params, make = AMBIGUOUS[name]
+    tx = make()
+    grads = jax.tree.map(lambda p: normal(p.size, p.shape), params)
+
+    @jax.jit
+    def in_turn(grads):
+        apply = functools.partial(optax.apply_updates, params)
+        return update_in_turn(tx, halved, params, grads, tx.init(params), apply, [0], large=16)[:2]
+
+    @jax.jit
+    def at_once(grads):
+        updates, state = tx.update(halved(params, grads), tx.init(params), params)
+        return optax.apply_updates(params, updates), state
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), in_turn(grads), at_once(grads))

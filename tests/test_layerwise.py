@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import galore_states
 
 from galore_jax import GaLoreDimensionNumbers, galore_adamw, galore_muon
@@ -360,6 +360,74 @@ def test_an_optimizer_that_couples_parameters_is_refused(tx):
     init, _ = layerwise(STACK, tx)
     with pytest.raises(ValueError, match=r"The update of '.*' depends on the gradient of '.*'.*max_norm="):
         jax.eval_shape(init, params())
+
+
+ONE_EACH = BlockStack(
+    split=lambda p: ({"w": p["w"]}, {"head": p["head"], "scale": p["scale"]}),
+    join=lambda layers, rest: layers | rest,
+    embed=lambda rest, batch: batch["x"],
+    block=lambda layer, x: x + jnp.tanh(x @ layer["w"]),
+    loss=lambda rest, x, batch: jnp.mean(jnp.square(x @ rest["head"] * rest["scale"] - batch["y"])),
+)
+
+
+def one_each():
+    """A layer of one parameter, and a number in the rest."""
+    return {"w": normal(LAYERS, 4, 4), "head": normal(4), "scale": 0.5}, {"x": normal(8, 4), "y": normal(8)}
+
+
+def test_an_optimizer_that_couples_layers_of_one_parameter_is_refused():
+    init, _ = layerwise(ONE_EACH, optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)))
+    with pytest.raises(ValueError, match=r"The update of 'scale' depends on the gradient of 'head'.*max_norm="):
+        jax.eval_shape(init, one_each()[0])
+
+
+def test_a_number_in_the_rest_is_a_scalar_parameter():
+    """Also where the step is not jitted, which would make it an array."""
+    (weights, batch), (init, step) = one_each(), layerwise(ONE_EACH, optax.sgd(0.1), max_layer_norm=1e3)
+    new, _, _ = step(weights, init(weights), batch)
+
+    def loss(scale):
+        x = batch["x"]
+        for w in weights["w"]:
+            x = x + jnp.tanh(x @ w)
+        return ONE_EACH.loss(weights | {"scale": scale}, x, batch)
+
+    np.testing.assert_allclose(new["scale"], 0.5 - 0.1 * jax.grad(loss)(0.5), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [{}, {"max_norm": 1.0}, {"max_layer_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_metrics_are_in_float32(dtype, bound):
+    """Also where JAX's own default is float64."""
+    with jax.enable_x64(True):
+        weights, batch = jax.tree.map(lambda x: jnp.asarray(x, dtype), one_each())
+        init, step = layerwise(ONE_EACH, optax.sgd(0.1), **bound)
+        new, _, metrics = jax.eval_shape(step, weights, jax.eval_shape(init, weights), batch)
+    assert metrics.loss.dtype == metrics.grad_norm.dtype == jnp.float32
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(new))
+
+
+def test_a_loss_may_rely_on_the_sharding_in_the_types_of_its_arguments():
+    def loss(rest, x, batch):
+        def mean(head, x, y):
+            return jax.lax.pmean(jnp.mean(jnp.square(x @ head - y)), "data")
+
+        data = PartitionSpec("data")
+        parts = jax.shard_map(mean, in_specs=(PartitionSpec(), data, data), out_specs=PartitionSpec())
+        return parts(rest["head"], x, batch["y"])
+
+    weights, batch = one_each()
+    init, step = layerwise(ONE_EACH._replace(loss=loss), optax.sgd(0.1))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    whole, data = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+    with jax.set_mesh(mesh):
+        on_mesh = jax.device_put((weights, batch), (whole, data))
+        new, _, metrics = jax.jit(step)(on_mesh[0], jax.jit(init)(on_mesh[0]), on_mesh[1])
+    init, step = layerwise(ONE_EACH, optax.sgd(0.1))
+    expected, _, found = jax.jit(step)(weights | {"scale": 1.0}, init(weights), batch)
+    np.testing.assert_allclose(metrics.loss, found.loss, rtol=1e-6)
+    np.testing.assert_allclose(new["w"], expected["w"], rtol=1e-5, atol=1e-7)
 
 
 def test_bad_arguments_are_named():

@@ -253,3 +253,22 @@ def test_no_compiler_can_encode_the_first_state():
     lowered = jax.jit(lambda: MatrixCodec().encode(jnp.zeros((64, 64)))).lower()
     assert "stablehlo.optimization_barrier" in lowered.as_text()
     assert not np.any(lowered.compile()().decode())
+
+
+def test_the_leading_directions_of_large_momenta_are_those_of_small_ones():
+    """Their product with those of the last update must not overflow."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 96)), jnp.float32)
+    sizes = []
+    for scale in (1.0, 2.0**66):
+        coded = MatrixCodec(bits=4).encode(jnp.zeros_like(x))
+        for _ in range(3):
+            coded = jax.jit(CodedMatrix.renewed)(coded, scale * x, jnp.uint32(1))
+        sizes.append(coded.decode() / scale)
+    np.testing.assert_allclose(*sizes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_first_state_needs_no_float64_where_that_is_the_default():
+    """Strict promotion would refuse to add a float64 zero."""
+    with jax.enable_x64(True):
+        coded = jax.eval_shape(lambda: MatrixCodec().encode(jnp.zeros((64, 64), jnp.float32)))
+    assert coded == jax.eval_shape(MatrixCodec().encode, jnp.zeros((64, 64)))

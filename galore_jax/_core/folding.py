@@ -17,4 +17,4 @@ def hidden_zero() -> jax.Array:
     >>> hidden_zero()
     Array(0., dtype=float32)
     """
-    return jax.lax.optimization_barrier(jnp.zeros([]))
+    return jax.lax.optimization_barrier(jnp.zeros([], jnp.float32))

@@ -46,7 +46,8 @@ def squared_norm(tree: Any) -> jax.Array:
     >>> float(squared_norm({"a": jnp.ones((2, 3)), "b": jnp.full((1,), 2.0)}))
     10.0
     """
-    return sum((jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)), start=jnp.zeros([]))
+    squares = (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    return sum(squares, start=jnp.zeros([], jnp.float32))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

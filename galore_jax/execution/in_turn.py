@@ -58,11 +58,15 @@ def update_in_turn(
     (0.9, 1, 34.0)
     """
     values, treedef = jax.tree.flatten(params)
-    turns = sorted((i for i, value in enumerate(values) if value.size >= large), key=lambda i: i not in apart)[:-1]
     owners = _owners(params, state)
     parts, structure = codecs.flatten(state)
+    unowned = [part for owner, part in zip(owners, parts, strict=True) if owner is None]
+    if any(jnp.size(leaf) > 1 for leaf in jax.tree.leaves(unowned)):
+        # More than a count, so the last turn may need all gradients for it.
+        apart = ()
+    turns = sorted((i for i, value in enumerate(values) if jnp.size(value) >= large), key=lambda i: i not in apart)[:-1]
     grads = treedef.flatten_up_to(gradient(params, inputs))
-    squares = jnp.zeros([])
+    squares = jnp.zeros([], jnp.float32)
     done_values: dict[int, Any] = {}
     done_parts: dict[int, Any] = {}
     # What stands for a gradient that is not there: NaN if it was not finite, which a guard in tx counts.
@@ -79,7 +83,7 @@ def update_in_turn(
         if i in apart:
             marks[i] = jnp.where(jnp.all(jnp.isfinite(grads[i])), 1, jnp.nan).astype(grads[i].dtype)
         done_values[i] = new_values[i]
-        done_parts |= {j: part for j, part in enumerate(new_parts) if i in owners[j]}
+        done_parts |= {j: part for j, part in enumerate(new_parts) if owners[j] == i}
         # Later turns read their inputs after this barrier, so XLA can reuse a buffer once its last turn has read it.
         left_values = {k: value for k, value in enumerate(values) if k not in done_values}
         left_parts = {j: part for j, part in enumerate(parts) if j not in done_parts}
@@ -102,15 +106,20 @@ def update_in_turn(
     )
 
 
-def _owners(params: optax.Params, state: Any) -> list[set[int]]:
-    """Returns, for each array or coded array of ``state``, the indices of the parameters whose path its path contains.
+def _owners(params: optax.Params, state: Any) -> list[int | None]:
+    """Returns, for each array or coded array of ``state``, the index of the parameter whose path its path contains.
 
-    The result decides only which turn computes a leaf, not its value, because every turn starts from the old state.
+    Of several, it is the one that ends last: the names before it are those of the optimizer's own groups and places.
     """
     names = [path for path, _ in jax.tree.leaves_with_path(params)]
 
-    def holds(path: tuple, name: tuple) -> bool:
-        return any(path[k : k + len(name)] == name for k in range(len(path) - len(name) + 1))
+    def owner(path: tuple) -> int | None:
+        found = [
+            (k + len(name), len(name), i)
+            for i, name in enumerate(names)
+            for k in range(len(path) - len(name) + 1)
+            if path[k : k + len(name)] == name
+        ]
+        return max(found)[-1] if found else None
 
-    leaves = jax.tree.leaves_with_path(state, is_leaf=codecs.is_coded)
-    return [{i for i, name in enumerate(names) if holds(path, name)} for path, _ in leaves]
+    return [owner(path) for path, _ in jax.tree.leaves_with_path(state, is_leaf=codecs.is_coded)]

@@ -41,8 +41,8 @@ def on_matrices(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs ``build(views)`` on the projected parameters and ``rest`` on the others, in at least float32.
 
-    If a gradient of the others or the reply of ``rest`` to it is not finite, that parameter gets a zero update and keeps its
-    state in ``rest``.  Low-rank accumulation raises a ValueError.
+    If a gradient of the others is not finite, that parameter gets a zero update and keeps its state in ``rest``.  Entries of the
+    reply of ``rest`` that are not finite become zeros one by one.  Low-rank accumulation raises a ValueError.
 
     Args:
       build: A function that makes a transformation of matrices from their views, which stand for ``weight_dimension_numbers``.
@@ -51,6 +51,7 @@ def on_matrices(
       rank, proj_type, mask, weight_dimension_numbers: The arguments of :func:`galore_jax.matrix_view.select`, which chooses the
         projected parameters.  A rank that is an array is read off the bases in ``update``.
 
+    >>> import jax.numpy as jnp
     >>> from galore_jax import galore
     >>> build = lambda views: galore(optax.trace(0.9), weight_dimension_numbers=views)
     >>> tx = on_matrices(build, optax.scale_by_adam(), rank=2)

@@ -114,10 +114,17 @@ def muon_8bit(
       seed: Seed for the dither.
       **arguments: The arguments of :func:`muon`.
 
+    Raises:
+      TypeError: ``codec`` is not a ``MatrixCodec``.
+
     >>> params = {"kernel": jnp.ones((64, 256))}
     >>> optax.tree.get(muon_8bit(0.01).init(params), "momentum")["kernel"].rest.codes.shape
     (64, 256)
     """
+    if not isinstance(codec, MatrixCodec):
+        raise TypeError(
+            f"codec is {codec!r}; expected a galore_jax.MatrixCodec. Write, for example, MatrixCodec(bits=4)."
+        )
     seeds.check_seed(seed)
     adam = quantize_state(optax.scale_by_adam(b1=arguments["b1"], b2=arguments["b2"], eps=arguments["eps"]))
     settings = {"codec": codec, "seed": seed}
