@@ -10,6 +10,7 @@ from galore_jax.matrix_view import GaLoreDimensionNumbers as GaLoreDimensionNumb
 from galore_jax.memory import state_bytes as state_bytes, tree_bytes as tree_bytes
 from galore_jax.offload import offload_state as offload_state
 from galore_jax.presets import (
+    adamw_4bit as adamw_4bit,
     apollo_adamw as apollo_adamw,
     apollo_mini as apollo_mini,
     fira_adamw as fira_adamw,

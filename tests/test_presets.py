@@ -183,6 +183,7 @@ def test_presets_on_adam_take_mu_dtype():
         "muon_8bit",
         "muon_4bit",
         "muon_2bit",
+        "adamw_4bit",
     }
     assert set(PRESETS) - set(ADAM) == without
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import optax
 
+from galore_jax.presets.adam_4bit import adamw_4bit
 from galore_jax.presets.full_muon import muon, muon_2bit, muon_4bit, muon_8bit
 from galore_jax.presets.full_rank import apollo_adamw, apollo_mini, fira_adamw, q_apollo_mini
 from galore_jax.presets.ldadam import ldadam
@@ -27,6 +28,7 @@ __all__ = [
     "PRESETS",
     "RANK_ONE",
     "WHOLE_GRADIENT",
+    "adamw_4bit",
     "apollo_adamw",
     "apollo_mini",
     "fira_adamw",
@@ -58,14 +60,24 @@ LOW_RANK: dict[str, Preset] = _by_name(
 """Presets that need only the gradient in the subspaces, so micro-batches can be summed there."""
 
 WHOLE_GRADIENT: dict[str, Preset] = _by_name(
-    fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon, muon, muon_8bit, muon_4bit, muon_2bit
+    fira_adamw,
+    apollo_adamw,
+    apollo_mini,
+    q_apollo_mini,
+    ldadam,
+    galore_muon,
+    muon,
+    muon_8bit,
+    muon_4bit,
+    muon_2bit,
+    adamw_4bit,
 )
 """Presets that need the whole gradient."""
 
 PRESETS: dict[str, Preset] = LOW_RANK | WHOLE_GRADIENT
 """All presets by name."""
 
-FULL_RANK = ("muon", "muon_8bit", "muon_4bit", "muon_2bit")
+FULL_RANK = ("muon", "muon_8bit", "muon_4bit", "muon_2bit", "adamw_4bit")
 """Presets that have no subspaces, and no rank."""
 
 RANK_ONE = ("apollo_mini", "q_apollo_mini")

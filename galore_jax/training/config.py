@@ -60,7 +60,7 @@ class PretrainConfig:
     optimizer: str = "galore_adamw"
     """galore_adamw, galore_adamw_8bit, q_galore_adamw_8bit, galore_adafactor, grass_adamw, golore_adamw;
     with the gradient outside the subspaces too: fira_adamw, apollo_adamw, apollo_mini, q_apollo_mini, ldadam, galore_muon;
-    full-rank: adamw, adamw_8bit, adafactor, muon, muon_8bit, muon_4bit, muon_2bit, scale;
+    full-rank: adamw, adamw_8bit, adamw_4bit, adafactor, muon, muon_8bit, muon_4bit, muon_2bit, scale;
     AdamW on low-rank weights: lora, relora, low_rank.
     Settings of GaLore that are None are what suits the optimizer."""
     rank: int | float | None = None
