@@ -280,21 +280,13 @@ def frontier(steps: int) -> dict:
             codec = MatrixCodec(bits=bits, leading=1 / 16 if bits == 4 else 0)
             name = f"galore_muon_{bits}bit-{projector}-b{name_of(beta)}{nor}"
             found[name] = functools.partial(coded_galore_muon, codec=codec, **low_rank, **settings)
-    found["adafactor_4bit"] = direction(
-        lambda: optax.chain(
-            optax.scale_by_factored_rms(min_dim_size_to_factor=32),
-            optax.clip_by_block_rms(1.0),
-            galore_jax.quantize_state(optax.ema(0.9), MatrixCodec()),
-        )
-    )
     for b2 in BETAS_2:
         suffix = "" if b2 == 0.999 else f"-b2{name_of(b2)}"
-        coded = functools.partial(galore_jax.quantize_state, codec=MatrixCodec())
         found |= {
             f"{ADAMW}{suffix}": direction(functools.partial(optax.scale_by_adam, b2=b2)),
             f"adamw_8bit{suffix}": direction(lambda b2=b2: galore_jax.quantize_state(optax.scale_by_adam(b2=b2))),
             f"adamw_factored{suffix}": direction(functools.partial(scale_by_factored_adam, b2=b2)),
-            f"adamw_4bit{suffix}": direction(lambda b2=b2, coded=coded: coded(scale_by_factored_adam(b2=b2))),
+            f"adamw_4bit{suffix}": full_rank(galore_jax.adamw_4bit, b2=b2),
             f"galore_adamw{suffix}": preset(galore_jax.galore_adamw, update_proj_gap=gap, b2=b2),
             f"fira_adamw{suffix}": preset(galore_jax.fira_adamw, update_proj_gap=gap, b2=b2),
         }

@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation": lambda: ablation_table(result("ablation")),
     "bytes": lambda: bytes_table(result("bytes")),
     "bytes on a CPU": lambda: bytes_table(result("bytes-cpu")),
+    "adamw in few bits": lambda: bytes_table(result("bytes-adamw")),
     "bytes elsewhere": lambda: bytes_table(result("bytes-elsewhere")),
     "fine-tuning": lambda: finetune.table(result("finetune")["results"]),
     "shorter fine-tuning": lambda: short_table(result("finetune-short")["results"]),

@@ -219,7 +219,6 @@ def test_quality_makes_every_contestant_and_says_at_which_bytes(script):
         "adamw": 8, "optax_muon-b.9": 4, "muon-b.9-nor": 4, "muon_8bit-b.9": 1, "muon_4bit-b.9": 0.65, "muon_4bit-pr4-b.9": 0.58,
         "muon_3bit-pr4-b.9": 0.46, "muon_2bit-b.9": 0.4, "muon_0bit-k16-b.9": 0.13, "galore_muon-b.9-c8": 2,
         "galore_muon_8bit-seeded-b.9": 0.25, "galore_muon_4bit-rows-b.9": 0.15, "adamw_factored": 4, "adamw_4bit": 0.66,
-        "adafactor_4bit": 0.66,
     }.items():  # fmt: skip
         state = jax.tree.leaves(jax.eval_shape(known[name].init, params))
         assert sum(x.size * x.dtype.itemsize for x in state) / 256**2 == pytest.approx(size, abs=0.04), name

@@ -120,7 +120,7 @@ QUOTED = {
         f"{1e3 * single['7b step']['copies, seconds']:.0f} ms", f"{1e3 * single['7b step']['refresh, seconds']:.0f} ms",
         f"{large['first_step_seconds']:.1f} s", f"{1e3 * large['first_step_seconds'] / 224:.0f} ms",
         gib(128256 * 1024 * 4, 2), gib(128256 * 4096 * 4, 2), "64 MiB",
-        gib(17.5 * 2**30),  # of the command below it
+        gib(16.5 * 2**30),  # of the command below it
         moved("galore_jax.galore_adamw"), moved("galore_jax.galore_adamw_8bit"),
         mib(single["step-gpu"]["counted twice, bytes"]), mib(single["step-gpu"]["copies of codes, bytes"]),
         # a training step
