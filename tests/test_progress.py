@@ -159,6 +159,8 @@ def test_the_first_lines_say_what_is_projected_and_a_warning_where_nothing_is(ca
     )
     whole = PretrainConfig(optimizer="adamw")
     assert "adamw trains 26,752 parameters, projects no matrix; " in report.projection(whole, params, sizes)
+    of_matrices = "muon_4bit trains 26,752 parameters, updates 4 matrices (2 of 3 parameters) as matrices; "
+    assert of_matrices in report.projection(PretrainConfig(optimizer="muon_4bit"), params, sizes)
     with _plain_warnings():
         warnings.simplefilter("default")
         galore_adamw(0.01, rank=500).init({"kernel": jnp.ones((8, 16))})

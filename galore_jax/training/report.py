@@ -62,13 +62,12 @@ def projection(config: PretrainConfig, params: Any, sizes: dict[str, int], name:
     found = describe(make_optimizer(config, make_schedule(config)), jax.eval_shape(dequantize, params))
     matrices = sum(math.prod(record.batch) for record in found.projected)
     ranks = sorted({record.rank for record in found.projected if record.rank is not None})
+    some = f"{matrices:,} matrices ({len(found.projected)} of {len(found.parameters)} parameters)"
     what = "projects no matrix"
-    if matrices:
-        at = "rank" if len(ranks) == 1 else "ranks"
-        what = (
-            f"projects {matrices:,} matrices ({len(found.projected)} of {len(found.parameters)} parameters) "
-            f"at {at} {', '.join(map(str, ranks))}"
-        )
+    if ranks:
+        what = f"projects {some} at {'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+    elif matrices:
+        what = f"updates {some} as matrices"
     state, adamw = sizes["optimizer_state_bytes"], sizes["adamw_state_bytes"]
     trained = sum(math.prod(record.shape) for record in found.parameters)
     what = f"{name or config.optimizer} trains {trained:,} parameters, {what}"
