@@ -10,11 +10,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from test_full_muon import STACK, normal
+from test_full_muon import layer_by_layer_and_at_once, normal
 
 import galore_jax
 from galore_jax import MatrixCodec
-from galore_jax.layerwise import layerwise
 from galore_jax.matrix_codec import CodedMatrix
 
 SHAPES = {"w": (3, 64, 80), "query/kernel": (16, 4, 32), "norm": (64,)}
@@ -103,22 +102,8 @@ def test_a_codec_that_is_none_is_refused():
 
 @pytest.mark.slow
 def test_layer_by_layer_it_is_the_same():
-    params = {"w": normal(0, {"w": (3, 64, 64)})["w"] / 16, "head": normal(1, {"h": (64, 4)})["h"] / 8}
-    batch, tx = normal(2, {"x": (8, 64)})["x"], galore_jax.adamw_4bit(0.01, codec=MatrixCodec(leading=0))
-
-    def loss(params):
-        x = batch
-        for i in range(3):
-            x = STACK.block({"w": params["w"][i]}, x)
-        return STACK.loss(params, x, batch)
-
-    init, step = layerwise(STACK, tx)
-    found, state, step = params, init(params), jax.jit(step)
-    plain, plain_state, update = params, tx.init(params), jax.jit(tx.update)
-    for _ in range(2):
-        found, state, _ = step(found, state, batch)
-        updates, plain_state = update(jax.grad(loss)(plain), plain_state, plain)
-        plain = optax.apply_updates(plain, updates)
+    tx = galore_jax.adamw_4bit(0.01, codec=MatrixCodec(leading=0))
+    (found, _), (plain, _) = layer_by_layer_and_at_once(tx)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), found, plain)
 
 

@@ -188,11 +188,10 @@ STACK = BlockStack(
 )
 
 
-@pytest.mark.slow
-def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
+def layer_by_layer_and_at_once(tx):
+    """Parameters and states after two steps of each."""
     params = {"w": normal(0, {"w": (3, 64, 64)})["w"] / 16, "head": normal(1, {"h": (64, 4)})["h"] / 8}
     batch = normal(2, {"x": (8, 64)})["x"]
-    tx = galore_jax.muon_4bit(0.01, codec=MatrixCodec(leading=0))
 
     def loss(params):
         x = batch
@@ -207,6 +206,13 @@ def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
         found, state, _ = step(found, state, batch)
         updates, plain_state = update(jax.grad(loss)(plain), plain_state, plain)
         plain = optax.apply_updates(plain, updates)
+    return (found, state), (plain, plain_state)
+
+
+@pytest.mark.slow
+def test_in_4_bits_layer_by_layer_it_has_the_same_dither():
+    tx = galore_jax.muon_4bit(0.01, codec=MatrixCodec(leading=0))
+    (found, state), (plain, plain_state) = layer_by_layer_and_at_once(tx)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), found, plain)
     layers, whole = (optax.tree.get(s, "momentum")["w"].rest for s in (state.layers, plain_state))
     np.testing.assert_array_equal(layers.seed, whole.seed)

@@ -13,7 +13,6 @@ is that of Shazeer and Stern 2018, arXiv 1804.04235.
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,13 +21,14 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import codecs, sharding
-from galore_jax._core import coordinates, seeds, trees
+from galore_jax._core import seeds, trees
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import is_sound, level_of
 from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
 from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_codec import CodedMatrix, MatrixCodec
 from galore_jax.matrix_view import NO_BASIS, MatrixView, Views, select
+from galore_jax.presets._momentum import dither_seed, zero_momentum
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.quantize import quantize_state
@@ -131,11 +131,10 @@ def scale_by_adam_4bit(
         leaves, treedef = trees.flatten(params)
         moments, rows, columns = [], [], []
         for view, array in zip(views(params), map(trees.array_of, leaves), strict=True):
-            shape = (*view.batch_shape, *view.matrix_shape)
-            zeros = sharding.zeros(shape, state_dtype(array), coordinates.matrix_spec(view, array), array)
-            moments.append(codec.encode(zeros) if codec.applies_to(shape) else zeros)
-            rows.append(jnp.zeros(shape[:-1], jnp.float32))
-            columns.append(jnp.zeros((*view.batch_shape, shape[-1]), jnp.float32))
+            moments.append(zero_momentum(view, array, state_dtype(array), codec))
+            m, n = view.matrix_shape
+            rows.append(jnp.zeros((*view.batch_shape, m), jnp.float32))
+            columns.append(jnp.zeros((*view.batch_shape, n), jnp.float32))
         return ScaleByAdam4bitState(jnp.zeros([], jnp.int32), *map(treedef.unflatten, (moments, rows, columns)))
 
     def update(
@@ -148,9 +147,10 @@ def scale_by_adam_4bit(
         before = (treedef.flatten_up_to(tree) for tree in (state.momentum, state.v_row, state.v_col))
         for view, leaf, *old in zip(views(updates), leaves, *before, strict=True):
             gradient = trees.array_of(leaf)
-            # By the path, so that a layer has the same dither as in the whole tree.
-            own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
-            given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in (b1, b2, eps, *corrections))]
+            given = [
+                dither_seed(key, view),
+                *(jnp.asarray(x).astype(state_dtype(gradient)) for x in (b1, b2, eps, *corrections)),
+            ]
             reply, *new = _updated((view.to_matrices(gradient), *old), given, view.batch_shape)
             reply = sharding.like(view.from_matrices(reply), gradient)
             answers.append((trees.boxed_like(reply, leaf), *new))

@@ -11,7 +11,6 @@ decoded, updated and encoded again by :mod:`galore_jax.matrix_codec`, one matrix
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import codecs, sharding
-from galore_jax._core import coordinates, seeds, trees
+from galore_jax._core import seeds, trees
 from galore_jax._core.dtypes import promoted, state_dtype
 from galore_jax._core.gradients import is_sound, level_of
 from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
@@ -28,6 +27,7 @@ from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_codec import CodedMatrix, MatrixCodec
 from galore_jax.matrix_view import NO_BASIS, MatrixView, Views, select
 from galore_jax.presets._arguments import CodedMuonArguments, FullMuonArguments, with_arguments_of
+from galore_jax.presets._momentum import dither_seed, zero_momentum
 from galore_jax.presets._partition import on_matrices
 from galore_jax.presets.low_rank import decayed
 from galore_jax.quantize import quantize_state
@@ -240,9 +240,7 @@ def scale_by_muon(
         momenta, squares = [], []
         for view, array in zip(views(params), arrays, strict=True):
             dtype = state_dtype(array) if mu_dtype is None or codec else mu_dtype
-            shape = (*view.batch_shape, *view.matrix_shape)
-            zeros = sharding.zeros(shape, dtype, coordinates.matrix_spec(view, array), array)
-            momenta.append(codec.encode(zeros) if codec and codec.applies_to(shape) else zeros)
+            momenta.append(zero_momentum(view, array, dtype, codec))
             squares.append(neuron_squares(view, neuron_decay))
         return ScaleByMuonState(jnp.zeros([], jnp.int32), treedef.unflatten(momenta), treedef.unflatten(squares))
 
@@ -255,10 +253,8 @@ def scale_by_muon(
         momenta_before, squares_before = map(treedef.flatten_up_to, (state.momentum, state.squares))
         for view, leaf, *old in zip(views(updates), leaves, momenta_before, squares_before, strict=True):
             gradient = trees.array_of(leaf)
-            # By the path, so that a layer has the same dither as in the whole tree.
-            own = jax.random.bits(jax.random.fold_in(key, zlib.crc32(view.path.encode())), (), jnp.uint32)
             decays = (momentum, neuron_decay) if neuron_decay is not None else (momentum,)
-            given = [own, *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
+            given = [dither_seed(key, view), *(jnp.asarray(x).astype(state_dtype(gradient)) for x in decays)]
             carried = (view.to_matrices(gradient), *old)
             reply, mu, square = _updated(carried, given, view.batch_shape, nesterov, ns_coeffs)
             replies.append(trees.boxed_like(sharding.like(view.from_matrices(reply), gradient), leaf))
