@@ -37,13 +37,13 @@ import jax.numpy as jnp
 from galore_jax import sharding
 from galore_jax._core.basis import Basis, Dense, RowBasis, Rows, Seeded, Storage
 from galore_jax._core.dtypes import promoted
-from galore_jax._core.orthonormal import orthonormal
-from galore_jax.limiter import norm_of
+from galore_jax._core.orthonormal import noise, orthonormal
 
 __all__ = ["Projector", "ProjectorInput", "eigh", "power", "random", "randomized", "rows", "sampled", "svd", "switch"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Power steps end when the captured energy grows by at most 1%.  From one gradient to an unrelated one that is after two steps.
+# Power steps end when the captured energy has grown, or can still grow, by at most 1%.  From one gradient to an unrelated one
+# that is after two steps, or after one where the rank is large enough for nearly all of the gradient.
 _GROWTH = 1.01**0.5
 _MORE_STEPS = 5
 
@@ -112,11 +112,11 @@ def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
         rank = seen.coordinates.shape[0]
         columns = min(rank + oversample, *seen.gradient.shape)  # the rank itself never exceeds the smaller side
         sketch = jax.random.normal(seen.key, (columns, seen.gradient.shape[1]), seen.coordinates.dtype)
-        start = _power_step(seen.gradient, sketch)
-        basis, coordinates = jax.lax.fori_loop(
-            0, power_iterations, lambda _, pair: _power_step(seen.gradient, pair[1]), start
+        start = _power_step(seen.gradient, _unit(sketch))
+        basis, coordinates, _ = jax.lax.fori_loop(
+            0, power_iterations, lambda _, found: _power_step(seen.gradient, found[1]), start
         )
-        order = jnp.argsort(-jnp.sum(jnp.square(_unit(coordinates)), axis=1))
+        order = jnp.argsort(-jnp.sum(jnp.square(coordinates), axis=1))
         return _signed(basis[:, order[:rank]])
 
     return Projector("randomized", refresh)
@@ -143,21 +143,24 @@ def power(iterations: int = 1) -> Projector:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
     def refresh(seen: ProjectorInput) -> jax.Array:
-        norm = _norm(seen.coordinates)
+        wide = promoted(seen.gradient)
+        coordinates = _unit(seen.coordinates)
+        norm, most = _norm(seen.coordinates, coordinates), _norm(wide, _unit(wide))
         least = jnp.where(norm > 0, iterations, iterations + _MORE_STEPS)
 
         def unfinished(carry: tuple) -> jax.Array:
             number, _, _, _, before, now = carry
-            return (number < least) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
+            growing = (now > _GROWTH * before) & (most > _GROWTH * now)
+            return (number < least) | ((number < iterations + _MORE_STEPS) & growing)
 
         def step(carry: tuple) -> tuple:
             number, first, _, coordinates, _, now = carry
-            basis, coordinates = _power_step(seen.gradient, coordinates)
-            return number + 1, jnp.where(number == 0, basis, first), basis, coordinates, now, _norm(coordinates)
+            basis, coordinates, norm = _power_step(seen.gradient, coordinates)
+            return number + 1, jnp.where(number == 0, basis, first), basis, coordinates, now, norm
 
-        start = jnp.zeros([], jnp.int32), seen.basis, seen.basis, seen.coordinates, jnp.zeros_like(norm), norm
-        _, first, basis, *_ = jax.lax.while_loop(unfinished, step, start)
-        return jnp.where(norm > 0, _nearest(basis, first), basis)
+        start = jnp.zeros([], jnp.int32), seen.basis, seen.basis, coordinates, jnp.zeros_like(norm), norm
+        number, first, basis, *_ = jax.lax.while_loop(unfinished, step, start)
+        return jax.lax.cond((norm > 0) & (number > 1), _nearest, lambda basis, _: basis, basis, first)
 
     return Projector("power", refresh)
 
@@ -178,10 +181,10 @@ def random(kind: str = "stiefel", stored: bool = True) -> Projector:
     orthonormal_columns = kind == "stiefel"
 
     def refresh_stored(seen: ProjectorInput) -> jax.Array:
-        return _varying(draw(seen.key, seen.basis.shape, seen.basis.dtype), seen)
+        return _varying(draw(jax.random.bits(seen.key), seen.basis.shape, seen.basis.dtype), seen)
 
     def refresh_seed(seen: ProjectorInput) -> jax.Array:
-        return _varying(jnp.maximum(jax.random.bits(seen.key, (), jnp.uint32), 1), seen)
+        return _varying(jnp.maximum(jax.random.bits(seen.key), 1), seen)
 
     if stored:
         return Projector("random", refresh_stored, Dense(orthonormal_columns))
@@ -275,12 +278,17 @@ def get(projector: str | Projector) -> Projector:
     return PROJECTORS[projector]()
 
 
-def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P = orth(G Rᵀ) and PᵀG.  A Gaussian R makes a sketch of G, and coordinates in a basis a power step from that basis."""
+def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P = orth(G Rᵀ), a multiple of PᵀG as :func:`_unit` makes it, and ‖PᵀG‖.
+
+    A Gaussian R makes a sketch of G, and coordinates in a basis a power step from that basis; the largest entry of R is 1.
+    """
     # Promoted here, where XLA fuses it into the products and holds no copy.
     wide = promoted(gradient)
-    basis = orthonormal(wide @ _unit(coordinates).T)
-    return basis, basis.T @ wide
+    basis = orthonormal(wide @ coordinates.T)
+    coordinates = basis.T @ wide
+    unit = _unit(coordinates)
+    return basis, unit, _norm(coordinates, unit)
 
 
 def _nearest(basis: jax.Array, other: jax.Array) -> jax.Array:
@@ -314,9 +322,9 @@ def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.where(peak > 0, peak, 1)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-    """Frobenius norm of a matrix, a scalar."""
-    return norm_of(x, (0, 1))[0, 0]
+def _norm(x: jax.Array, unit: jax.Array) -> jax.Array:
+    """Frobenius norm of a matrix, a scalar, from its multiple by :func:`_unit`."""
+    return jnp.max(jnp.abs(x)) * jnp.sqrt(jnp.sum(jnp.square(unit)))
 
 
 def _varying(basis: jax.Array, seen: ProjectorInput) -> jax.Array:
@@ -324,12 +332,16 @@ def _varying(basis: jax.Array, seen: ProjectorInput) -> jax.Array:
     return basis + sharding.varying_zero((seen.gradient, seen.basis)).astype(basis.dtype)
 
 
-def _draw_stiefel(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    return orthonormal(jax.random.normal(key, shape, dtype))
+def _draw_stiefel(seed: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    return orthonormal(jax.random.normal(jax.random.key(seed), shape, dtype))
 
 
-def _draw_gaussian(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    return jax.random.normal(key, shape, dtype) * shape[1] ** -0.5
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw_gaussian(seed: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
+    # It is drawn at each use for each parameter, so its program is a tenth of that of jax.random, and parameters of one shape
+    # share it.
+    uniform = noise(shape, dtype, seed) * (1 - float(jnp.finfo(dtype).eps))
+    return jax.lax.erf_inv(uniform) * (2 / shape[1]) ** 0.5
 
 
 _DRAWS = {"stiefel": _draw_stiefel, "gaussian": _draw_gaussian}

@@ -49,7 +49,7 @@ MATRICES = {
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(96, 32), (40, 40), (7, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(400, 150), (96, 32), (40, 40), (7, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("kind", MATRICES)
 def test_columns_are_orthonormal(kind, shape, dtype):
     x = jnp.asarray(MATRICES[kind](np.random.default_rng(0), *shape), dtype)
@@ -86,7 +86,7 @@ def test_independent_columns_survive_dependent_ones():
     assert 1 - cosine < 1e-7
 
 
-@pytest.mark.parametrize("shape", [(60, 12), (40, 40), (7, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(300, 200), (60, 12), (40, 40), (7, 1)], ids=str)
 def test_it_is_the_qr_with_a_positive_diagonal(shape):
     x = np.random.default_rng(4).normal(size=shape)
     x[: shape[1]] += 5 * np.eye(shape[1])

@@ -106,7 +106,8 @@ class Dense(_AsItIs):
         # Indexing one entry of an explicitly sharded axis is not possible, so test the whole first column.
         if sharding.spec_of(basis) is not None:
             return jnp.any(basis[..., 0] != 0, axis=-1)
-        return basis[..., 0, 0] != 0
+        entry = jax.lax.slice(basis, [0] * basis.ndim, (*basis.shape[:-2], 1, 1))
+        return jax.lax.squeeze(entry, (-2, -1)) != 0
 
     def encode(self, basis: jax.Array) -> jax.Array:
         return with_first_entry(basis)
@@ -173,7 +174,7 @@ class Rows(_AsItIs):
 
 @dataclasses.dataclass(frozen=True)
 class Seeded(_AsItIs):
-    """Stores the uint32 seeds [*batch] of ``draw(key, (m, r), dtype)``.  Seed 0 means no basis: P is all zeros."""
+    """Stores the uint32 seeds [*batch] of ``draw(seed, (m, r), dtype)``.  Seed 0 means no basis: P is all zeros."""
 
     draw: Callable[[jax.Array, tuple[int, int], Any], jax.Array]
     orthonormal: bool
@@ -197,7 +198,7 @@ class Seeded(_AsItIs):
 
     def _drawn(self, seeds: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
         def one(seed: jax.Array) -> jax.Array:
-            return jnp.where(seed != 0, self.draw(jax.random.key(seed), shape, dtype), 0)
+            return jnp.where(seed != 0, self.draw(seed, shape, dtype), 0)
 
         for _ in range(seeds.ndim):
             one = jax.vmap(one)

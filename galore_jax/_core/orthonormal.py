@@ -2,19 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Orthonormal columns by shifted Cholesky-QR, the same program on every backend.
 
-Scale the columns of Y in R^(m x r) to length 1, then repeat until max |YᵀY - I| is a few roundings:
+Scale the columns of Y in R^(m x r) to length 1, then repeat until ‖YᵀY - I‖_F <= 1/2, and once more with s = 0:
 
     Y <- Y L⁻ᵀ,   L Lᵀ = YᵀY + s I
 
 All of the work is in matrix products and small Cholesky factorizations.  A Householder QR is a long sequential loop on an
 accelerator.  On a CPU, LAPACK runs a batched QR on XLA's own threads and can deadlock when several devices share them.
 
-A plain Cholesky-QR (s = 0) breaks down where YᵀY is singular to rounding.  While ‖YᵀY - I‖_F > 1/2, s is a bound on the
-rounding error of the Gram matrix (Fukaya et al. 2020, arXiv 1809.11085), which divides the condition number by about 1/√s a
-round.  Directions that Y does not have are filled with noise orthogonal to the rest.  Then s = 0, and each round squares the
-error.  L⁻ᵀ is triangular, so the leading k columns keep their span for every k.
+A plain Cholesky-QR (s = 0) breaks down where YᵀY is singular to rounding, and squares the condition number into its error.  A
+bound s on the rounding error of the Gram matrix (Fukaya et al. 2020, arXiv 1809.11085) divides the condition number by about
+1/√s a round.  What is far from length 1 after two such rounds is below rounding: a direction that Y does not have, which is
+filled with noise orthogonal to the rest.  L⁻ᵀ is triangular, so the leading k columns keep their span for every k.
 
-Well-conditioned input takes two rounds, and rank-deficient input about seven.
+Well-conditioned input takes one or two rounds, and rank-deficient input about five.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 _ROUNDS = 24
+# Largest matrix that is factorized as one.  On a CPU, LAPACK's threads wait for each other in larger ones.
+_BLOCK = 128
 # Computes float32 products in float32, also where a device would use bfloat16 or TF32.
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -43,37 +45,34 @@ def orthonormal(x: jax.Array) -> jax.Array:
     """
     y = _unit_columns(x)
     m, r = y.shape
-    eps = jnp.finfo(y.dtype).eps
+    eps = float(jnp.finfo(y.dtype).eps)
     eye = jnp.eye(r, dtype=y.dtype)
 
     def round_(carry: tuple) -> tuple:
-        i, y, gram = carry
+        i, y, _ = carry
+        gram = _gram(y)
         far = jnp.sum(jnp.square(gram - eye)) > 0.25
-        # If the matrix is still far off after the first round, a direction is missing.
-        y = jax.lax.cond(far & (i % 2 == 1), fill, orthogonalize, y, gram, far)
-        return i + 1, y, _gram(y)
-
-    def orthogonalize(y: jax.Array, gram: jax.Array, far: jax.Array) -> jax.Array:
-        shift = jnp.where(far, 2 * eps * (m * r) ** 0.5, 0).astype(y.dtype)
-        factor = jax.lax.linalg.cholesky(gram + shift * eye, symmetrize_input=False)
-        inverse = jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-        return jnp.matmul(y, inverse.T, precision=_HIGHEST)
-
-    def fill(y: jax.Array, gram: jax.Array, far: jax.Array) -> jax.Array:
-        new = noise(y.shape, y.dtype) * (1e-3 * m**-0.5)
-        new = new - jnp.matmul(y, jnp.matmul(y.T, new, precision=_HIGHEST), precision=_HIGHEST)
         # Near 1 where a direction is missing, and near 0 where it is there.
         short = jnp.maximum(1 - jnp.sum(gram * eye, axis=0), 0)
+        missing = far & (i % 3 == 2) & (jnp.max(short) > 0.5)
+        shift = jnp.where(far, 2 * eps * (m * r) ** 0.5, 0)
+        return i + 1, jax.lax.cond(missing, fill, orthogonalize, y, gram + shift * eye, short), far
+
+    def orthogonalize(y: jax.Array, gram: jax.Array, short: jax.Array) -> jax.Array:
+        return jnp.matmul(y, _inverse_factor(gram).T, precision=_HIGHEST)
+
+    def fill(y: jax.Array, gram: jax.Array, short: jax.Array) -> jax.Array:
+        new = noise(y.shape, y.dtype) * (3 / m) ** 0.5
+        new = new - jnp.matmul(y, jnp.matmul(y.T, new, precision=_HIGHEST), precision=_HIGHEST)
         return y + new * short[None, :]
 
     def unfinished(carry: tuple) -> jax.Array:
-        i, _, gram = carry
-        return (i < _ROUNDS) & (jnp.max(jnp.abs(gram - eye)) > 16 * eps)
+        i, _, was_far = carry
+        return was_far & (i < _ROUNDS)
 
-    gram = _gram(y)
     # Inside shard_map, a loop keeps the types of its carry, so the counter has to vary over the devices as the matrix does.
-    start = jnp.zeros_like(gram[0, 0], jnp.int32)
-    return jax.lax.while_loop(unfinished, round_, (start, y, gram))[1].astype(x.dtype)
+    start = jnp.zeros_like(y[0, 0], jnp.int32)
+    return jax.lax.while_loop(unfinished, round_, (start, y, start == 0))[1].astype(x.dtype)
 
 
 def defect(basis: jax.Array) -> jax.Array:
@@ -100,6 +99,20 @@ def noise(shape: tuple[int, ...], dtype: jnp.dtype, seed: int | jax.Array = 0) -
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(dtype) * 2.0**-31
+
+
+def _inverse_factor(gram: jax.Array) -> jax.Array:
+    """L⁻¹ of L Lᵀ = gram (r, r), by halves."""
+    r = gram.shape[0]
+    if r <= _BLOCK:
+        factor = jax.lax.linalg.cholesky(gram, symmetrize_input=False)
+        return jax.lax.linalg.triangular_solve(factor, jnp.eye(r, dtype=gram.dtype), left_side=True, lower=True)
+    half = (r + 1) // 2
+    first = _inverse_factor(gram[:half, :half])
+    below = jnp.matmul(gram[half:, :half], first.T, precision=_HIGHEST)
+    last = _inverse_factor(gram[half:, half:] - jnp.matmul(below, below.T, precision=_HIGHEST))
+    corner = -jnp.matmul(last, jnp.matmul(below, first, precision=_HIGHEST), precision=_HIGHEST)
+    return jnp.block([[first, jnp.zeros((half, r - half), gram.dtype)], [corner, last]])
 
 
 def _gram(y: jax.Array) -> jax.Array:
