@@ -380,9 +380,13 @@ def _with_outside(parts: Parts, factor: Any) -> jax.Array:
 
 def _ratio(parts: Parts, axes: int | tuple[int, int]) -> jax.Array:
     """‖N_j‖ / ‖R_j‖, 0 where R_j is zero."""
-    below = norm_of(parts.low_rank, axes)
-    positive = below > 0
-    return jnp.where(positive, norm_of(parts.reply, axes) / jnp.where(positive, below, 1), 0)
+    ratio = _norm(parts.reply, axes) / _norm(parts.low_rank, axes)
+    return jnp.where(jnp.isfinite(ratio), ratio, 0)
+
+
+def _norm(x: jax.Array, axes: int | tuple[int, int]) -> jax.Array:
+    """The norm along ``axes``, which keep size 1, in one pass: zero or infinite beyond the range of Adam's second moments."""
+    return jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=axes, keepdims=True))
 
 
 def _norms(growth: float | None) -> Callable[[MatrixView], Any]:
@@ -397,4 +401,4 @@ def _bounded(matrix: Callable[[], jax.Array], before: Any, growth: float | None)
     """The factor, (1, 1), that bounds the growth of the norm of a matrix, and the norm to keep."""
     if growth is None:
         return 1.0, before
-    return growth_factor(sharding.gather(norm_of(matrix(), (-2, -1))), before, growth)
+    return growth_factor(sharding.gather(_norm(matrix(), (-2, -1))), before, growth)

@@ -293,5 +293,5 @@ def varying_zero(tree: Any) -> jax.Array:
     """
     zero = jnp.zeros([], jnp.float32)
     for leaf in jax.tree.leaves(tree):
-        zero += jnp.zeros_like(leaf, jnp.float32, shape=())
+        zero = jax.lax.add(zero, jax.lax.full_like(leaf, 0, jnp.float32, shape=()))
     return zero

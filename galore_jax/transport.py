@@ -20,6 +20,8 @@ array, each matrix is decoded, rotated and encoded again in turn, with rounding 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,8 +91,22 @@ def carriers(
     check_transport(transport)
     if transport == "keep" or not any(views):
         return [None] * len(codecs.flatten(state)[0])
+
+    @functools.cache
+    def fresh(
+        inner: optax.GradientTransformation, parameter: int, shape: tuple[int, ...]
+    ) -> tuple[Any, Callable[[Any], list[Any]]]:
+        """The program of the state of a new matrix of the parameter, and a function from a dtype to its leaves."""
+
+        def start(dtype: Any) -> list[Any]:
+            return codecs.flatten(inner.init(alone(treedef, parameter, jnp.zeros(shape, dtype))))[0]
+
+        program = jax.make_jaxpr(start, static_argnums=0)(jnp.float32)
+        # The text of a program does not show its constants.
+        return parameter if program.consts else str(program), start
+
     return [
-        None if view is None else _carrier(transport, inner, leaf, view, treedef)
+        None if view is None else _carrier(transport, inner, leaf, view, fresh)
         for leaf, view in _leaves(inner, state, treedef, views)
     ]
 
@@ -166,20 +182,20 @@ def _leaves(
 
 
 def _carrier(
-    transport: str, inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, treedef: Any
+    transport: str, inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, fresh: Callable[..., tuple]
 ) -> Carrier | None:
-    each = isinstance(inner, PerMatrix)
-    place = _placed(transport, leaf, view, each)
+    place = _placed(transport, leaf, view, isinstance(inner, PerMatrix))
     if place is None or (transport == "rotate" and place == (None, None)):
         return None
     if transport == "rotate":
         return Carrier(leaf.parameter, _Rotation(leaf.kind, place))
-    if not each:
+    if not isinstance(inner, PerMatrix):
         raise ValueError(
             f'transport="reset" cannot reset {_described(leaf, view)}, because all matrices share the counts of this '
             "state: write per_matrix(inner, views_of), which gives each matrix its own."
         )
-    return Carrier(leaf.parameter, _fresh_start(inner.inner, leaf, view, treedef))
+    program, start = fresh(inner.inner, leaf.parameter, view.low_rank_shape[-2:])
+    return Carrier(leaf.parameter, _FreshStart(program, leaf.place, start))
 
 
 class _Place(NamedTuple):
@@ -272,13 +288,16 @@ def _quadratic(q: jax.Array, moment: jax.Array) -> jax.Array:
     return _linear(shares, moment) + missing * jnp.mean(moment, axis=0, keepdims=True)
 
 
-def _fresh_start(inner: optax.GradientTransformation, leaf: _Leaf, view: MatrixView, treedef: Any) -> Callable:
-    def turn(old: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _FreshStart:
+    """Starts a slice of one leaf over.  Leaves that start alike compare equal, so they can share one compiled refresh."""
+
+    program: Any
+    place: int
+    start: Callable[[Any], list[Any]] = dataclasses.field(compare=False)
+
+    def __call__(self, old: Any, left: jax.Array | None, right: jax.Array | None) -> Any:
         array = codecs.decoded(old)
         floating = jnp.issubdtype(array.dtype, jnp.floating)
-        dtype = state_dtype(array) if floating else jnp.float32
-        fresh = inner.init(alone(treedef, leaf.parameter, jnp.zeros(view.low_rank_shape[-2:], dtype)))
-        start = codecs.decoded(codecs.flatten(fresh)[0][leaf.place])
+        start = codecs.decoded(self.start(state_dtype(array) if floating else jnp.float32)[self.place])
         return codecs.encoded_like(jnp.asarray(start).astype(array.dtype), old)
-
-    return turn

@@ -273,7 +273,7 @@ def test_reset_with_nothing_projected_is_the_inner_optimizer():
         np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("transport", ["keep", "rotate"])
+@pytest.mark.parametrize("transport", ["keep", "rotate", "reset"])
 def test_the_matrices_of_one_shape_share_one_refresh(transport):
     def loops(count):
         params = {str(i): jnp.ones((8, 16)) for i in range(count)}

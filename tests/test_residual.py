@@ -68,6 +68,34 @@ def run(tx, shape):
     return seen
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("projector", ["power", "gaussian", "rows"])
+@pytest.mark.parametrize("name", ["fira", "channel"])
+def test_one_bad_entry_that_the_basis_does_not_see_is_refused(name, projector, bad):
+    """The rules read all of a gradient.  The bases of this one are rows of the identity, but for the Gaussian one."""
+    tx = galore(optax.scale_by_adam(), rank=2, residual=name, projector=projector)
+    params = {"w": jnp.zeros((8, 16))}
+    good = {"w": jnp.zeros((8, 16)).at[:2].set(normal(0, (2, 16)))}
+    _, state = tx.update(good, tx.init(params), params)
+    updates, after = tx.update({"w": good["w"].at[5, 3].set(bad)}, state, params)
+    np.testing.assert_array_equal(updates["w"], 0)
+    np.testing.assert_array_equal(after.residual["w"], state.residual["w"])
+    np.testing.assert_array_equal(after.inner_state.mu["w"], state.inner_state.mu["w"])
+    assert int(after.skipped) == 1
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e25])
+@pytest.mark.parametrize("name", ["fira", "channel", "tensor"])
+def test_norms_beyond_the_range_of_their_squares_leave_the_update_finite(name, size):
+    tx = galore(optax.identity(), rank=4, residual=name)
+    state = tx.init({"w": jnp.zeros((8, 16))})
+    for seed in range(3):
+        updates, state = tx.update({"w": normal(seed, (8, 16)) * size}, state)
+        assert jnp.all(jnp.isfinite(updates["w"]))
+    updates, state = tx.update({"w": normal(3, (8, 16))}, state)
+    assert float(jnp.max(jnp.abs(updates["w"]))) > 0
+
+
 @pytest.mark.covering(4)
 @pytest.mark.parametrize("tall", [False, True], ids=["wide", "tall"])
 @pytest.mark.parametrize("name", ["fira", "channel", "tensor", "sgd", "sign"])

@@ -252,10 +252,11 @@ def _one_hot(which: jax.Array, count: int) -> list[jax.Array]:
     """
     base = math.isqrt(count - 1) + 1
     digits = jnp.arange(base, dtype=which.dtype)
-    ones = [(digits == digit) & (digits == number) for digit in (which // base, which % base) for number in range(base)]
+    places = [digits == number for number in range(base)]
+    ones = [(digits == digit) & place for digit in (which // base, which % base) for place in places]
     start = [jnp.zeros((), bool)] * len(ones)
     hot = jax.lax.reduce(ones, start, lambda a, b: [x | y for x, y in zip(a, b, strict=True)], (0,))
-    return [hot[number // base] & hot[base + number % base] for number in range(count)]
+    return [jax.lax.bitwise_and(hot[number // base], hot[base + number % base]) for number in range(count)]
 
 
 def _at(stack: jax.Array, index: jax.Array) -> jax.Array:

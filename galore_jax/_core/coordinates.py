@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from galore_jax import sharding
@@ -81,4 +80,5 @@ def matrix_spec(view: MatrixView, leaf: Any) -> tuple | None:
 
 
 def _transposed(matrices: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrices, -1, -2)
+    *batch, m, n = range(matrices.ndim)
+    return jax.lax.transpose(matrices, (*batch, n, m))

@@ -29,14 +29,22 @@ def level_of(x: jax.Array, batch: int = 0, may_be_zero: bool = True) -> jax.Arra
     >>> level_of(jnp.array([[1.0, 0.0], [0.0, 0.0], [jnp.nan, 1.0]]), batch=1, may_be_zero=False), level_of(jnp.zeros(3))
     (Array([  0., -inf,  nan], dtype=float32), Array(0., dtype=float32))
     """
-    x = jnp.abs(x)
-    total = jnp.sum(x, axis=tuple(range(batch, x.ndim)), dtype=state_dtype(x))
-    return jnp.log1p(total) if may_be_zero else jnp.log(total)
+    total = _magnitude(x, batch)
+    return jax.lax.log1p(total) if may_be_zero else jax.lax.log(total)
 
 
-def is_sound(level: jax.Array) -> jax.Array:
-    """Whether matrices of this level are finite."""
-    return level < jnp.inf
+def is_sound(x: jax.Array, batch: int = 0) -> jax.Array:
+    """[*batch] bool, whether the level of each matrix is finite, where zeros are welcome.
+
+    >>> is_sound(jnp.array([[1.0, 0.0], [0.0, 0.0], [jnp.nan, 1.0]]), batch=1)
+    Array([ True,  True, False], dtype=bool)
+    """
+    return jax.lax.is_finite(_magnitude(x, batch))
+
+
+def _magnitude(x: jax.Array, batch: int) -> jax.Array:
+    """[*batch] Σ|x|.  This, and what else runs for each parameter, is of ``jax.lax``, which is traced in half of the time."""
+    return jax.lax.reduce_sum(jax.lax.abs(x).astype(state_dtype(x)), tuple(range(batch, x.ndim)))
 
 
 def at_places(vector: jax.Array, places: np.ndarray) -> jax.Array:
@@ -56,7 +64,7 @@ def chosen(flags: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
 
 def masked(flags: jax.Array, x: jax.Array) -> jax.Array:
     """``x`` where the flags [*batch] are set, and zeros elsewhere."""
-    return chosen(flags, x, jnp.zeros_like(x))
+    return chosen(flags, x, jax.lax.full_like(x, 0))
 
 
 class Batches(NamedTuple):
@@ -131,16 +139,16 @@ def update_guarded(
     levels = [
         level_of(x, batch, may_be_zero=not flag) for x, batch, flag in zip(low_rank, batches, projected, strict=True)
     ]
-    good = list(map(jnp.isfinite, levels))
+    good = list(map(jax.lax.is_finite, levels))
     low_rank = list(map(masked, good, low_rank))
     replies, new = update(low_rank)
     # An embedding's answer is as large as its gradient.  XLA would write it, to count over it, and read it again.
     answered = [
-        flag & is_sound(level_of(x, batch)) if of_matrices else flag
+        jax.lax.bitwise_and(flag, is_sound(x, batch)) if of_matrices else flag
         for x, batch, flag, of_matrices in zip(replies, batches, good, projected, strict=True)
     ]
     # Entry by entry, because a decision over all entries would take a pass of its own too.
-    zeros = map(jnp.zeros_like, replies)
+    zeros = [jax.lax.full_like(x, 0) for x in replies]
     finite = [jax.lax.select(jnp.isfinite(x), x, zero) for x, zero in zip(replies, zeros, strict=True)]
     replies = list(map(masked, good, finite))
     all_levels = joined(levels)
@@ -153,7 +161,7 @@ def update_guarded(
         answered,
         hold_bad(owners_of(new), new=new, old=old, good=good),
         jnp.any(all_good).astype(jnp.int32),
-        jnp.any(~is_sound(all_levels) | lost).astype(jnp.int32),
+        jnp.any(~(all_levels < jnp.inf) | lost).astype(jnp.int32),
     )
 
 

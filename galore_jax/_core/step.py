@@ -29,7 +29,7 @@ from galore_jax._core.basis import Rows
 from galore_jax._core.basis_refresh import Member, Subspace, refresh_all
 from galore_jax._core.call import Action, Call, call_of
 from galore_jax._core.dtypes import promoted
-from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, level_of, update_guarded
+from galore_jax._core.gradients import Batches, Guarded, is_sound, joined, update_guarded
 from galore_jax._core.per_matrix import owners, per_matrix
 from galore_jax._core.seeds import key_of
 from galore_jax._core.state import GaLoreState
@@ -179,8 +179,8 @@ class Step:
             gradient.matrices if gradient.view is None else self._project(gradient.view, gradient.matrices, sides)
             for gradient, sides in zip(gradients, self._bases(views, treedef, state), strict=True)
         ]
-        if self.residual is not None or isinstance(self._storage, Rows):
-            # The rule reads all of a gradient, and rows show only a part of it, so what is not finite elsewhere is marked here.
+        if isinstance(self._storage, Rows):
+            # A product with a dense basis carries on whatever is not finite.  Rows show only a part of a gradient.
             low_rank = list(map(_marked, gradients, low_rank))
         if call.action is Action.PROJECT:
             call.answer(treedef.unflatten(map(trees.boxed_like, low_rank, leaves)))
@@ -389,7 +389,7 @@ class Step:
         updates = trees.as_arrays(updates)
         gradients, params = (jax.tree.map(promoted, tree) for tree in (updates, params))
         replies, inner_state = inner.update(gradients, state.inner_state, params, **extra_args)
-        sound = jnp.all(is_sound(joined(list(map(level_of, jax.tree.leaves(updates))))))
+        sound = jnp.all(joined(list(map(is_sound, jax.tree.leaves(updates)))))
         replies = jax.tree.map(
             lambda reply, x: jnp.where(sound & jnp.isfinite(reply), reply, 0).astype(x.dtype), replies, updates
         )
@@ -411,7 +411,7 @@ def _marked(gradient: _Gradient, low_rank: jax.Array) -> jax.Array:
     """A low-rank gradient, NaN if the whole one is not finite."""
     if gradient.view is None:
         return low_rank
-    sound = is_sound(level_of(gradient.matrices, gradient.view.batch))
+    sound = is_sound(gradient.matrices, gradient.view.batch)
     return jnp.where(sound[..., None, None], low_rank, jnp.nan)
 
 

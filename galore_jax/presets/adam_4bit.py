@@ -23,7 +23,7 @@ import optax
 from galore_jax import codecs, sharding
 from galore_jax._core import seeds, trees
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import is_sound, level_of
+from galore_jax._core.gradients import is_sound
 from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
 from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_codec import CodedMatrix, MatrixCodec
@@ -177,7 +177,7 @@ def _step(carried: tuple, given: list[jax.Array]) -> tuple:
     """:func:`_updated` for one matrix."""
     matrix, stored, *squares = carried
     seed, b1, b2, eps, correction, correction_2 = given
-    sound = is_sound(level_of(matrix))
+    sound = is_sound(matrix)
     gradient = jnp.where(sound, promoted(matrix), 0)
     mu = b1 * promoted(codecs.decoded(stored)) + (1 - b1) * gradient
     rows, columns = (
@@ -188,7 +188,7 @@ def _step(carried: tuple, given: list[jax.Array]) -> tuple:
     shares = rows / jnp.where(mean > 0, mean, 1)
     deviation = jnp.sqrt(shares / correction_2)[:, None] * jnp.sqrt(columns)[None, :]
     direction = mu / correction / (deviation + eps)
-    usable = sound & jnp.isfinite(mean) & is_sound(level_of(direction))
+    usable = sound & jnp.isfinite(mean) & is_sound(direction)
     update = jnp.where(usable, direction, 0).astype(matrix.dtype)
     kept = stored.renewed(mu, seed) if isinstance(stored, CodedMatrix) else mu.astype(stored.dtype)
     new = kept, *(x.astype(old.dtype) for x, old in zip((rows, columns), squares, strict=True))

@@ -21,7 +21,7 @@ import optax
 from galore_jax import codecs, sharding
 from galore_jax._core import seeds, trees
 from galore_jax._core.dtypes import promoted, state_dtype
-from galore_jax._core.gradients import is_sound, level_of
+from galore_jax._core.gradients import is_sound
 from galore_jax._core.matrix_loop import matrix_by_matrix_anywhere
 from galore_jax._core.state_fields import Kind, kinds
 from galore_jax.matrix_codec import CodedMatrix, MatrixCodec
@@ -303,7 +303,7 @@ def _step(nesterov: bool, ns_coeffs: str, carried: tuple, given: list[jax.Array]
     """:func:`_updated` for one matrix."""
     matrix, stored, squares = carried
     seed, momentum, *decay = given
-    sound = is_sound(level_of(matrix))
+    sound = is_sound(matrix)
 
     def gradient_and_momentum(matrix: jax.Array, stored: Any) -> tuple[jax.Array, jax.Array]:
         gradient = jnp.where(sound, promoted(matrix), 0)
@@ -312,7 +312,7 @@ def _step(nesterov: bool, ns_coeffs: str, carried: tuple, given: list[jax.Array]
     gradient, mu = gradient_and_momentum(matrix, stored)
     ahead = gradient + momentum * mu if nesterov else mu
     direction, new_squares = muon_step(ahead, squares, decay[0] if decay else None, ns_coeffs)
-    usable = sound & is_sound(level_of(direction))
+    usable = sound & is_sound(direction)
     update = jnp.where(usable, direction, 0).astype(matrix.dtype)
     if isinstance(stored, CodedMatrix):
 
