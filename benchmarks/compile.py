@@ -5,7 +5,7 @@
 python benchmarks/compile.py                                   every preset on 32 small layers, a minute or two each
 python benchmarks/compile.py --presets galore_adamw --layers 4  one preset, a few seconds
 python benchmarks/compile.py --model 7b                        the shapes of LLaMA-7B; nothing is allocated
-python benchmarks/compile.py --tpu                             12 layers for a TPU v5e that is not attached; needs libtpu
+python benchmarks/compile.py --tpu --model 350m                12 layers for a TPU v5e that is not attached; needs libtpu
 
 A model has seven matrices and two norms a layer, an embedding, a head and a last norm.  Unstacked, every matrix is a leaf of its
 own; stacked, a leaf holds one matrix of each layer.  HLO instructions are counted before XLA optimizes them.  Seconds are those
@@ -26,6 +26,7 @@ from galore_jax.presets import FULL_RANK, PRESETS
 
 SHAPES = {  # hidden, keys and values, MLP, vocabulary
     "small": (64, 32, 176, 256),
+    "350m": (1024, 1024, 2736, 32000),
     "7b": (4096, 4096, 11008, 32000),
 }
 RANK = 0.25

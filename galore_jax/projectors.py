@@ -126,9 +126,10 @@ def power(iterations: int = 1) -> Projector:
     """A warm-started block power iteration, the default: two matmuls with G and an orthonormalization for each step.
 
     A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1% and is less than
-    99% of the whole, up to five beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions that the gradient has left are
-    replaced by random ones in the first step, from which the next steps find the gradient again.  The result is then turned
-    within its span to lie near the basis of the first step, so that moments which are kept still belong to it.
+    99% of the whole, up to five beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions
+    that the gradient has left are replaced by random ones in the first step, from which the next steps find the gradient again.
+    The result of several steps is then turned within its span to lie near the basis of the first, so that moments which are kept
+    still belong to it.
 
     Args:
       iterations: Least number of steps at each refresh, at least 1.

@@ -26,6 +26,7 @@ c G + P (α N - c R), with a single lift.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -204,9 +205,11 @@ def combine(
     def one(carried: tuple[jax.Array, Any], given: Any) -> tuple[jax.Array, Any]:
         matrix, state = carried
         good, low_rank, reply, bases = given
-        gradient = jnp.where(good, promoted(matrix), 0)
-        update, new = rule.combine(Parts(gradient, low_rank, reply, lambda x: lift(x, bases), alpha, axis), state)
-        return update.astype(matrix.dtype), jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+        parts = Parts(promoted(matrix), low_rank, reply, lambda x: lift(x, bases), alpha, axis)
+        update, new = rule.combine(parts, state)
+        # XLA would write a gradient that is masked first, for the second pass over it.
+        update = jnp.where(good, update.astype(matrix.dtype), 0)
+        return update, jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
 
     return matrix_by_matrix(one, (matrices, states), (good, low_rank, replies, bases), good.ndim)
 
@@ -338,8 +341,9 @@ def divided_by_neuron(matrix: jax.Array, squares: jax.Array, decay: float | jax.
     return matrix * (factors * scale)[None, :], new.astype(squares.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="ns_coeffs")
 def _orthogonalized(matrix: jax.Array, ns_coeffs: str) -> jax.Array:
-    """:func:`newton_schulz` of one matrix."""
+    """:func:`newton_schulz` of one matrix.  It is jitted, so that the parameters of one shape share its program."""
     tall = matrix.shape[0] > matrix.shape[1]
     x = sharding.gather(matrix.T if tall else matrix)
     coefficients, start = _NS_COEFFS[ns_coeffs]

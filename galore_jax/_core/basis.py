@@ -18,6 +18,7 @@ a basis exists.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -138,6 +139,27 @@ class RowBasis(NamedTuple):
     factor: jax.Array  # (*batch, r), dtype of P
 
 
+# Jitted, so that the parameters of one shape share their programs.
+@jax.jit
+def _rows_of(matrices: jax.Array, basis: RowBasis) -> jax.Array:
+    """The rows of matrices (*batch, m, n) that a basis names, times its factors: (*batch, r, n)."""
+    chosen = jnp.take_along_axis(matrices, basis.index[..., None], axis=-2)
+    return chosen.astype(basis.factor.dtype) * basis.factor[..., None]
+
+
+@functools.partial(jax.jit, static_argnames="m")
+def _in_rows(basis: RowBasis, low_rank: jax.Array, m: int) -> jax.Array:
+    """The adjoint: (*batch, r, n) -> (*batch, m, n)."""
+
+    def one(basis: RowBasis, low_rank: jax.Array) -> jax.Array:
+        rows = low_rank * basis.factor[:, None].astype(low_rank.dtype)
+        return jnp.zeros((m, rows.shape[1]), rows.dtype).at[basis.index].add(rows)
+
+    for _ in range(low_rank.ndim - 2):
+        one = jax.vmap(one)
+    return one(basis, low_rank)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows(_AsItIs):
     """Stores a :class:`RowBasis`, which may contain a row more than once."""
@@ -152,18 +174,10 @@ class Rows(_AsItIs):
         return jnp.any(basis.factor != 0, axis=-1)
 
     def project(self, basis: RowBasis, matrices: jax.Array, rank: int) -> jax.Array:
-        matrices = sharding.gather(matrices, [matrices.ndim - 2])
-        chosen = jnp.take_along_axis(matrices, basis.index[..., None], axis=-2)
-        return chosen.astype(basis.factor.dtype) * basis.factor[..., None]
+        return _rows_of(sharding.gather(matrices, [matrices.ndim - 2]), basis)
 
     def lift(self, basis: RowBasis, low_rank: jax.Array, m: int) -> jax.Array:
-        def scatter(basis: RowBasis, low_rank: jax.Array) -> jax.Array:
-            rows = low_rank * basis.factor[:, None].astype(low_rank.dtype)
-            return jnp.zeros((m, rows.shape[1]), rows.dtype).at[basis.index].add(rows)
-
-        for _ in range(low_rank.ndim - 2):
-            scatter = jax.vmap(scatter)
-        return scatter(jax.tree.map(sharding.gather, basis), sharding.gather(low_rank))
+        return _in_rows(jax.tree.map(sharding.gather, basis), sharding.gather(low_rank), m)
 
     def overlap(self, new: RowBasis, old: RowBasis, m: int, rank: int) -> jax.Array:
         same = (new.index[:, None] == old.index[None, :]) & (old.factor != 0)[None, :]
