@@ -59,6 +59,27 @@ def test_embeddings_head_and_norms_are_on_plain_adamw_at_the_same_learning_rate(
     assert not np.allclose(ours["block"]["kernel"], theirs["block"]["kernel"])
 
 
+@pytest.mark.covering(6)
+@pytest.mark.parametrize("name", PRESETS)
+def test_complex_parameters_are_on_plain_adamw_and_a_bad_entry_holds_them(name):
+    """Adafactor has its own rest, and LDAdam other decay rates."""
+    params = {"kernel": normal(0, (16, 24)), "phases": jax.lax.complex(normal(1, (8, 24)), normal(2, (8, 24)))}
+    gradients = [jax.tree.map(lambda p, k=k: (p * k).astype(p.dtype), params) for k in (1.0, -2.0)]
+    rank = {} if name in FULL_RANK else {"rank": 1 if name in RANK_ONE else 4}
+    ours = PRESETS[name](0.1, **rank, **({"random_from": 1} if name == "golore_adamw" else {}))
+    eps = 1e-6 if name.startswith(("apollo", "q_apollo")) else 1e-8
+    theirs = optax.adamw(0.1, weight_decay=0, eps=eps)
+    with leniency():  # Optax's own mixes dtypes
+        found, state = train(ours, params, gradients)
+        expected, _ = train(theirs, params, gradients)
+        bad = {**params, "phases": params["phases"].at[0, 0].set(complex(0, np.nan))}
+        updates, _ = jax.jit(ours.update)(bad, state, found)
+    if name not in ("galore_adafactor", "ldadam"):
+        np.testing.assert_allclose(found["phases"], expected["phases"], rtol=2e-5)
+    np.testing.assert_array_equal(updates["phases"], 0)
+    assert jnp.all(jnp.isfinite(updates["kernel"]))
+
+
 def test_embeddings_head_and_norms_are_on_plain_adafactor():
     ours, _ = train(galore_jax.galore_adafactor(0.1, rank=4, momentum=0.9), gradients=gradients())
     theirs, _ = train(optax.adafactor(0.1, multiply_by_parameter_scale=False, momentum=0.9), gradients=gradients())

@@ -44,7 +44,8 @@ def is_sound(x: jax.Array, batch: int = 0) -> jax.Array:
 
 def _magnitude(x: jax.Array, batch: int) -> jax.Array:
     """[*batch] Σ|x|.  This, and what else runs for each parameter, is of ``jax.lax``, which is traced in half of the time."""
-    return jax.lax.reduce_sum(jax.lax.abs(x).astype(state_dtype(x)), tuple(range(batch, x.ndim)))
+    x = jax.lax.abs(x)  # real
+    return jax.lax.reduce_sum(x.astype(state_dtype(x)), tuple(range(batch, x.ndim)))
 
 
 def at_places(vector: jax.Array, places: np.ndarray) -> jax.Array:
