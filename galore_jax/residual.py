@@ -189,7 +189,7 @@ def combine(
     Args:
       rule: The rule.
       matrices: The gradients G, (*batch, m, n) in their own dtype.
-      good: Bool [*batch].  Where False, the gradient counts as zero and the rule's state stays.
+      good: Bool [*batch].  Where False, the update is zero and the rule's state stays.
       low_rank: R, (*batch, r, n) for a basis on the left.
       replies: N, the same, zeros where not ``good``.
       bases: A pytree of arrays (*batch, ...).
