@@ -42,8 +42,8 @@ from galore_jax._core.orthonormal import noise, orthonormal
 __all__ = ["Projector", "ProjectorInput", "eigh", "power", "random", "randomized", "rows", "sampled", "svd", "switch"]
 
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Power steps end when the captured energy has grown, or can still grow, by at most 1%.  From one gradient to an unrelated one
-# that is after two steps, or after one where the rank is large enough for nearly all of the gradient.
+# Power steps end when the captured energy grows by at most 1%.  From one gradient to an unrelated one that is after two steps.
+# One step would do where it captures nearly all of the gradient, but it leaves the weakest directions to rounding.
 _GROWTH = 1.01**0.5
 _MORE_STEPS = 5
 
@@ -125,11 +125,10 @@ def randomized(power_iterations: int = 2, oversample: int = 8) -> Projector:
 def power(iterations: int = 1) -> Projector:
     """A warm-started block power iteration, the default: two matmuls with G and an orthonormalization for each step.
 
-    A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1% and is less than
-    99% of the whole, up to five beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions
-    that the gradient has left are replaced by random ones in the first step, from which the next steps find the gradient again.
-    The result of several steps is then turned within its span to lie near the basis of the first, so that moments which are kept
-    still belong to it.
+    A step multiplies the directions in use by G Gᵀ.  Steps go on while the captured energy grows by more than 1%, up to five
+    beyond ``iterations``; where the basis captures nothing yet, it takes all of them.  Directions that the gradient has left are
+    replaced by random ones in the first step, from which the next steps find the gradient again.  The result of several steps is
+    then turned within its span to lie near the basis of the first, so that moments which are kept still belong to it.
 
     Args:
       iterations: Least number of steps at each refresh, at least 1.
@@ -144,15 +143,13 @@ def power(iterations: int = 1) -> Projector:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
     def refresh(seen: ProjectorInput) -> jax.Array:
-        wide = promoted(seen.gradient)
         coordinates = _unit(seen.coordinates)
-        norm, most = _norm(seen.coordinates, coordinates), _norm(wide, _unit(wide))
+        norm = _norm(seen.coordinates, coordinates)
         least = jnp.where(norm > 0, iterations, iterations + _MORE_STEPS)
 
         def unfinished(carry: tuple) -> jax.Array:
             number, _, _, _, before, now = carry
-            growing = (now > _GROWTH * before) & (most > _GROWTH * now)
-            return (number < least) | ((number < iterations + _MORE_STEPS) & growing)
+            return (number < least) | ((number < iterations + _MORE_STEPS) & (now > _GROWTH * before))
 
         def step(carry: tuple) -> tuple:
             number, first, _, coordinates, _, now = carry

@@ -42,9 +42,9 @@ presets = pytest.mark.parametrize("preset", PRESETS)
 
 
 def optimizer(preset):
-    """The learning rate is small: a code of 8 bits that rounding elsewhere turns into its neighbour moves an update by 2 %."""
+    """The learning rate is small: a code of 8 bits that rounding elsewhere turns into its neighbor moves an update by 3 %."""
     settings = {"rank": RANK, "update_proj_gap": 6, "eps": 1e-3} | PRESETS[preset]
-    return getattr(galore_jax, preset)(1e-3, weight_decay=0.1, **settings)
+    return getattr(galore_jax, preset)(2e-4 if "8bit" in preset else 1e-3, weight_decay=0.1, **settings)
 
 
 def mesh_of(axis_type=AxisType.Auto):
