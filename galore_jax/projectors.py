@@ -143,8 +143,7 @@ def power(iterations: int = 1) -> Projector:
         raise ValueError(f"power() needs iterations >= 1, got {iterations}.")
 
     def refresh(seen: ProjectorInput) -> jax.Array:
-        coordinates = _unit(seen.coordinates)
-        norm = _norm(seen.coordinates, coordinates)
+        coordinates, norm = _unit_and_norm(seen.coordinates)
         least = jnp.where(norm > 0, iterations, iterations + _MORE_STEPS)
 
         def unfinished(carry: tuple) -> jax.Array:
@@ -284,9 +283,7 @@ def _power_step(gradient: jax.Array, coordinates: jax.Array) -> tuple[jax.Array,
     # Promoted here, where XLA fuses it into the products and holds no copy.
     wide = promoted(gradient)
     basis = orthonormal(wide @ coordinates.T)
-    coordinates = basis.T @ wide
-    unit = _unit(coordinates)
-    return basis, unit, _norm(coordinates, unit)
+    return basis, *_unit_and_norm(basis.T @ wide)
 
 
 def _nearest(basis: jax.Array, other: jax.Array) -> jax.Array:
@@ -316,13 +313,14 @@ def _signed(basis: jax.Array) -> jax.Array:
 
 def _unit(x: jax.Array) -> jax.Array:
     """x over its largest magnitude, so that squares neither over- nor underflow; zeros stay."""
+    return _unit_and_norm(x)[0]
+
+
+def _unit_and_norm(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`_unit` of a matrix, and its Frobenius norm, a scalar."""
     peak = jnp.max(jnp.abs(x))
-    return x / jnp.where(peak > 0, peak, 1)
-
-
-def _norm(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """Frobenius norm of a matrix, a scalar, from its multiple by :func:`_unit`."""
-    return jnp.max(jnp.abs(x)) * jnp.sqrt(jnp.sum(jnp.square(unit)))
+    unit = x / jnp.where(peak > 0, peak, 1)
+    return unit, peak * jnp.sqrt(jnp.sum(jnp.square(unit)))
 
 
 def _varying(basis: jax.Array, seen: ProjectorInput) -> jax.Array:

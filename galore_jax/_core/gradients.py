@@ -43,7 +43,7 @@ def is_sound(x: jax.Array, batch: int = 0) -> jax.Array:
 
 
 def _magnitude(x: jax.Array, batch: int) -> jax.Array:
-    """[*batch] Σ|x|.  This, and what else runs for each parameter, is of ``jax.lax``, which is traced in half of the time."""
+    """[*batch] Σ|x|.  It calls ``jax.lax``, which traces in half of the time, because it runs for each parameter."""
     x = jax.lax.abs(x)  # real
     return jax.lax.reduce_sum(x.astype(state_dtype(x)), tuple(range(batch, x.ndim)))
 
